@@ -1,0 +1,112 @@
+"""Attention and the transformer block: one of each, shared by the vision encoder and the decoder.
+
+The decision to notice: a block exposes `update`, what it *adds* to its input. The dense block returns `x + update(x)`;
+the MoD block (decoder.py) gathers some tokens, asks the same block for the same update and scales it.
+
+Read next: vit.py
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# A padded token stands at the end of time: no real query is late enough to see it, so no other mask is needed.
+PAD = 2**30
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32 (as Llama does), scaled by a learned weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
+    """Rotary position embedding in the half-rotation layout: entry i turns with entry i + E/2, by pos * base^(-2i/E).
+
+    x (B, H, T, E), pos (B, T) -> (B, H, T, E). The score of a query at position p and a key at position s then
+    depends on p - s alone, so tokens that skip a layer leave gaps but never move the others.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    frequency = base ** -(torch.arange(0, x.shape[-1], 2, device=x.device, dtype=wide) / x.shape[-1])
+    angle = rearrange(pos.to(wide), "b t -> b 1 t 1") * frequency
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values.
+
+    Without positions every query sees every key (vision). With positions queries and keys are rotated and a query
+    sees the keys whose position is not after its own (language), those of `past` included.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
+                 qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False, rope_base: float = 10000.0,
+                 norm_eps: float = 1e-5):  # fmt: skip
+        super().__init__()
+        self.head_dim = head_dim or dim // heads
+        self.rope_base = rope_base
+        kv_heads = kv_heads or heads
+        self.q = nn.Linear(dim, heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, *, context: Tensor | None = None,
+                past=None, value_gate: Tensor | None = None) -> Tensor:  # fmt: skip
+        """x (B, T, D) -> (B, T, D).
+
+        pos    (B, T) position of each token in its stream; rows run forwards in time, padding (PAD) on the right
+        frame  (B, T) frame of each vision token, -1 for text; only noted down in the cache
+        context (B, S, D) keys and values come from here instead of x (the vision encoder's pooling head)
+        past   a LayerCache: the new keys and values are appended to it, and everything in it is attended to
+        value_gate (B, T) factor on each token's value, i.e. on how loudly it is read
+        """
+        source = x if context is None else context
+        q = self.q_norm(rearrange(self.q(x), "b t (h e) -> b h t e", e=self.head_dim))
+        k = self.k_norm(rearrange(self.k(source), "b s (g e) -> b g s e", e=self.head_dim))
+        v = rearrange(self.v(source), "b s (g e) -> b g s e", e=self.head_dim)
+        if value_gate is not None:
+            v = v * rearrange(value_gate, "b s -> b 1 s 1").to(v.dtype)
+        if pos is not None:
+            q, k = rotate(q, pos, self.rope_base), rotate(k, pos, self.rope_base)
+
+        # Square and in order of time: the mask k_pos <= q_pos is the lower triangle, which SDPA need not be given.
+        # With a past it is not square, and is_causal would align it wrongly: the mask comes from the positions.
+        causal, mask = pos is not None and past is None, None
+        if past is not None:
+            k, v, k_pos = past.append(k, v, pos, frame)
+            mask = rearrange(k_pos, "b s -> b 1 1 s") <= rearrange(pos, "b t -> b 1 t 1")
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + update(x), update(x) = a + MLP(norm(x + a)), a = Attention(norm(x))."""
+
+    def __init__(self, attention: Attention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module):
+        super().__init__()
+        self.norm1, self.attention = norm1, attention
+        self.norm2, self.mlp = norm2, mlp
+
+    def update(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, **attend) -> Tensor:
+        """Everything the block adds to x, (B, T, D) -> (B, T, D). Keywords go to `Attention.forward`."""
+        attended = self.attention(self.norm1(x), pos, frame, **attend)
+        return attended + self.mlp(self.norm2(x + attended))
+
+    def forward(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, **attend) -> Tensor:
+        return x + self.update(x, pos, frame, **attend)

@@ -1,0 +1,148 @@
+"""Files of a run: they survive a crash at any moment, and nothing in them is ever unpickled.
+
+    config.json         every size and switch of model, data and training
+    model.safetensors   the weights
+    state.safetensors   weights, optimizers, random state and step in one file, so that no crash can mix two moments
+    log.jsonl           one line a logged step    metrics.json, curve.png   when training is done
+
+Read next: train.py
+"""
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename: readers see the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and note of a safetensors file. Raises UserError, in one sentence, when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; train first (python train_tiny.py) or name another run's folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}); restore it from a copy or train again"
+        ) from error
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters once: a tied output layer is the embedding and is left out."""
+    return dict(model.named_parameters())
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy tensors into the model's parameters. Raises UserError naming the first that is missing, left over or misshapen."""
+    own = weights(model)
+    for name, parameter in own.items():
+        if name not in tensors:
+            raise UserError(f"{source} lacks the tensor {name}; it belongs to another model")
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"{source}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}; it belongs to another model"
+            )
+    for name in tensors:
+        if name not in own:
+            raise UserError(f"{source} holds the unknown tensor {name}; it belongs to another model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def write_config(folder: Path, config: Config) -> None:
+    write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run. Raises UserError when the folder is no run of this project."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name a run's folder"
+        )
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+        for name, kind in sections.items():
+            unknown = set(parts[name]) - {field.name for field in fields(kind)}
+            if unknown:
+                raise UserError(f"unknown entry {name}.{min(unknown)}")
+        return Config(**{name: kind(**parts[name]) for name, kind in sections.items()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the configuration of a run of this project ({error}); name another folder"
+        ) from error
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, by the parameter's name: "optimizer/NAME/KEY"."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer/{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, memory in optimizer.state.items()
+        for key, value in memory.items()
+    }
+
+
+def write_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    """Everything that the next step depends on. The data's position is the step: clips are made from their number."""
+    tensors = {f"model/{name}": tensor for name, tensor in weights(model).items()}
+    tensors |= optimizer_tensors(model, optimizers) | {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    write_tensors(folder / "state.safetensors", tensors, {"step": str(step)})
+
+
+def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Put model, optimizers and random state back as `write_state` found them; returns the step."""
+    path = folder / "state.safetensors"
+    tensors, note = read_tensors(path)
+    if "step" not in note:
+        raise UserError(f"{path} is no training state of this project; name another folder")
+    load_weights(
+        model,
+        {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")},
+        path,
+    )
+    owner = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            if parameters[parameter] not in owner:
+                raise UserError(
+                    f"{path} was trained with another optimizer for {parameter}; resume with the run's own settings"
+                )
+            tensor = tensor if key == "step" else tensor.to(parameters[parameter].device)
+            owner[parameters[parameter]].state[parameters[parameter]][key] = tensor
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    return int(note["step"])

@@ -1,0 +1,275 @@
+"""Every size and switch of the model, the data and the training, with named presets.
+
+Three frozen dataclasses. A wrong value is refused here, in one sentence, before anything is built.
+The one representation of "who skips what" is `ModelConfig.keep`: a keep ratio for each layer. The dense model is
+(1, 1, 1, 1), MoD is (1, r, 1, r), early exit is (1, 1, 0, 0), skipping every other layer is (1, 0, 1, 0).
+
+Read next: block.py
+"""
+
+import math
+from dataclasses import dataclass, field
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave, told in one sentence: got X, expected Y, do Z. The scripts print it and exit with 2."""
+
+
+PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
+
+
+def flag(default, help, choices=None):
+    """A dataclass field that knows the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def routed_layers(pattern: str, depth: int) -> tuple[int, ...]:
+    """Numbers of the layers that a named pattern routes, counted from 0 (paper, Table 2).
+
+    The first layer of every "every other" pattern stays dense, so each routed layer follows a dense one.
+    """
+    every = range(depth)
+    # The paper names the deep patterns; where "deep" begins is not known to us: we take the second half.
+    deep = range(depth // 2, depth)
+    named = {
+        "none": (),
+        "all": tuple(every),
+        "interleaved": tuple(i for i in every if i % 2 == 1),
+        "all-deep": tuple(deep),
+        "interleaved-deep": tuple(i for i in deep if i % 2 == 1),
+    }
+    return named[pattern]
+
+
+def parse_keep(layers: str, keep_ratio: float, depth: int) -> tuple[float, ...]:
+    """The keep ratio of every layer, from `--layers` and `--keep-ratio`.
+
+    `layers` is a pattern's name, a list of routed layers ("1,3"), or "keep:" and one ratio a layer ("keep:1,1,0,0").
+    Raises UserError, in one sentence, for anything else.
+    """
+    if not 0 < keep_ratio <= 1:
+        raise UserError(
+            f"keep ratio must be in (0, 1], got {keep_ratio}; for the dense model pass --layers none, "
+            "for skipping a layer altogether --layers keep:1,0,1,0"
+        )
+    expected = f"{', '.join(PATTERNS)}, a list of layers such as 1,3, or one ratio a layer such as keep:1,1,0,0"
+    try:
+        if layers.startswith("keep:"):
+            ratios = tuple(float(part) for part in layers[len("keep:") :].split(","))
+            if len(ratios) != depth or not all(0 <= ratio <= 1 for ratio in ratios):
+                raise ValueError
+            return ratios
+        routed = routed_layers(layers, depth) if layers in PATTERNS else [int(part) for part in layers.split(",")]
+        if not all(0 <= layer < depth for layer in routed):
+            raise ValueError
+    except ValueError:
+        message = f"layers got {layers!r} for a decoder of {depth} layers (0 to {depth - 1}); expected {expected}"
+        raise UserError(message) from None
+    return tuple(keep_ratio if layer in routed else 1.0 for layer in range(depth))
+
+
+def kept_per_frame(keep_ratio: float, tokens: int) -> int:
+    """ceil(r * n): how many of a frame's n vision tokens a layer with keep ratio r processes.
+
+    The tiny subtraction keeps float noise from rounding an exact product up: 0.07 * 100 is 7.000000000000001.
+    """
+    return math.ceil(keep_ratio * tokens - 1e-9)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the three parts of the model and of its routing. The defaults are the tiny preset."""
+
+    # vision encoder (SigLIP type)
+    image_size: int = flag(40, "side of a square frame, pixels")
+    patch_size: int = flag(8, "side of a patch, pixels")
+    vit_dim: int = flag(64, "width of the vision encoder")
+    vit_depth: int = flag(2, "layers of the vision encoder")
+    vit_heads: int = flag(4, "attention heads of the vision encoder")
+    vit_hidden: int = flag(192, "hidden width of the vision encoder's MLP")
+    grid: int = flag(5, "a frame becomes 1 + grid*grid tokens")
+    # decoder (Llama type)
+    vocab_size: int = flag(64, "rows of the embedding; the data's vocabulary must fit")
+    dim: int = flag(96, "width of the decoder")
+    depth: int = flag(4, "layers of the decoder")
+    heads: int = flag(4, "query heads")
+    kv_heads: int = flag(2, "key/value heads; fewer than heads is grouped-query attention")
+    head_dim: int = flag(24, "width of one head, even because RoPE rotates pairs")
+    ffn_hidden: int = flag(256, "hidden width of SwiGLU")
+    rope_base: float = flag(10000.0, "RoPE base; larger turns slower and reaches further")
+    norm_eps: float = flag(1e-5, "RMSNorm epsilon")
+    qk_norm: bool = flag(True, "RMSNorm on queries and keys, as Qwen3; decisive at tiny scale")
+    qkv_bias: bool = flag(False, "bias on the q, k and v projections, as Qwen2")
+    tie_embeddings: bool = flag(True, "the output layer shares the embedding's weights")
+    # mixture of depths
+    layers: str = flag("interleaved", f"routed layers: {', '.join(PATTERNS)}, a list such as 1,3, or keep:1,1,0,0")
+    keep_ratio: float = flag(0.2, "share of a frame's vision tokens that a routed layer keeps, in (0, 1]")
+    select: str = flag("learned", "how the kept tokens are chosen", ("learned", "random", "uniform"))
+    gate: str = flag(
+        "value",
+        "what the score scales: update is the paper's, value also scales being read",
+        ("update", "value"),
+    )
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size", "vit_dim", "vit_depth", "vit_heads", "vit_hidden", "grid", "vocab_size", "dim",
+                     "depth", "heads", "kv_heads", "head_dim", "ffn_hidden"):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.image_size >= self.patch_size,
+            f"image_size {self.image_size} is smaller than patch_size {self.patch_size}",
+        )
+        _require(
+            self.grid <= self.patches_per_side,
+            f"grid {self.grid} is finer than the encoder's {self.patches_per_side} patches a side",
+        )
+        _require(
+            self.vit_dim % self.vit_heads == 0,
+            f"vit_dim {self.vit_dim} must be a multiple of vit_heads {self.vit_heads}",
+        )
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}")
+        _require(
+            self.select in ("learned", "random", "uniform"),
+            f"select must be learned, random or uniform, got {self.select!r}",
+        )
+        _require(self.gate in ("update", "value"), f"gate must be update or value, got {self.gate!r}")
+        parse_keep(self.layers, self.keep_ratio, self.depth)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def frame_tokens(self) -> int:
+        """N: one CLS token and a grid of h*w patch tokens (paper, section 3)."""
+        return 1 + self.grid * self.grid
+
+    @property
+    def keep(self) -> tuple[float, ...]:
+        """Keep ratio of every layer; 1 is a dense layer, 0 skips it for all vision tokens."""
+        return parse_keep(self.layers, self.keep_ratio, self.depth)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Vision tokens of a frame that every layer processes and caches."""
+        return tuple(kept_per_frame(ratio, self.frame_tokens) for ratio in self.keep)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The synthetic stream."""
+
+    frames: int = flag(8, "frames of a clip")
+    sprites: int = flag(1, "most sprites visible at once")
+    event_rate: float = flag(0.45, "chance that something happens at a frame")
+    question_rate: float = flag(0.4, "chance that the user asks something after a frame")
+    distractors: int = flag(4, "grey shapes in the background")
+    noise: float = flag(0.03, "standard deviation of the pixel noise, of a 0 to 1 range")
+    fps: float = flag(2.0, "frames per second of stream time")
+
+    def __post_init__(self):
+        _require(self.frames >= 1, f"frames must be at least 1, got {self.frames}")
+        _require(1 <= self.sprites <= 6, f"sprites must be 1 to 6, got {self.sprites}")
+        for name in ("event_rate", "question_rate"):
+            _require(
+                0 <= getattr(self, name) <= 1,
+                f"{name} is a chance, expected 0 to 1, got {getattr(self, name)}",
+            )
+        _require(
+            self.noise >= 0 and self.distractors >= 0,
+            f"noise and distractors must not be negative, got {self.noise}, {self.distractors}",
+        )
+        _require(self.fps > 0, f"fps must be positive, got {self.fps}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = flag(400, "training steps; 0 writes an untrained run")
+    seed: int = flag(0, "seed of weights and training clips; validation and test clips are the same for all seeds")
+    batch_size: int = flag(
+        16, "full-length clips in a step; shorter clips are batched more, so that a step has as many frames"
+    )
+    accumulate: int = flag(1, "split a step's batch into this many parts, to save memory")
+    curriculum: str = flag("0:8", "frames of a clip from which share of the steps on; the last is capped at --frames")
+    optimizer: str = flag("muon", "muon (matrices; AdamW for the rest) or adamw (everything)", ("muon", "adamw"))
+    lr: float = flag(0.02, "Muon's learning rate, for the matrices of decoder and connector")
+    adam_lr: float = flag(2e-3, "AdamW's learning rate, for everything else")
+    warmup: int = flag(20, "steps of linear warm-up; then flat, then to zero over the last 40%")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    stream_weight: float = flag(1.0, "omega, the weight of the streaming loss")
+    vit_steps: int = flag(200, "steps of the vision encoder's warm-up on single frames")
+    vit_lr: float = flag(
+        0.0, "AdamW's learning rate for the vision encoder after its warm-up; 0 freezes it, as the paper does"
+    )
+    threshold: float = flag(0.5, "speak when the probability of silence is below it, in evaluation")
+    eval_every: int = flag(100, "steps between validations; 0 validates at the end only")
+    eval_clips: int = flag(256, "validation clips at the end; a quarter of them during training")
+    save_every: int = flag(100, "steps between training states, for --resume")
+    device: str = flag("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("float32", "bfloat16 uses autocast, on a GPU", ("float32", "bfloat16"))
+    compile: bool = flag(False, "torch.compile the decoder")
+
+    def __post_init__(self):
+        for name in ("steps", "seed", "warmup", "vit_steps", "eval_every"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("batch_size", "accumulate", "eval_clips", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "adam_lr", "clip"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.vit_lr >= 0 and self.stream_weight >= 0,
+            f"vit_lr and stream_weight must not be negative, got {self.vit_lr}, {self.stream_weight}",
+        )
+        _require(0 <= self.threshold <= 1, f"threshold is a probability, expected 0 to 1, got {self.threshold}")
+        _require(self.optimizer in ("muon", "adamw"), f"optimizer must be muon or adamw, got {self.optimizer!r}")
+        _ = self.stages  # refuses a curriculum that cannot be read
+
+    @property
+    def stages(self) -> list[tuple[float, int]]:
+        """The curriculum as (share of the steps, frames), e.g. [(0.0, 2), (0.2, 4), (0.5, 8)]."""
+        try:
+            stages = [
+                (float(share), int(frames))
+                for share, frames in (part.split(":") for part in self.curriculum.split(","))
+            ]
+        except ValueError:
+            stages = []
+        if (
+            not stages
+            or stages[0][0] != 0
+            or sorted(stages) != stages
+            or stages[-1][0] >= 1
+            or min(frames for _, frames in stages) < 1
+        ):
+            raise UserError(
+                f"curriculum got {self.curriculum!r}, expected SHARE:FRAMES pairs that begin at 0 and grow, such as 0:2,0.5:8"
+            )
+        return stages
+
+    def frames_at(self, step: int, longest: int) -> int:
+        """Frames of the clips of a step; the last stage always trains on full-length clips."""
+        current = [frames for share, frames in self.stages if step >= share * self.steps]
+        return longest if len(current) == len(self.stages) else min(current[-1], longest)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+
+PRESETS = {"tiny": Config()}

@@ -1,0 +1,174 @@
+"""Run a model over clips and fill in the turns that metrics.py counts: teacher-forced, and free-running.
+
+Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed back,
+frame by frame through a Stream, as in real use; errors may pile up. What differs between the two is only the context.
+
+Read next: checkpoint.py
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+
+from mod.data import Clip, clip_batch, clip_layout
+from mod.decoder import Routing
+from mod.layout import NO_LABEL, Layout, Vocabulary, collate
+from mod.metrics import Turn
+from mod.stream import MAX_WORDS, Stream
+from mod.videollm import VideoLLM
+
+
+def set_caps(turns: Sequence[Turn], ends: Sequence[int]) -> None:
+    """Fill in `Turn.cap`, given the frame after which each turn ends: as many frames as the next turn has, but one less
+    than this turn has at most, and 0 in the last turn."""
+    lengths = [end - start for start, end in zip([-1, *ends[:-1]], ends, strict=True)] if ends else []
+    for turn, length, following in zip(turns, lengths, [*lengths[1:], 0], strict=False):
+        turn.cap = max(0, min(following, length - 1))
+
+
+@torch.inference_mode()
+def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, cut: int, frame: int, threshold: float) -> list[bool]:
+    """Would the model speak at each frame after `frame`, if nothing had been said since position `cut` - 1?"""
+    layout = clip_layout(words, clip, model.config.frame_tokens)
+    probe = Layout(layout.ids[:cut], layout.frame[:cut], [NO_LABEL] * cut, [False] * cut)
+    later = range(frame + 1, len(clip.frames))
+    for t in later:
+        probe.image(t, model.config.frame_tokens, words.eos)
+    batch = collate([probe], torch.from_numpy(clip.frames)).to(next(model.parameters()).device)
+    hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
+    silent = model.decoder.logits(hidden[batch.streaming]).float().softmax(-1)[:, words.eos]
+    return (silent < threshold).tolist()
+
+
+@torch.inference_mode()
+def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5, rows: int = 32,
+                   trace: list[Routing] | None = None) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
+    """One offline pass over the true conversations. Returns the turns of every clip, and for every frame that should be
+    silent whether the model was. `trace` collects the routed layers' decisions."""
+    streams, silent = [], []
+    for start in range(0, len(clips), rows):
+        some = clips[start : start + rows]
+        batch = clip_batch(words, some, model.config.frame_tokens).to(next(model.parameters()).device)
+        hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace)
+        logp = model.decoder.logits(hidden).float().log_softmax(-1)
+        spoke = (logp[..., words.eos].exp() < threshold).tolist()
+        right = (logp.argmax(-1) == batch.labels).tolist()
+        label_logp = rearrange(logp.gather(-1, batch.labels.clamp(min=0)[..., None]), "b t 1 -> b t").tolist()
+        for row, clip in enumerate(some):
+            layout, turns, ends, turn, frame = (
+                clip_layout(words, clip, model.config.frame_tokens),
+                [],
+                [],
+                Turn("narration"),
+                -1,
+            )
+            for position, label in enumerate(layout.labels):
+                frame = max(frame, layout.frame[position])
+                if layout.streaming[position]:
+                    turn.spoke.append(spoke[row][position])
+                    cut = position + 1
+                    if label == words.eos:
+                        silent.append(not spoke[row][position])
+                elif label == words.assistant:  # the end of a question; that an answer follows is no achievement
+                    turn.kind = "answer"
+                elif label != NO_LABEL:
+                    turn.right.append(right[row][position])
+                    turn.logp.append(label_logp[row][position])
+                    if label == words.eos:
+                        turn.exact = all(turn.right)
+                        if turn.timed and not any(turn.spoke):
+                            turn.after = speaks_later(model, words, clip, cut, frame, threshold)
+                        turns.append(turn)
+                        ends.append(frame)
+                        turn = Turn("narration")
+            set_caps(turns, ends)
+            streams.append(turns)
+    return streams, silent
+
+
+@torch.inference_mode()
+def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5,
+                 rows: int = 64) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
+    """Stream the clips with the model's own words as context. The same returns as `teacher_forced`.
+
+    A response counts as exact when it is said at the right frame, word for word. Perplexity and correctness rate the
+    true response after the model's own history.
+    """
+    streams, silent = [], []
+    for start in range(0, len(clips), rows):
+        some = clips[start : start + rows]
+        frames = min(len(clip.frames) for clip in some)
+        if any(len(clip.frames) != frames for clip in some):
+            raise ValueError("free-running clips must have the same number of frames; group them by length")
+        asked = max((sum(say.role == "user" for say in clip.said) for clip in some), default=0)
+        # A response is at most MAX_WORDS and two symbols; a question is as long as it is.
+        room = (
+            1
+            + (frames + asked) * (MAX_WORDS + 2)
+            + sum(len(say.text.split()) + 1 for clip in some for say in clip.said)
+        )
+        stream = Stream(model, words, len(some), frames=frames, text=room, threshold=threshold)
+        turns: list[list[Turn]] = [[] for _ in some]
+        ends: list[list[int]] = [[] for _ in some]
+        current = [Turn("narration") for _ in some]
+        decided: list[list[bool]] = [[] for _ in some]
+
+        def close(row: int, kind: str, t: int, truth: str, said: str | None, scores: torch.Tensor) -> None:
+            """End the row's turn: the truth is known, what was said instead, and how likely the truth was."""
+            turn, ids = current[row], torch.tensor([*words.encode(truth), words.eos], device=scores.device)
+            turn.kind, turn.exact = kind, said == truth
+            turn.right = (scores.argmax(-1) == ids).tolist()
+            turn.logp = scores[torch.arange(len(ids)), ids].tolist()
+            turns[row].append(turn)
+            ends[row].append(t)
+            current[row] = Turn("narration")
+
+        for t in range(frames):
+            after = [[say for say in clip.said if say.frame == t] for clip in some]
+            logits = stream.see(torch.stack([torch.from_numpy(clip.frames[t]) for clip in some]))
+            speaks = stream.wants_to_speak(logits)
+            due = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
+            scores = stream.score(due)
+            replies = stream.respond(speaks)
+            for row, truth in enumerate(due):
+                decided[row].append(speaks[row])
+                if truth is None:
+                    silent.append(not speaks[row])
+                if truth is not None or not after[row]:  # before a user's turn the layout has no streaming label
+                    current[row].spoke.append(speaks[row])
+                if truth is not None:
+                    close(row, "narration", t, truth, replies[row], scores[row])
+            while any(after):  # then questions with their answers, one of every row that has any at a time
+                questions = [says.pop(0).text if says else None for says in after]
+                stream.hear(questions)
+                truths = [says.pop(0).text if says else None for says in after]
+                scores = stream.score(truths)
+                replies = stream.respond([question is not None for question in questions])
+                for row, truth in enumerate(truths):
+                    if truth is not None:
+                        close(row, "answer", t, truth, replies[row], scores[row])
+        for row in range(len(some)):
+            for turn, end in zip(turns[row], ends[row], strict=True):
+                if turn.timed and not any(turn.spoke):
+                    turn.after = decided[row][end + 1 :]
+            set_caps(turns[row], ends[row])
+        streams += turns
+    return streams, silent
+
+
+def router_recall(trace: Sequence[Routing], clips: Sequence[Clip], grid: int) -> dict[int, float]:
+    """Per routed layer, the share of sprite patches that it keeps; keeping by lot scores kept / N.
+
+    `trace` as `teacher_forced` leaves it for these clips.
+    """
+    sprite = torch.cat([torch.from_numpy(clip.patch_labels[..., 0]) for clip in clips])
+    side = int(sprite.shape[1] ** 0.5)
+    frame, patch = sprite.nonzero(as_tuple=True)
+    # The patch's place in the pooled grid; token 0 is the CLS.
+    token = 1 + (patch // side) * grid // side * grid + (patch % side) * grid // side
+    recall = {}
+    for layer in sorted({routing.layer for routing in trace}):
+        kept = torch.cat([routing.kept for routing in trace if routing.layer == layer]).cpu()
+        recall[layer] = kept[frame, token].float().mean().item()
+    return recall

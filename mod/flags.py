@@ -1,0 +1,61 @@
+"""Command-line flags made from the fields of the configuration: name, type, help and choices are written once, there.
+
+Only the two scripts use this. A flag that is not given stays out of the parsed arguments, so that a preset or a
+checkpoint can fill it in: flag > checkpoint > preset.
+"""
+
+import argparse
+import difflib
+import sys
+from dataclasses import fields, replace
+
+from mod.config import Config, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is told in one sentence (exit code 2), with the nearest flag when the name is wrong."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(flag, known, n=1)
+            message = f"got the unknown flag {flag}; {f'did you mean {near[0]}?' if near else 'see --help'}"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
+    """One flag for every field of a dataclass."""
+    group = parser.add_argument_group(title)
+    for field in fields(kind):
+        name, default = "--" + field.name.replace("_", "-"), field.default
+        help = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        if isinstance(default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            group.add_argument(
+                name,
+                type=type(default),
+                choices=field.metadata["choices"],
+                default=argparse.SUPPRESS,
+                help=help,
+            )
+
+
+def given(arguments: argparse.Namespace, kind: type) -> dict:
+    """The fields of a dataclass that were given as flags."""
+    return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+
+
+def merge(base: Config, arguments: argparse.Namespace) -> Config:
+    """`base` with the given flags on top. Raises UserError for a wrong value."""
+    return Config(*(replace(part, **given(arguments, type(part))) for part in (base.model, base.data, base.train)))
+
+
+def run_script(script, arguments: argparse.Namespace, name: str) -> int:
+    """Call script(arguments) -> exit code; a user's mistake becomes one sentence on stderr and exit code 2."""
+    try:
+        return script(arguments)
+    except (UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2

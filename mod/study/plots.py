@@ -1,0 +1,109 @@
+"""Pictures of a run and of a stream. Colours are told apart by colour-blind readers (Okabe and Ito's palette)."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from matplotlib.figure import Figure  # not pyplot: no global state, no window, any machine
+from matplotlib.patches import Rectangle
+
+from mod.config import ModelConfig
+from mod.decoder import Routing
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure to a temporary name, then rename."""
+    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
+    figure.savefig(temporary, dpi=130)
+    os.replace(temporary, path)
+
+
+def plot_curve(folder: Path) -> None:
+    """curve.png of a run, from its log: losses, validation accuracies, what the routers keep."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    model = ModelConfig(**json.loads((folder / "config.json").read_text())["model"])
+    train = [entry for entry in entries if entry["kind"] == "train"]
+    evals = [entry for entry in entries if entry["kind"] == "eval"]
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    loss, accuracy, recall = figure.subplots(1, 3)
+    for key, label, colour in (
+        ("lm", "text (LM loss)", BLUE),
+        ("stream", "speak or stay silent (streaming loss)", ORANGE),
+    ):
+        loss.plot([e["step"] for e in train], [e[key] for e in train], color=colour, label=label)
+    loss.set(title="Training loss", xlabel="step", ylabel="cross-entropy per label (nats)", yscale="log")
+    names = (("narration_exact", "narrations right", BLUE, "o"), ("question_accuracy", "answers right", GREEN, "s"),
+             ("speak_accuracy", "speaks when it should", VERMILION, "^"), ("silence_accuracy", "silent when it should", PURPLE, "v"))  # fmt: skip
+    for key, label, colour, marker in names:
+        accuracy.plot([e["step"] for e in evals], [e[key] for e in evals], color=colour, marker=marker, label=label)
+    accuracy.set(title="Validation, teacher-forced", xlabel="step", ylabel="share right", ylim=(-0.02, 1.05))
+    for number, layer in enumerate(evals[-1]["recall"] if evals else ()):
+        points = [e for e in train if layer in e["recall"]]
+        recall.plot(
+            [e["step"] for e in points],
+            [e["recall"][layer] for e in points],
+            color=(BLUE, VERMILION, GREEN, PURPLE)[number % 4],
+            label=f"layer {layer}",
+        )
+        chance = model.kept[int(layer)] / model.frame_tokens
+        recall.axhline(chance, color="grey", linestyle="--", label="chance" if number == 0 else None)
+    recall.set(title="Sprite patches that the routers keep", xlabel="step", ylabel="share kept", ylim=(-0.02, 1.05))
+    for axis in (loss, accuracy, recall):
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    save(figure, folder / "curve.png")
+
+
+def plot_stream(
+    path: Path,
+    frames: np.ndarray,
+    trace: list[Routing],
+    captions: list[str],
+    times: list[float],
+    config: ModelConfig,
+) -> None:
+    """The frames of a stream in a row; below, for each routed layer, the same frames with skipped patches darkened.
+
+    frames (F, 3, side, side) in [-1, 1]; trace holds one Routing per frame and routed layer; one caption a frame.
+    """
+    layers = sorted({routing.layer for routing in trace})
+    kept = {layer: np.concatenate([r.kept.cpu().numpy() for r in trace if r.layer == layer]) for layer in layers}
+    pictures = rearrange((frames + 1) / 2, "f c h w -> f h w c")
+    figure = Figure(figsize=(1.5 * len(frames) + 0.6, 1.7 * (1 + len(layers)) + 1.0), layout="constrained")
+    axes = figure.subplots(1 + len(layers), len(frames), squeeze=False)
+    side = pictures.shape[1]
+    for t, picture in enumerate(pictures):
+        axes[0, t].imshow(picture)
+        axes[0, t].set_title(f"{times[t]:g} s", fontsize=9)
+        for row, layer in enumerate(layers, start=1):
+            mask = rearrange(kept[layer][t, 1:], "(h w) -> h w", h=config.grid)
+            edge = np.linspace(0, side, config.grid + 1).round().astype(int)
+            shade = np.repeat(np.repeat(mask, np.diff(edge), axis=0), np.diff(edge), axis=1)[..., None]
+            axes[row, t].imshow(np.where(shade, picture, 0.25 * picture))
+            for y, x in zip(*mask.nonzero(), strict=True):
+                axes[row, t].add_patch(
+                    Rectangle(
+                        (edge[x] - 0.5, edge[y] - 0.5),
+                        edge[x + 1] - edge[x],
+                        edge[y + 1] - edge[y],
+                        fill=False,
+                        edgecolor=ORANGE,
+                        linewidth=1.2,
+                    )
+                )
+        axes[-1, t].set_xlabel(captions[t], fontsize=7)
+        for row in range(1 + len(layers)):
+            axes[row, t].set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("what it sees", fontsize=9)
+    for row, layer in enumerate(layers, start=1):
+        axes[row, 0].set_ylabel(f"layer {layer} keeps", fontsize=9)
+    figure.suptitle(
+        "A stream, frame by frame: bright framed patches go through a routed layer, dark ones skip it; what was said below",
+        fontsize=10,
+    )
+    save(figure, path)

@@ -1,0 +1,328 @@
+"""The training loop: warm up the vision encoder, then train the stream, step by step, so that any crash can be resumed.
+
+A step depends on nothing but the weights, the optimizers' memory and its own number (clips are made from their number),
+so a run that is killed and resumed ends with the same weights, bit for bit.
+
+Read next: ../train_tiny.py
+"""
+
+import json
+import signal
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm
+
+from mod.checkpoint import read_state, weights, write_config, write_state, write_tensors, write_text
+from mod.config import Config, UserError
+from mod.data import LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
+from mod.evaluate import free_running, router_recall, teacher_forced
+from mod.layout import NO_LABEL, Vocabulary
+from mod.metrics import summarize
+from mod.optim import Muon, schedule
+from mod.videollm import VideoLLM, stream_loss
+from mod.vit import ViT
+
+LOG_EVERY = 20  # steps
+WARM_UP_CLIPS, WARM_UP_FRAMES = 32, 2  # a warm-up batch: clips, and frames of each
+BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
+
+
+def pick_device(name: str, dtype: str = "float32") -> torch.device:
+    """Raises UserError when the device is not there, or cannot do the dtype."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device got cuda, but torch finds no CUDA GPU; use --device auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device got mps, but torch finds no Apple GPU; use --device auto or cpu")
+    if dtype != "float32" and name != "cuda":
+        raise UserError(f"dtype {dtype} needs a CUDA GPU, got device {name}; use --dtype float32")
+    return torch.device(name)
+
+
+def make_optimizers(
+    named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices of linear layers, AdamW for the rest: embeddings, norms, biases, routers, patches."""
+
+    def turned(name: str, parameter: nn.Parameter) -> bool:
+        return (
+            kind == "muon"
+            and parameter.ndim == 2
+            and not any(part in name for part in ("embed", "router", "position", "head.weight"))
+        )
+
+    matrices = [parameter for name, parameter in named.items() if turned(name, parameter)]
+    others = [parameter for name, parameter in named.items() if not turned(name, parameter)]
+    optimizers = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Step at `factor` times the peak learning rate, then forget the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def warm_up_vit(vit: ViT, config: Config) -> float:
+    """Teach the encoder, on single frames, to say what each patch shows: colour, shape and region of a sprite, or nothing.
+
+    Stands in for the pretrained encoder of the paper. Returns the share of sprites whose three labels its patches and
+    its CLS token get right in the last batch.
+    """
+    device, width, labels = vit.position.device, config.model.vit_dim, sum(LABEL_SIZES)
+    heads = nn.ModuleDict({"patch": nn.Linear(width, labels), "cls": nn.Linear(width, labels)}).to(device)
+    named = {**dict(vit.named_parameters()), **{f"{name}_head": p for name, p in heads.named_parameters()}}
+    optimizers = make_optimizers(named, config.train.optimizer, 0.05, 5e-3)
+    # Every patch keeps its own token here, whatever grid the frame tokens are pooled to.
+    steps, right = config.train.vit_steps, 0.0
+    busy = replace(config.data, event_rate=0.9)
+    for step in tqdm(range(steps), desc="vision warm-up", unit="step", leave=False, disable=None):
+        first = step * WARM_UP_CLIPS
+        clips = [
+            make_clip(busy, config.model, "warm-up", config.train.seed, first + i, WARM_UP_FRAMES)
+            for i in range(WARM_UP_CLIPS)
+        ]
+        pixels = torch.cat([torch.from_numpy(clip.frames) for clip in clips]).to(device)
+        truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
+        patches = vit.patches(pixels)
+        tokens = {"patch": patches, "cls": vit.head(patches)}
+        # A frame's CLS should know what is in the frame: the labels of its (one) sprite are the largest.
+        truths = {"patch": truth, "cls": truth.amax(1, keepdim=True)}
+        loss, correct = torch.zeros((), device=device), []
+        for name, head in heads.items():
+            all_right = truths[name][..., 0] > 0
+            for logits, label in zip(
+                head(tokens[name]).split(LABEL_SIZES, dim=-1), truths[name].unbind(-1), strict=True
+            ):
+                weight = torch.ones(logits.shape[-1], device=device)
+                weight[0] = BACKGROUND if name == "patch" else 1.0
+                loss = loss + F.cross_entropy(
+                    rearrange(logits, "f p v -> (f p) v"), rearrange(label, "f p -> (f p)"), weight=weight
+                )
+                all_right = all_right & (logits.argmax(-1) == label)
+            correct.append(all_right.sum() / (truths[name][..., 0] > 0).sum())
+        loss.backward()
+        optimizer_step(optimizers, schedule(step, steps, warmup=10))
+        right = min(correct).item()
+    return right
+
+
+def step_clips(config: Config, step: int) -> list[Clip]:
+    """The training clips of a step; the numbers of different steps never meet."""
+    longest = config.data.frames
+    frames, most = config.train.frames_at(step, longest), config.train.batch_size * longest
+    number = most // frames
+    return [
+        make_clip(config.data, config.model, "train", config.train.seed, step * most + i, frames) for i in range(number)
+    ]
+
+
+def train_step(
+    model: VideoLLM, optimizers: list[torch.optim.Optimizer], config: Config, words: Vocabulary, step: int
+) -> dict:
+    """One step. Returns what the log says about it."""
+    device, settings = next(model.parameters()).device, config.train
+    clips = step_clips(config, step)
+    size = -(-len(clips) // settings.accumulate)
+    parts = [clips[start : start + size] for start in range(0, len(clips), size)]
+    batches = [clip_batch(words, part, config.model.frame_tokens) for part in parts]
+    labels = sum(int((batch.labels != NO_LABEL).sum()) for batch in batches)
+    decisions = sum(int(batch.streaming.sum()) for batch in batches)
+    half = torch.autocast(device.type, getattr(torch, settings.dtype)) if settings.dtype != "float32" else nullcontext()
+    total, texts, streams, trace = 0.0, 0.0, 0.0, []
+    for batch in batches:
+        batch = batch.to(device)
+        with half:
+            with nullcontext() if settings.vit_lr else torch.no_grad():
+                features = model.vit(batch.pixels)
+            hidden = model(batch.ids, batch.frame, batch.pos, model.connector(features), trace=trace)
+        loss, text, stream = stream_loss(model, hidden, batch, settings.stream_weight, labels)
+        loss.backward()
+        total, texts, streams = total + loss.item(), texts + text.item(), streams + stream.item()
+    norm = nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], settings.clip)
+    factor = schedule(step, settings.steps, settings.warmup)
+    optimizer_step(optimizers, factor)
+    return {
+        "kind": "train", "step": step + 1, "loss": total, "lm": texts / max(1, labels - decisions), "stream": streams / max(1, decisions),
+        "lr": factor * settings.lr, "gnorm": float(norm), "frames": len(clips[0].frames),
+        "recall": {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()},
+        "tokens": sum(int((batch.frame >= 0).sum() + ((batch.frame < 0) & (batch.labels != NO_LABEL)).sum()) for batch in batches),
+    }  # fmt: skip
+
+
+def estimate_seconds(config: Config) -> float:
+    """About how long training will take here: a step of a throw-away model, times the steps, and a tenth for the rest."""
+    device, words = pick_device(config.train.device, config.train.dtype), vocabulary()
+    model = VideoLLM(config.model).to(device)
+    optimizers = make_optimizers(
+        dict(model.decoder.named_parameters()), config.train.optimizer, config.train.lr, config.train.adam_lr
+    )
+    once = replace(config, train=replace(config.train, compile=False))
+    train_step(model, optimizers, once, words, 0)
+    started = time.monotonic()
+    train_step(model, optimizers, once, words, 1)
+    return 1.1 * config.train.steps * (time.monotonic() - started) + 10
+
+
+def validation_clips(config: Config, number: int) -> list[Clip]:
+    return [make_clip(config.data, config.model, "validation", 0, index) for index in range(number)]
+
+
+def validate(model: VideoLLM, config: Config, words: Vocabulary, number: int, free: bool = False) -> dict:
+    """Metrics on `number` validation clips, teacher-forced, and with `free` also free-running."""
+    model.eval()
+    clips, trace = validation_clips(config, number), []
+    turns, silent = teacher_forced(model, words, clips, config.train.threshold, trace=trace)
+    metrics = summarize(turns, silent, config.data.fps)
+    metrics["recall"] = {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()}
+    if free:
+        turns, silent = free_running(model, words, clips, config.train.threshold)
+        metrics["free_running"] = summarize(turns, silent, config.data.fps)
+    model.train()
+    return metrics
+
+
+class Log:
+    """log.jsonl, the same lines for people above the progress bar, and nothing twice after a resume."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            if path.is_file()
+            else []
+        )
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def write(self, entry: dict, line: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        tqdm.write(line)
+
+
+def train_line(entry: dict, steps: int, speed: float, eta: float) -> str:
+    recall = " ".join(f"{value:.2f}" for value in entry["recall"].values()) or "-"
+    return (
+        f"step {entry['step']:>5}/{steps} | loss {entry['loss']:.3f} (lm {entry['lm']:.3f} stream {entry['stream']:.3f}) | "
+        f"lr {entry['lr']:.1e} | gnorm {entry['gnorm']:.2f} | recall {recall} | {speed / 1e3:.1f}k tok/s | eta {int(eta) // 60}:{int(eta) % 60:02d}"
+    )
+
+
+def eval_line(metrics: dict, step: int, steps: int) -> str:
+    recall = " ".join(f"{value:.2f}" for value in metrics["recall"].values()) or "-"
+    return (
+        f"eval {step:>5}/{steps} | narration {metrics['narration_exact']:.3f} | questions {metrics['question_accuracy']:.3f} | "
+        f"speak {metrics['speak_accuracy']:.3f} | silence {metrics['silence_accuracy']:.3f} | ppl {metrics['lm_ppl']:.3f} | recall {recall}"
+    )
+
+
+@contextmanager
+def patient_interrupt():
+    """Ctrl-C sets the yielded list's flag instead of raising, so that a step is never cut in half; a second one raises."""
+    pressed: list[bool] = []
+
+    def note(*_):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: leave signals alone
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, dict | None]:
+    """Train a run in folder `out`, or go on with the one that is there. The folder's fate is the caller's to check.
+
+    Returns the model and its metrics (teacher-forced, free-running, seconds, steps); None for the metrics when Ctrl-C
+    ended it early: the state is saved then, and `resume` continues it.
+    """
+    started, settings = time.monotonic(), config.train
+    device, words = pick_device(settings.device, settings.dtype), vocabulary()
+    if len(words) > config.model.vocab_size:
+        raise UserError(
+            f"vocab_size must be at least {len(words)}, the words of the synthetic stream, got {config.model.vocab_size}"
+        )
+    torch.manual_seed(settings.seed)
+    model = VideoLLM(config.model).to(device)
+    trained = {name: p for name, p in model.named_parameters() if settings.vit_lr or not name.startswith("vit.")}
+    optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr)
+
+    out.mkdir(parents=True, exist_ok=True)
+    step, state = 0, out / "state.safetensors"
+    write_config(out, config)
+    if resume and state.is_file():
+        step = read_state(out, model, optimizers)
+        tqdm.write(f"resumed at step {step} of {settings.steps}")
+    log = Log(out / "log.jsonl", step)
+    if step == 0 and settings.vit_steps:
+        right = warm_up_vit(model.vit, config)
+        log.write(
+            {"kind": "warm-up", "step": 0, "right": right},
+            f"vision warm-up: {right:.0%} of sprites named and placed right, {time.monotonic() - started:.0f} s",
+        )
+    if settings.compile:
+        model.decoder.compile(dynamic=True)
+    model.train()
+    with (
+        patient_interrupt() as stop,
+        tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=None) as bar,
+    ):
+        mark, tokens = time.monotonic(), 0
+        while step < settings.steps:
+            entry = train_step(model, optimizers, config, words, step)
+            step, tokens = step + 1, tokens + entry["tokens"]
+            bar.update()
+            if step % LOG_EVERY == 0 or step == settings.steps:
+                passed = time.monotonic() - mark
+                log.write(
+                    entry,
+                    train_line(
+                        entry,
+                        settings.steps,
+                        tokens / passed,
+                        (settings.steps - step) * passed / (step % LOG_EVERY or LOG_EVERY),
+                    ),
+                )
+                mark, tokens = time.monotonic(), 0
+            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
+                metrics = validate(model, config, words, max(1, settings.eval_clips // 4))
+                log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
+                mark, tokens = time.monotonic(), 0
+            if stop or step % settings.save_every == 0 or step == settings.steps:
+                write_state(out, model, optimizers, step)
+            if stop:
+                break
+    if step < settings.steps:
+        tqdm.write(f"stopped at step {step} of {settings.steps}; continue with --resume")
+        return model, None
+    write_tensors(out / "model.safetensors", weights(model))
+    metrics = validate(model, config, words, settings.eval_clips, free=True)
+    log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
+    metrics |= {"seconds": time.monotonic() - started, "steps": step, "seed": settings.seed,
+                "params": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    model.eval()
+    return model, metrics

@@ -1,0 +1,67 @@
+"""The whole model: vision encoder, connector, decoder; and the loss it is trained with (paper, section 3.1).
+
+Read next: layout.py
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mod.config import ModelConfig
+from mod.decoder import Decoder
+from mod.layout import NO_LABEL, Batch
+from mod.router import LayerExpert
+from mod.vit import MLP, ViT
+
+
+class VideoLLM(nn.Module):
+    """Frames and text in one causal stream -> the next token everywhere. Holds weights only, no stream state."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vit = ViT(config)
+        self.connector = MLP(config.vit_dim, config.dim, config.dim)  # two layers, from vision width to decoder width
+        self.decoder = Decoder(config)
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        """Linear layers keep a row's scale (std 1/sqrt(inputs)); embeddings and routers start small; norms at one."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, LayerExpert):
+            nn.init.normal_(module.w.weight, std=0.02)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Frames (F, 3, height, width) in [-1, 1] -> token vectors (F, N, D) of the decoder."""
+        return self.connector(self.vit(pixels))
+
+    def embed(self, ids: Tensor, frame: Tensor, seen: Tensor) -> Tensor:
+        """Text ids (B, T) and seen frames (F, N, D), merged into one stream (B, T, D) where frame (B, T) says."""
+        x = self.decoder.embed(ids).to(seen.dtype)
+        x[frame >= 0] = rearrange(seen, "f n d -> (f n) d")
+        return x
+
+    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
+        """Hidden states (B, T, D) of a batch of streams, or of the next chunk of each when a KVCache is given."""
+        return self.decoder(self.embed(ids, frame, seen), pos, frame, cache=cache, trace=trace)
+
+
+def stream_loss(model: VideoLLM, hidden: Tensor, batch: Batch, weight: float = 1.0,
+                labels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """LM loss + weight * streaming loss: summed over labelled positions, divided by their number (paper, section 3.1).
+
+    hidden (B, T, D). `labels` is the number to divide by when the batch is one part of a larger one. Returns the loss,
+    and for the log the sums of the two parts on their own: over text labels, over speak-or-stay-silent labels.
+    """
+    labelled = batch.labels != NO_LABEL
+    # Logits only where there is a label: with a real vocabulary the rest would cost more than the decoder.
+    losses = F.cross_entropy(model.decoder.logits(hidden[labelled]).float(), batch.labels[labelled], reduction="none")
+    streaming = batch.streaming[labelled]
+    text, stream = losses[~streaming].sum(), losses[streaming].sum()
+    return (text + weight * stream) / (labels or labelled.sum()), text.detach(), stream.detach()

@@ -1,0 +1,184 @@
+"""Stream a fresh video through a trained VideoLLM-MoD, frame by frame, and watch it narrate and answer.
+
+python stream_tiny.py                                        # after python train_tiny.py
+python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
+python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
+python stream_tiny.py --save stream.png                      # a picture of what each routed layer kept
+python stream_tiny.py --json                                 # one JSON object a line, for programs
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mod.checkpoint import load_weights, read_config, read_tensors
+from mod.config import Config, UserError
+from mod.data import make_clip, vocabulary
+from mod.flags import Parser, run_script
+from mod.layout import Vocabulary
+from mod.stream import MAX_WORDS, Stream
+from mod.study.costs import dense, kv_bytes, layer_tokens
+from mod.study.plots import plot_stream
+from mod.train import pick_device
+from mod.videollm import VideoLLM
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="stream_tiny.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/tiny"), help="folder of a trained run")
+    parser.add_argument("--seed", type=int, default=0, help="which video; these are never trained on")
+    parser.add_argument("--frames", type=int, help="length of the video; the run's clip length if not given")
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="WHEN:QUESTION",
+        help="ask after frame 6 (6:...) or 2.5 seconds in (2.5s:...); repeatable",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="speak when the probability of silence is below it; the run's if not given",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    parser.add_argument("--save", type=Path, help="write a picture of the stream, e.g. stream.png")
+    return parser
+
+
+@dataclass
+class Question:
+    frame: int  # asked after this frame
+    text: str
+
+
+def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
+    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds."""
+    when, colon, text = ask.partition(":")
+    when, text = when.strip(), " ".join(text.replace("?", " ? ").split())
+    expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame) or "2.5s:where is it ?" (seconds)'
+    try:
+        frame = int(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
+    except (ValueError, OverflowError):
+        raise UserError(f"--ask got {ask!r}, {expected}") from None
+    if not colon or not text:
+        raise UserError(f"--ask got {ask!r}, {expected}")
+    if not 0 <= frame < frames:
+        raise UserError(
+            f"--ask got {ask!r}, but the stream has frames 0 to {frames - 1} (0 to {(frames - 1) / fps:g} s); ask earlier or pass more --frames"
+        )
+    words.encode(text)
+    return Question(frame, text)
+
+
+def load(folder: Path, device: torch.device) -> tuple[VideoLLM, Config]:
+    """A trained run. Raises UserError when it is missing, damaged or another project's."""
+    config = read_config(folder)
+    model = VideoLLM(config.model)
+    path = folder / "model.safetensors"
+    load_weights(model, read_tensors(path)[0], path)
+    return model.to(device).eval(), config
+
+
+class Printer:
+    """Prints what happens, for people or for programs, and counts what was right."""
+
+    def __init__(self, stream: Stream, fps: float, as_json: bool):
+        self.stream, self.fps, self.as_json = stream, fps, as_json
+        self.right = {"narrations": [], "silent frames": [], "answers": []}
+        if not as_json:
+            print(f"{'frame':>5} {'time':>7}   {'said':<34} truth")
+
+    def event(
+        self, frame: int, role: str, text: str | None, truth: str | None = None, *, judge: str | None = None
+    ) -> None:
+        """One line. `judge` names the count that this line belongs to; right means equal to the truth."""
+        if judge:
+            self.right[judge].append(text == truth)
+        if self.as_json:
+            role = "silence" if text is None else role
+            entry = {
+                "frame": frame,
+                "time": frame / self.fps,
+                "role": role,
+                "text": text or "",
+                "cache_entries": self.stream.cache.lengths(),
+            }
+            print(json.dumps(entry), flush=True)
+        elif role == "user":
+            print(f"{'':>5} {'':>7}   user: {text}", flush=True)
+        else:
+            mark = "" if not judge else "" if text == truth else "   <- differs"
+            label = f"{frame:>5} {frame / self.fps:>5.1f} s" if judge != "answers" else f"{'':>5} {'':>7}"
+            print(f"{label}   {text or '.':<34} {truth or '.'}{mark}", flush=True)
+
+
+def run(arguments) -> int:
+    device = pick_device(arguments.device)
+    model, config = load(arguments.checkpoint, device)
+    words, fps = vocabulary(), config.data.fps
+    frames = config.data.frames if arguments.frames is None else arguments.frames
+    if frames < 1 or arguments.seed < 0:
+        raise UserError(f"frames must be at least 1 and seed not negative, got {frames} and {arguments.seed}")
+    questions = [parse_ask(ask, frames, fps, words) for ask in arguments.ask]
+    clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
+    threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
+
+    trace: list = []
+    text = (
+        1 + (frames + len(questions)) * (MAX_WORDS + 2) + sum(len(question.text.split()) + 1 for question in questions)
+    )
+    stream = Stream(model, words, frames=frames, text=text, threshold=threshold, trace=trace)
+    printer = Printer(stream, fps, arguments.json)
+    spoken, captions, pictures = 0.0, [], []
+    for t in range(frames):
+        pixels = torch.from_numpy(clip.frames[t : t + 1])
+        already, started = len(trace), time.perf_counter()
+        [said] = stream.frame(pixels)
+        spoken += time.perf_counter() - started
+        # The frame's own routing comes first; the words after it are text and are never routed.
+        pictures += [routing for routing in trace[already:] if len(routing.kept)]
+        truth = next((say.text for say in clip.said if say.frame == t), None)
+        printer.event(t, "assistant", said, truth, judge="silent frames" if truth is None else "narrations")
+        captions.append((said or "").replace(" ", "\n"))
+        for question in (question for question in questions if question.frame == t):
+            [answer] = stream.ask([question.text])
+            printer.event(t, "user", question.text)
+            known = clip.truth[t].get(question.text)
+            printer.event(t, "assistant", answer, known, judge="answers" if known else None)
+            captions[-1] += f"\nQ: {question.text}\nA: {answer}"
+    if arguments.save:
+        plot_stream(arguments.save, clip.frames, pictures, captions, [t / fps for t in range(frames)], config.model)
+    if arguments.json:
+        return 0
+    scores = ", ".join(f"{sum(flags)} of {len(flags)} {name}" for name, flags in printer.right.items() if flags)
+    fed = sum(frame < 0 for _, frame in stream.fed[0])
+    full = dense(config.model)
+    print(f"\nright: {scores}")
+    print(f"speed: {frames / spoken:.0f} frames a second on {device}, answers to questions not counted")
+    print(
+        f"cache: {' '.join(map(str, stream.cache.lengths()))} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes"
+    )
+    print(
+        f" full: {' '.join(map(str, layer_tokens(full, frames, fed)))} entries with full computation, {kv_bytes(full, frames, fed):,} bytes"
+    )
+    if arguments.save:
+        print(f"wrote {arguments.save}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(run, build_parser().parse_args(argv), "stream_tiny.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

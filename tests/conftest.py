@@ -1,0 +1,16 @@
+"""Shared fixtures. Everything runs on the CPU, without network, from fixed seeds."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomized: the same examples in every run, so that a failure can be looked at again.
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,139 @@
+"""Who is kept: exactly ceil(r n) of every frame, chosen inside the frame, ties broken by order."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mod.config import kept_per_frame, parse_keep, routed_layers
+from mod.router import ROUTERS, LayerExpert, top_k_mask
+from tests.helpers import as_batch, conversations, offline, small_model
+
+
+@given(st.integers(1, 100), st.integers(1, 200))
+def test_kept_is_the_exact_ceiling(percent, tokens):
+    """Guards against float noise: 0.07 * 100 is 7.000000000000001, whose ceiling is 8."""
+    assert kept_per_frame(percent / 100, tokens) == math.ceil(Fraction(percent, 100) * tokens)
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.data())
+def test_top_k_is_exact_and_prefers_the_earlier_of_equals(frames, tokens, data):
+    """Guards against `>` for `>=`, and against topk's arbitrary choice among ties."""
+    k = data.draw(st.integers(1, tokens))
+    scores = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens), min_size=frames, max_size=frames))
+    mask = top_k_mask(torch.tensor(scores, dtype=torch.float32), k)
+    for row, kept in zip(scores, mask.tolist(), strict=True):
+        expected = sorted(range(tokens), key=lambda i: (-row[i], i))[:k]
+        assert [i for i in range(tokens) if kept[i]] == sorted(expected)
+
+
+@pytest.mark.parametrize("select", sorted(ROUTERS))
+@given(talks=st.lists(conversations(), min_size=1, max_size=3), ratio=st.sampled_from([0.01, 0.2, 0.4, 0.5, 0.9]))
+def test_every_frame_keeps_the_same_number(select, talks, ratio):
+    """Of every frame of every row, however long the rows; with the smallest ratio one token."""
+    model = small_model(select=select, keep_ratio=ratio, layers="all")
+    trace = []
+    offline(model, as_batch(model.config, talks), trace)
+    assert [routing.layer for routing in trace] == [0, 1, 2, 3]
+    for routing in trace:
+        assert routing.kept.shape == (sum(frames for frames, _ in talks), 5)
+        assert (routing.kept.sum(1) == math.ceil(round(ratio * 5, 6))).all()
+
+
+@pytest.mark.parametrize("select", sorted(ROUTERS))
+def test_choice_depends_on_past_and_own_frame_only(select):
+    """Guards against top-k over the whole sequence: scrambling a later frame must not move an earlier choice."""
+    model = small_model(select=select, layers="all")
+    batch = as_batch(model.config, [(4, [])])
+    before, after = [], []
+    offline(model, batch, before)
+    batch.pixels[2:] = -batch.pixels[2:]
+    offline(model, batch, after)
+    for one, two in zip(before, after, strict=True):
+        assert torch.equal(one.kept[:2], two.kept[:2]) and torch.equal(one.scores[:2], two.scores[:2])
+    if select == "learned":
+        assert any(not torch.equal(one.kept[2:], two.kept[2:]) for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("select", sorted(ROUTERS))
+def test_choice_is_independent_of_other_rows_and_padding(select):
+    model = small_model(select=select, layers="all")
+    talk, other = (2, []), conversation_of_length(5)
+    alone, together = [], []
+    offline(model, as_batch(model.config, [talk]), alone)
+    offline(model, as_batch(model.config, [talk, other]), together)
+    for one, two in zip(alone, together, strict=True):
+        assert torch.equal(one.kept, two.kept[:2])
+        torch.testing.assert_close(one.scores, two.scores[:2], rtol=0, atol=1e-12)
+
+
+def conversation_of_length(frames: int):
+    from mod.layout import Say
+
+    return frames, [Say(t, "assistant", "red disc moves") for t in range(frames)]
+
+
+def test_random_choice_differs_between_layers_and_frames():
+    model = small_model(select="random", layers="all", keep_ratio=0.4)
+    trace = []
+    offline(model, as_batch(model.config, [(5, [])]), trace)
+    assert len({tuple(routing.kept.flatten().tolist()) for routing in trace}) == 4
+    assert len({tuple(frame.tolist()) for frame in trace[0].kept}) > 1
+
+
+def test_random_choice_is_fair():
+    """Each place of a frame is kept about as often as the ratio says, over many positions."""
+    router = ROUTERS["random"](8, 10, 0.2, layer=1)
+    pos = torch.arange(20000).view(2000, 10)
+    kept = top_k_mask(router.score(torch.zeros(2000, 10, 8), pos), 2).float().mean(0)
+    assert (kept - 0.2).abs().max() < 0.04
+
+
+@given(st.integers(1, 60), st.integers(1, 100))
+def test_uniform_choice_is_evenly_spread(tokens, percent):
+    router = ROUTERS["uniform"](8, tokens, percent / 100, layer=0)
+    mask = top_k_mask(router.score(torch.zeros(1, tokens, 8), torch.zeros(1, tokens)), router.kept)[0]
+    gaps = torch.nonzero(mask)[:, 0].diff()
+    assert mask.sum() == router.kept
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_split_frame_is_refused():
+    """Half a frame has another top-k than the whole: refuse it rather than route it wrongly."""
+    router = LayerExpert(8, 5, 0.4, layer=0)
+    with pytest.raises(ValueError, match="whole frames of 5"):
+        router(torch.randn(1, 3, 8), torch.arange(3)[None], torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_value_gate_is_one_at_score_zero_and_update_gate_is_the_score():
+    scores = torch.tensor([[0.0, 1.0, -2.0]])
+    value, update = LayerExpert(8, 3, 0.5, 0, "value"), LayerExpert(8, 3, 0.5, 0, "update")
+    assert value.weight(scores)[0, 0] == 1.0 and (value.weight(scores) > 0).all()
+    assert torch.equal(update.weight(scores), scores)
+
+
+def test_patterns():
+    assert routed_layers("interleaved", 6) == (1, 3, 5)
+    assert routed_layers("all", 3) == (0, 1, 2)
+    assert routed_layers("all-deep", 6) == (3, 4, 5)
+    assert routed_layers("interleaved-deep", 8) == (5, 7)
+    assert routed_layers("none", 6) == ()
+    assert parse_keep("1,3", 0.2, 4) == (1.0, 0.2, 1.0, 0.2)
+    assert parse_keep("keep:1,1,0,0", 0.2, 4) == (1.0, 1.0, 0.0, 0.0)  # early exit
+    assert parse_keep("keep:1,0,1,0", 0.2, 4) == (1.0, 0.0, 1.0, 0.0)  # skipping every other layer
+    assert parse_keep("interleaved", 1.0, 4) == (1.0,) * 4  # the dense model
+
+
+@pytest.mark.parametrize("layers", ["alll", "", "1,9", "-1", "keep:1,1", "keep:1,2,1,1", "keep:a,1,1,1", "1;3"])
+def test_unknown_patterns_are_refused(layers):
+    with pytest.raises(ValueError, match="layers got"):
+        parse_keep(layers, 0.2, 4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.5, float("nan")])
+def test_keep_ratio_outside_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="keep ratio must be in"):
+        parse_keep("interleaved", ratio, 4)
