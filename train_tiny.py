@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mod.checkpoint import read_config, write_text
+from mod.checkpoint import read_config, to_json, write_text
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, UserError
 from mod.flags import Parser, add_fields, given, merge, run_script
 from mod.study.costs import average_text, dense, kv_bytes, ratios
@@ -124,7 +124,7 @@ def run(arguments) -> int:
     if metrics is None:
         return 130
     metrics |= ratios(config.model, config.data.frames, average_text(validation_clips(config, 64)))
-    write_text(arguments.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(arguments.out / "metrics.json", to_json(metrics, indent=2) + "\n")
     plot_curve(arguments.out)
     print_table(metrics)
     print(

@@ -9,6 +9,7 @@ Read next: train.py
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,6 +27,17 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON as every reader takes it: a number that is not one (nothing was counted) becomes null."""
+
+    def plain(part):
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=indent)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
@@ -71,7 +83,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
 
 
 def write_config(folder: Path, config: Config) -> None:
-    write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    write_text(folder / "config.json", to_json(asdict(config), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Config:

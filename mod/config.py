@@ -99,7 +99,7 @@ class ModelConfig:
     depth: int = flag(4, "layers of the decoder")
     heads: int = flag(4, "query heads")
     kv_heads: int = flag(2, "key/value heads; fewer than heads is grouped-query attention")
-    head_dim: int = flag(24, "width of one head, even because RoPE rotates pairs")
+    head_dim: int = flag(32, "width of one head, even because RoPE rotates pairs")
     ffn_hidden: int = flag(256, "hidden width of SwiGLU")
     rope_base: float = flag(10000.0, "RoPE base; larger turns slower and reaches further")
     norm_eps: float = flag(1e-5, "RMSNorm epsilon")
@@ -195,7 +195,7 @@ class DataConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = flag(400, "training steps; 0 writes an untrained run")
+    steps: int = flag(450, "training steps; 0 writes an untrained run")
     seed: int = flag(0, "seed of weights and training clips; validation and test clips are the same for all seeds")
     batch_size: int = flag(
         16, "full-length clips in a step; shorter clips are batched more, so that a step has as many frames"
@@ -205,7 +205,7 @@ class TrainConfig:
     optimizer: str = flag("muon", "muon (matrices; AdamW for the rest) or adamw (everything)", ("muon", "adamw"))
     lr: float = flag(0.02, "Muon's learning rate, for the matrices of decoder and connector")
     adam_lr: float = flag(2e-3, "AdamW's learning rate, for everything else")
-    warmup: int = flag(20, "steps of linear warm-up; then flat, then to zero over the last 40%")
+    warmup: int = flag(20, "steps of linear warm-up; a cosine to zero follows")
     clip: float = flag(1.0, "largest norm of the gradient")
     stream_weight: float = flag(1.0, "omega, the weight of the streaming loss")
     vit_steps: int = flag(200, "steps of the vision encoder's warm-up on single frames")

@@ -1,8 +1,9 @@
 """The synthetic video stream: small, made from a seed on the fly, and hard enough that vision is needed.
 
 A coloured sprite appears, moves, turns another colour, leaves, on a textured background with grey distractors and
-noise. Each change is narrated, nothing is said while nothing happens. *Where* the sprite is, is never narrated, so
-a question about it (now, or where it first appeared) cannot be answered from what was said before.
+noise. Each change is narrated, with the sprite's height in the frame; nothing is said while nothing happens. On which
+*side* the sprite is, is never narrated, so a question about it (now, or where it first appeared) cannot be answered
+from what was said before: chance is one in five.
 
 Read next: metrics.py
 """
@@ -21,22 +22,18 @@ from mod.layout import Batch, Layout, Say, Vocabulary, collate, lay_out
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.15, 0.25, 0.95), "yellow": (0.95, 0.9, 0.1),
            "pink": (0.95, 0.3, 0.85), "cyan": (0.1, 0.9, 0.9)}  # fmt: skip
 SHAPES = ("square", "disc", "triangle", "cross")
-REGIONS = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
-WORDS = (*COLOURS, *SHAPES, *REGIONS, "appears", "moves", "turns", "leaves", "nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?")  # fmt: skip
-LABEL_SIZES = (
-    1 + len(COLOURS),
-    1 + len(SHAPES),
-    1 + len(REGIONS),
-)  # values of a patch's labels, 0 for "nothing here"
+HEIGHTS = ("top", "middle", "bottom")
+SIDES = ("far-left", "left", "centre", "right", "far-right")
+EVENTS = {"moves": 0.4, "turns": 0.35, "leaves": 0.25}  # what happens to a sprite that is there, and how often
+WORDS = (
+    *(*COLOURS, *SHAPES, *HEIGHTS, *SIDES, "appears", *EVENTS),
+    *("nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?"),
+)
 SPLITS = {"train": 0, "validation": 1, "test": 2, "warm-up": 3}
-CELLS = 5  # a sprite stands in one of 5x5 cells of the frame
-BAND = (
-    0,
-    0,
-    1,
-    2,
-    2,
-)  # a row of cells is in the top, middle or bottom band; columns likewise; two bands name a region
+CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a column is a side,
+BAND = (0, 0, 1, 2, 2)  # and rows of cells are gathered into three heights
+# Values of a patch's labels: colour, shape, height, side; 0 for "nothing here".
+LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES))
 
 
 def vocabulary() -> Vocabulary:
@@ -50,15 +47,19 @@ class Sprite:
     row: int  # cell
     column: int
     jitter: tuple[int, int]  # pixels, 0 or 1
-    first: str = ""  # region where it appeared
+    first: str = ""  # side on which it appeared
 
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
     @property
-    def region(self) -> str:
-        return REGIONS[3 * BAND[self.row] + BAND[self.column]]
+    def height(self) -> str:
+        return HEIGHTS[BAND[self.row]]
+
+    @property
+    def side(self) -> str:
+        return SIDES[self.column]
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Clip:
 
     frames        (F, 3, side, side) float32 in [-1, 1]
     said          narrations, questions and answers, in order
-    patch_labels  (F, P, 3) colour, shape and region of the sprite whose centre is in the patch, counted from 1; 0 for none
+    patch_labels  (F, P, 4) colour, shape, height and side of the sprite whose centre is in the patch, from 1; 0 for none
     truth         after each frame: every question that makes sense then, and its answer
     """
 
@@ -119,12 +120,15 @@ class Scene:
         self.last: Sprite | None = None  # the sprite that left last
 
     def place(self, sprite: Sprite) -> None:
-        """Put a sprite into a region where no sprite is, anywhere inside it."""
-        taken = {other.region for other in self.sprites}
-        region = self.rng.choice([number for number, name in enumerate(REGIONS) if name not in taken])
-        sprite.row, sprite.column = (
-            int(self.rng.choice([c for c in range(CELLS) if BAND[c] == band])) for band in divmod(region, 3)
-        )
+        """Put a sprite somewhere else: at another height than before, in a cell that no other sprite is in."""
+        taken = {(other.row, other.column) for other in self.sprites}
+        free = [
+            (row, column)
+            for row in range(CELLS)
+            for column in range(CELLS)
+            if (sprite.row < 0 or BAND[row] != BAND[sprite.row]) and (row, column) not in taken
+        ]
+        sprite.row, sprite.column = free[self.rng.integers(len(free))]
         sprite.jitter = tuple(self.rng.integers(0, 2, 2))
 
     def name(self, shape: str | None = None) -> tuple[str, str]:
@@ -134,24 +138,24 @@ class Scene:
         return free[self.rng.integers(len(free))]
 
     def happen(self) -> str:
-        """Let one thing happen; returns its narration."""
+        """Let one thing happen; returns its narration, which always says at what height the sprite is (or was)."""
         if not self.sprites or (len(self.sprites) < self.config.sprites and self.rng.random() < 0.5):
-            sprite = Sprite(*self.name(), row=0, column=0, jitter=(0, 0))
+            sprite = Sprite(*self.name(), row=-1, column=-1, jitter=(0, 0))
             self.place(sprite)
-            sprite.first = sprite.region
+            sprite.first = sprite.side
             self.sprites.append(sprite)
-            return f"{sprite.name} appears"
+            return f"{sprite.name} appears {sprite.height}"
         sprite = self.sprites[self.rng.integers(len(self.sprites))]
-        before, kind = sprite.name, self.rng.choice(["moves", "turns", "leaves"], p=[0.6, 0.2, 0.2])
+        before, kind = sprite.name, self.rng.choice(list(EVENTS), p=list(EVENTS.values()))
         if kind == "turns":
             sprite.colour, _ = self.name(sprite.shape)
-            return f"{before} turns {sprite.colour}"
+            return f"{before} turns {sprite.colour} {sprite.height}"
         if kind == "moves":
             self.place(sprite)
-        else:
-            self.sprites.remove(sprite)
-            self.last = sprite
-        return f"{before} {kind}"
+            return f"{before} moves {sprite.height}"
+        self.sprites.remove(sprite)
+        self.last = sprite
+        return f"{before} leaves {sprite.height}"
 
     def truth(self) -> dict[str, str]:
         """Every question that can be asked at this moment, with its answer: where things are, and where they were."""
@@ -159,10 +163,10 @@ class Scene:
             here = self.sprites[0] if self.sprites else None
             seen = here or self.last
             return {
-                "where is it ?": f"now {here.region}" if here else "nowhere",
+                "where is it ?": f"now {here.side}" if here else "nowhere",
                 "where did it appear ?": f"first {seen.first}" if seen else "nowhere",
             }
-        now = {f"where is the {sprite.name} ?": f"now {sprite.region}" for sprite in self.sprites}
+        now = {f"where is the {sprite.name} ?": f"now {sprite.side}" for sprite in self.sprites}
         return now | {f"where did the {sprite.name} appear ?": f"first {sprite.first}" for sprite in self.sprites}
 
     def paint(self, frame: np.ndarray) -> None:
@@ -178,11 +182,8 @@ class Scene:
         cell = side // CELLS
         for sprite in self.sprites:
             row, column = ((c * cell + cell // 2) // patch for c in (sprite.row, sprite.column))
-            labels[row, column] = [
-                list(COLOURS).index(sprite.colour),
-                SHAPES.index(sprite.shape),
-                REGIONS.index(sprite.region),
-            ]
+            where = HEIGHTS.index(sprite.height), SIDES.index(sprite.side)
+            labels[row, column] = [list(COLOURS).index(sprite.colour), SHAPES.index(sprite.shape), *where]
             labels[row, column] += 1
         return rearrange(labels, "h w c -> (h w) c")
 

@@ -7,6 +7,7 @@ without. Everything here is float32: torch.optim.Muon works in bfloat16, which s
 Read next: checkpoint.py
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -52,6 +53,8 @@ class Muon(torch.optim.Optimizer):
                     p.add_(turn, alpha=-group["lr"] * size)
 
 
-def schedule(step: int, steps: int, warmup: int, decay: float = 0.4) -> float:
-    """Factor on the learning rate at a step: linear warm-up, flat, then linear to zero over the last `decay` of the steps."""
-    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay * steps))
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor on the learning rate at a step: linear warm-up, then a cosine from 1 to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -48,7 +48,9 @@ class Stream:
         self.position = [0] * rows
         self.fed: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
         # A response is words and a closing <eos>, never a turn symbol, whatever an untrained model prefers.
-        self.never = torch.tensor([words.bos, words.user, words.assistant], device=self.device)
+        self.never = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.never[[words.bos, words.user, words.assistant]] = True
+        self.never[len(words) :] = True  # rows of the embedding that stand for no word
         self.feed([[words.bos]] * rows)
 
     @torch.inference_mode()
@@ -93,9 +95,7 @@ class Stream:
         chunks = [[self.words.assistant] if row else [] for row in active]
         while any(active):
             # A chunk of a row that is still speaking has one token, so its next word is predicted at place 0.
-            logits = self.feed(chunks)[:, 0]
-            logits[:, self.never] = -torch.inf
-            best = logits.argmax(-1).tolist()
+            best = self.feed(chunks)[:, 0].masked_fill(self.never, -torch.inf).argmax(-1).tolist()
             for row in range(self.rows):
                 if not active[row]:
                     chunks[row] = []

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from mod.checkpoint import read_state, weights, write_config, write_state, write_tensors, write_text
+from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, UserError
 from mod.data import LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
 from mod.evaluate import free_running, router_recall, teacher_forced
@@ -203,16 +203,13 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            if path.is_file()
-            else []
-        )
+        lines = path.read_text().splitlines() if step and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
         tqdm.write(line)
 
 

@@ -11,6 +11,9 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+torch.set_num_threads(1)  # the tests' tensors are so small that threads only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

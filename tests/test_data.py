@@ -1,0 +1,114 @@
+"""The synthetic stream: reproducible, disjoint splits, and what is said is true."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mod.config import DataConfig, ModelConfig
+from mod.data import COLOURS, HEIGHTS, SHAPES, SIDES, SPLITS, clip_layout, make_clip, vocabulary
+
+MODEL, DATA = ModelConfig(), DataConfig()
+
+
+def clip(index=0, split="train", seed=0, data=DATA, frames=None):
+    return make_clip(data, MODEL, split, seed, index, frames)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(sorted(SPLITS)), st.integers(0, 99))
+def test_a_clip_is_its_split_seed_and_number(index, split, seed):
+    one, two = clip(index, split, seed), clip(index, split, seed)
+    assert np.array_equal(one.frames, two.frames) and one.said == two.said and one.truth == two.truth
+    for other in (clip(index + 1, split, seed), clip(index, split, seed + 1)):
+        assert not np.array_equal(one.frames, other.frames)
+    for name in set(SPLITS) - {split}:
+        assert not np.array_equal(one.frames, clip(index, name, seed).frames)
+
+
+@given(st.integers(0, 10**4), st.integers(1, 3))
+def test_narrations_follow_the_scene(index, sprites):
+    """Replay the narrations: they must lead to the sprites that the patch labels show, frame by frame."""
+    some, alive = clip(index, data=DataConfig(sprites=sprites, frames=10)), {}
+    for t in range(10):
+        for say in some.said:
+            if say.frame == t and say.role == "assistant" and say.text.split()[0] in COLOURS:
+                colour, shape, verb, *rest = say.text.split()
+                if verb == "appears":
+                    assert (colour, shape) not in alive
+                    alive[colour, shape] = rest[0]
+                elif verb == "leaves":
+                    assert alive.pop((colour, shape)) == rest[0]
+                elif verb == "turns":
+                    alive[rest[0], shape] = alive.pop((colour, shape))
+                    assert alive[rest[0], shape] == rest[1]
+                else:
+                    assert verb == "moves" and alive[colour, shape] != rest[0]
+                    alive[colour, shape] = rest[0]
+        shown = some.patch_labels[t][some.patch_labels[t][:, 0] > 0]
+        assert {(list(COLOURS)[c - 1], SHAPES[s - 1]): HEIGHTS[h - 1] for c, s, h, _ in shown} == alive
+        assert len(shown) <= sprites
+
+
+@given(st.integers(0, 10**4))
+def test_answers_are_where_the_patch_labels_say(index):
+    some, first = clip(index), None
+    for t, truth in enumerate(some.truth):
+        shown = some.patch_labels[t][some.patch_labels[t][:, 0] > 0]
+        if any(say.frame == t and "appears" in say.text for say in some.said):
+            first = SIDES[shown[0][3] - 1]
+        assert truth["where is it ?"] == (f"now {SIDES[shown[0][3] - 1]}" if len(shown) else "nowhere")
+        assert truth["where did it appear ?"] == (f"first {first}" if first else "nowhere")
+    for ask, answer in zip(some.said, some.said[1:], strict=False):
+        if ask.role == "user":
+            assert answer.role == "assistant" and answer.text == some.truth[ask.frame][ask.text]
+
+
+@given(st.integers(0, 10**4))
+def test_sides_are_never_narrated(index):
+    """Otherwise question accuracy would measure reading, not seeing."""
+    narrations = [say.text for say in clip(index).said if say.role == "assistant" and not say.text.startswith(("now", "first"))]
+    assert not any(word in SIDES for text in narrations for word in text.split())
+
+
+@given(st.integers(0, 10**4))
+def test_a_moving_sprite_changes_height_and_a_still_one_stays(index):
+    some = clip(index)
+    for t in range(1, DATA.frames):
+        before, now = (some.patch_labels[s][some.patch_labels[s][:, 0] > 0] for s in (t - 1, t))
+        if len(before) and len(now):
+            moved = any(say.frame == t and "moves" in say.text for say in some.said)
+            assert (before[0][2] != now[0][2]) == moved
+
+
+def test_the_sprite_is_painted_where_its_label_is():
+    some = clip(3, data=DataConfig(noise=0.0, event_rate=1.0, distractors=0))
+    for t in range(DATA.frames):
+        for place in np.nonzero(some.patch_labels[t][:, 0])[0]:
+            row, column = divmod(place, 5)
+            patch = some.frames[t][:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            colour = np.array(list(COLOURS.values())[some.patch_labels[t][place, 0] - 1]) * 2 - 1
+            painted = np.isclose(patch, colour[:, None, None], atol=1e-5).all(0)
+            assert painted.sum() >= 12
+
+
+def test_frames_are_in_range_and_shaped():
+    some = clip(frames=3)
+    assert some.frames.shape == (3, 3, 40, 40) and some.frames.dtype == np.float32
+    assert some.frames.min() >= -1 and some.frames.max() <= 1
+    assert some.patch_labels.shape == (3, 25, 4)
+
+
+def test_data_is_never_the_bottleneck():
+    """Far below a training step's time: some milliseconds a clip, even on a busy machine."""
+    started = time.perf_counter()
+    for index in range(50):
+        clip_layout(vocabulary(), clip(index), 26)
+    assert (time.perf_counter() - started) / 50 < 0.05
+
+
+@pytest.mark.parametrize("changes", [{"frames": 0}, {"sprites": 0}, {"event_rate": 1.5}, {"noise": -1.0}, {"fps": 0.0}])
+def test_wrong_settings_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        DataConfig(**changes)

@@ -1,0 +1,230 @@
+"""The training loop: exact resume, exact accumulation, and that it learns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mod.checkpoint import read_config, read_state, read_tensors, weights, write_state
+from mod.config import Config, DataConfig, TrainConfig
+from mod.data import make_clip, vocabulary
+from mod.evaluate import teacher_forced
+from mod.layout import NO_LABEL
+from mod.metrics import summarize
+from mod.optim import Muon, orthogonalize, schedule
+from mod.train import make_optimizers, step_clips, train, train_step
+from mod.videollm import VideoLLM, stream_loss
+from tests.helpers import as_batch, small_config, small_model
+
+ROOT = Path(__file__).parent.parent
+TINY = Config(
+    small_config(image_size=20, patch_size=4, grid=5),
+    DataConfig(frames=3),
+    TrainConfig(steps=6, batch_size=2, vit_steps=2, save_every=2, eval_every=3, eval_clips=4, warmup=2),
+)
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    model, metrics = train(TINY, folder)
+    return folder, metrics
+
+
+@pytest.mark.parametrize("stop", range(0, 6))
+def test_killed_at_any_step_and_resumed_ends_bitwise_the_same(tmp_path, uninterrupted, monkeypatch, stop):
+    """Killed before step `stop` + 1: the last saved state, or the start, is where it goes on."""
+    import mod.train as module
+
+    def dying(model, optimizers, config, words, step):
+        if step == stop:
+            raise SystemExit("killed")
+        return train_step(model, optimizers, config, words, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", dying)
+        with pytest.raises(SystemExit):
+            train(TINY, tmp_path)
+    torch.manual_seed(123)  # whatever the new process's random state is
+    train(read_config(tmp_path), tmp_path, resume=True)
+    whole, _ = uninterrupted
+    for name in ("model.safetensors", "state.safetensors"):
+        assert same(read_tensors(tmp_path / name)[0], read_tensors(whole / name)[0])
+    strip = [{k: v for k, v in json.loads(line).items() if k != "right"} for line in (tmp_path / "log.jsonl").open()]
+    assert strip == [{k: v for k, v in json.loads(line).items() if k != "right"} for line in (whole / "log.jsonl").open()]
+
+
+def test_sigkill_and_ctrl_c_in_a_real_process(tmp_path):
+    """SIGKILL at whatever moment, resume, Ctrl-C, resume: bitwise the weights of the run that nobody disturbed."""
+    flags = [f"--{name.replace('_', '-')}={value}" for part in (TINY.model, TINY.data) for name, value in vars(part).items()
+             if not isinstance(value, bool)]  # fmt: skip
+    flags += ["--steps=60", "--batch-size=2", "--vit-steps=2", "--save-every=5", "--eval-every=0", "--eval-clips=2", "--device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        command = [sys.executable, "train_tiny.py", f"--out={out}", *more]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait_for(path, process):
+        while not path.is_file():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+
+    whole = start(tmp_path / "whole", *flags)
+    killed = start(tmp_path / "killed", *flags)
+    wait_for(tmp_path / "killed" / "state.safetensors", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    stopped = start(tmp_path / "killed", "--resume")
+    while "resumed at step" not in (line := stopped.stdout.readline()):
+        assert line, "ended before it resumed"
+    time.sleep(0.1)
+    stopped.send_signal(signal.SIGINT)
+    output, _ = stopped.communicate()
+    assert "Traceback" not in output and stopped.returncode in (0, 130), output
+    if stopped.returncode == 130:
+        assert "continue with --resume" in output
+        last = start(tmp_path / "killed", "--resume")
+        assert last.wait() == 0, last.communicate()[0]
+    assert whole.wait() == 0, whole.communicate()[0]
+    one, two = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed"))
+    assert same(one, two)
+
+
+def test_state_round_trip(tmp_path):
+    model = small_model(dtype=torch.float32)
+    optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 1e-3)
+    batch = as_batch(model.config, [(2, [])], torch.float32)
+    stream_loss(model, model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels)), batch)[0].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    write_state(tmp_path, model, optimizers, 7)
+    other = small_model(1, dtype=torch.float32)
+    fresh = make_optimizers(dict(other.named_parameters()), "muon", 0.02, 1e-3)
+    assert read_state(tmp_path, other, fresh) == 7
+    assert same(weights(model), weights(other))
+    for one, two in zip(optimizers, fresh, strict=True):
+        assert len(one.state) == len(two.state) > 0
+        for p, q in zip(one.param_groups[0]["params"], two.param_groups[0]["params"], strict=True):
+            assert same(dict(one.state[p]), dict(two.state[q]))
+
+
+def test_accumulation_equals_one_large_batch():
+    """Parts are weighted by their labels, so that how a batch is split changes nothing but rounding."""
+    words, steps = vocabulary(), []
+    for accumulate in (1, 3):
+        config = replace(TINY, train=replace(TINY.train, batch_size=5, accumulate=accumulate, optimizer="adamw", clip=1e9))
+        torch.manual_seed(0)
+        model = VideoLLM(config.model).double()
+        optimizers = [torch.optim.SGD(model.decoder.parameters(), lr=1.0)]
+        optimizers[0].param_groups[0]["peak"] = 1.0
+        model.vit.forward = lambda pixels, old=model.vit.forward: old(pixels.double())
+        steps.append((train_step(model, optimizers, config, words, 0), weights(model)))
+    assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-6)
+    for name, tensor in steps[0][1].items():
+        torch.testing.assert_close(tensor, steps[1][1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_loss_is_lm_plus_weighted_streaming_over_labels():
+    model = small_model()
+    batch = as_batch(model.config, [(3, []), (2, [])])
+    hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
+    logits = model.decoder.logits(hidden).float()
+    picked = batch.labels != NO_LABEL
+    nll = -logits.log_softmax(-1)[picked].gather(-1, batch.labels[picked][:, None])[:, 0]
+    streaming = batch.streaming[picked]
+    for weight in (0.0, 1.0, 2.5):
+        total, text, stream = stream_loss(model, hidden, batch, weight)
+        expected = (nll[~streaming].sum() + weight * nll[streaming].sum()) / picked.sum()
+        torch.testing.assert_close(total.float(), expected)
+        torch.testing.assert_close(stream.float(), nll[streaming].sum())
+        torch.testing.assert_close(text.float(), nll[~streaming].sum())
+
+
+@pytest.mark.parametrize("layers", ["interleaved", "none"])
+def test_it_learns_four_clips_by_heart(layers):
+    """The loss of a few clips seen again and again goes to nearly nothing, with and without MoD."""
+    config = replace(TINY, model=replace(TINY.model, layers=layers))
+    torch.manual_seed(0)
+    model, words = VideoLLM(config.model), vocabulary()
+    optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 3e-3)
+    unfrozen = replace(config, train=replace(config.train, steps=150, vit_lr=1.0, batch_size=4))
+    import mod.train as module
+
+    clips = [make_clip(config.data, config.model, "train", 0, index) for index in range(4)]
+    before = module.step_clips
+    module.step_clips = lambda *_: clips
+    try:
+        losses = [train_step(model, optimizers, unfrozen, words, step)["loss"] for step in range(150)]
+    finally:
+        module.step_clips = before
+    assert losses[0] > 2.0 and losses[-1] < 0.05, (losses[0], losses[-1])
+    turns, silent = teacher_forced(model, words, clips)
+    summary = summarize(turns, silent, 2.0)
+    assert summary["narration_exact"] == summary["silence_accuracy"] == summary["speak_accuracy"] == 1.0
+
+
+def test_frozen_encoder_does_not_move():
+    torch.manual_seed(0)
+    model, words = VideoLLM(TINY.model), vocabulary()
+    trained = {name: p for name, p in model.named_parameters() if not name.startswith("vit.")}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_step(model, make_optimizers(trained, "muon", 0.02, 1e-3), TINY, words, 0)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("vit."), name
+
+
+def test_clips_of_different_steps_never_meet():
+    config = replace(TINY, train=replace(TINY.train, curriculum="0:1,0.5:3"))
+    seen = [clip.frames[0].tobytes() for step in range(6) for clip in step_clips(config, step)]
+    assert len(seen) == len(set(seen))
+    assert [len(step_clips(config, step)) for step in (0, 5)] == [6, 2], "as many frames in every step"
+    assert [len(step_clips(config, step)[0].frames) for step in (0, 2, 3, 5)] == [1, 1, 3, 3]
+
+
+def test_orthogonalize_pushes_singular_values_to_one():
+    for shape in ((3, 8, 20), (2, 20, 8), (1, 6, 6)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert (values > 0.3).all() and (values < 1.3).all()
+
+
+def test_muon_treats_equal_shapes_together_as_one_by_one():
+    grads = [torch.randn(6, 10) for _ in range(3)]
+    together, alone = ([torch.nn.Parameter(torch.zeros(6, 10)) for _ in grads] for _ in range(2))
+    optimizers = [Muon(together, lr=0.1), *[Muon([p], lr=0.1) for p in alone]]
+    for _ in range(2):
+        for params in (together, alone):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_schedule():
+    factors = [schedule(step, 100, 10) for step in range(100)]
+    assert factors[0] == 0.1 and max(factors) == 1.0 and 0 <= factors[-1] < 0.001
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert schedule(0, 1, 0) == 1.0
+
+
+def test_every_trained_parameter_has_one_optimizer():
+    model = small_model(dtype=torch.float32)
+    optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 1e-3)
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+    muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in muon) == (p.ndim == 2 and not any(part in name for part in ("embed", "router", "position"))), name
