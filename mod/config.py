@@ -171,7 +171,7 @@ class DataConfig:
     frames: int = flag(8, "frames of a clip")
     sprites: int = flag(1, "most sprites visible at once")
     event_rate: float = flag(0.45, "chance that something happens at a frame")
-    question_rate: float = flag(0.4, "chance that the user asks something after a frame")
+    question_rate: float = flag(0.5, "chance that the user asks something after a frame")
     distractors: int = flag(4, "grey shapes in the background")
     noise: float = flag(0.03, "standard deviation of the pixel noise, of a 0 to 1 range")
     fps: float = flag(2.0, "frames per second of stream time")

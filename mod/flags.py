@@ -6,6 +6,7 @@ checkpoint can fill it in: flag > checkpoint > preset.
 
 import argparse
 import difflib
+import os
 import sys
 from dataclasses import fields, replace
 
@@ -56,6 +57,9 @@ def run_script(script, arguments: argparse.Namespace, name: str) -> int:
     """Call script(arguments) -> exit code; a user's mistake becomes one sentence on stderr and exit code 2."""
     try:
         return script(arguments)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -36,32 +36,38 @@ BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patche
 
 def pick_device(name: str, dtype: str = "float32") -> torch.device:
     """Raises UserError when the device is not there, or cannot do the dtype."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device got cuda, but torch finds no CUDA GPU; use --device auto or cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device got mps, but torch finds no Apple GPU; use --device auto or cpu")
+        name = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there[name]:
+        raise UserError(f"device got {name}, but torch finds none here; use --device auto or cpu")
     if dtype != "float32" and name != "cuda":
         raise UserError(f"dtype {dtype} needs a CUDA GPU, got device {name}; use --dtype float32")
     return torch.device(name)
 
 
+def prepare(config: Config) -> tuple[torch.device, Vocabulary]:
+    """Where to train, and on which words. Raises UserError when the configuration cannot be trained here."""
+    words = vocabulary()
+    if len(words) > config.model.vocab_size:
+        message = f"vocab_size must be at least {len(words)}, the words of the stream, got {config.model.vocab_size}"
+        raise UserError(message)
+    return pick_device(config.train.device, config.train.dtype), words
+
+
 def make_optimizers(
-    named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float
+    named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float, vit_lr: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers, AdamW for the rest: embeddings, norms, biases, routers, patches."""
-
-    def turned(name: str, parameter: nn.Parameter) -> bool:
-        return (
-            kind == "muon"
-            and parameter.ndim == 2
-            and not any(part in name for part in ("embed", "router", "position", "head.weight"))
-        )
-
-    matrices = [parameter for name, parameter in named.items() if turned(name, parameter)]
-    others = [parameter for name, parameter in named.items() if not turned(name, parameter)]
-    optimizers = [torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    """Muon for the weight matrices of linear layers, AdamW for embeddings, norms, biases, routers and patches; AdamW at
+    `vit_lr`, when that is given, for all of the vision encoder."""
+    vision = [parameter for name, parameter in named.items() if vit_lr and name.startswith("vit.")]
+    matrices, others = [], []
+    for name, parameter in named.items():
+        if not (vit_lr and name.startswith("vit.")):
+            special = any(part in name for part in ("embed", "router", "position", "decoder.head"))
+            (matrices if kind == "muon" and parameter.ndim == 2 and not special else others).append(parameter)
+    groups = [{"params": others, "lr": adam_lr}] + ([{"params": vision, "lr": vit_lr}] if vision else [])
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
         optimizers.append(Muon(matrices, lr=lr))
     for optimizer in optimizers:
@@ -168,7 +174,7 @@ def train_step(
 
 def estimate_seconds(config: Config) -> float:
     """About how long training will take here: a step of a throw-away model, times the steps, and a tenth for the rest."""
-    device, words = pick_device(config.train.device, config.train.dtype), vocabulary()
+    device, words = prepare(config)
     model = VideoLLM(config.model).to(device)
     optimizers = make_optimizers(
         dict(model.decoder.named_parameters()), config.train.optimizer, config.train.lr, config.train.adam_lr
@@ -204,7 +210,7 @@ class Log:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_text().splitlines() if step and path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # a crash may cut a line
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict, line: str) -> None:
@@ -258,29 +264,23 @@ def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, di
     ended it early: the state is saved then, and `resume` continues it.
     """
     started, settings = time.monotonic(), config.train
-    device, words = pick_device(settings.device, settings.dtype), vocabulary()
-    if len(words) > config.model.vocab_size:
-        raise UserError(
-            f"vocab_size must be at least {len(words)}, the words of the synthetic stream, got {config.model.vocab_size}"
-        )
+    device, words = prepare(config)
     torch.manual_seed(settings.seed)
     model = VideoLLM(config.model).to(device)
     trained = {name: p for name, p in model.named_parameters() if settings.vit_lr or not name.startswith("vit.")}
-    optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr)
+    optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
 
     out.mkdir(parents=True, exist_ok=True)
-    step, state = 0, out / "state.safetensors"
     write_config(out, config)
+    step, state = 0, out / "state.safetensors"
     if resume and state.is_file():
         step = read_state(out, model, optimizers)
         tqdm.write(f"resumed at step {step} of {settings.steps}")
     log = Log(out / "log.jsonl", step)
     if step == 0 and settings.vit_steps:
-        right = warm_up_vit(model.vit, config)
-        log.write(
-            {"kind": "warm-up", "step": 0, "right": right},
-            f"vision warm-up: {right:.0%} of sprites named and placed right, {time.monotonic() - started:.0f} s",
-        )
+        right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
+        line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
+        log.write({"kind": "warm-up", "step": 0, "right": right}, line)
     if settings.compile:
         model.decoder.compile(dynamic=True)
     model.train()

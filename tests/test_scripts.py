@@ -1,0 +1,236 @@
+"""The two scripts as a user runs them: what they write, and one sentence with exit code 2 for every mistake."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+import stream_tiny
+import train_tiny
+from mod.checkpoint import read_tensors
+from mod.config import ModelConfig, kept_per_frame
+
+QUICK = "--steps 4 --batch-size 2 --vit-steps 2 --frames 4 --eval-clips 4 --eval-every 2 --device cpu".split()
+METRICS = {
+    "narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy", "lm_ppl", "time_diff", "fluency",
+    "lm_correctness", "free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scripts") / "run"
+    assert train_tiny.main([*QUICK, "--out", str(out), "--seed", "3"]) == 0
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def refused(main, arguments, capsys, *parts):
+    """The script says one sentence on stderr, with all `parts` in it, and ends with exit code 2."""
+    capsys.readouterr()
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    for part in parts:
+        assert part in error, error
+
+
+def test_training_writes_everything(trained):
+    assert {path.name for path in trained.iterdir()} == set(train_tiny.RUN_FILES)
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert set(metrics) >= METRICS
+    assert set(metrics["free_running"]) >= METRICS - {"free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed"}
+    assert metrics["steps"] == 4 and metrics["seed"] == 3 and 0.6 < metrics["kv_ratio"] < 1
+    config = json.loads((trained / "config.json").read_text())
+    assert config["data"]["frames"] == 4 and config["train"]["seed"] == 3
+    kinds = [json.loads(line)["kind"] for line in (trained / "log.jsonl").open()]
+    assert kinds == ["warm-up", "eval", "train", "eval"]
+
+
+def test_training_prints_plan_and_table(trained, capsys, tmp_path):
+    assert train_tiny.main([*QUICK, "--steps", "0", "--vit-steps", "0", "--out", str(tmp_path / "zero")]) == 0
+    out = capsys.readouterr().out
+    for part in ("parameters", "vision encoder", "decoder FLOPs", "of full", "minute", "teacher-forced", "free-running"):
+        assert part in out
+    assert "KV cache" in out and "stream_tiny.py --checkpoint" in out
+
+
+def test_an_existing_run_is_never_overwritten_unasked(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    refused(train_tiny.main, [*QUICK, "--out", str(run)], capsys, "already holds a run", "--resume", "--overwrite")
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    assert train_tiny.main([*QUICK, "--out", str(run), "--overwrite", "--seed", "4"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["seed"] == 4
+
+
+def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
+    before = (run / "model.safetensors").read_bytes()
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--dim", "48"], capsys, "dim got 48", "has 96", "resume without --dim")
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--gate", "update"], capsys, "gate got update", "has value")
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--frames", "5"], capsys, "frames got 5", "has 4")
+    refused(train_tiny.main, ["--out", str(run / "no"), "--resume"], capsys, "no run in", "config.json is missing")
+    assert (run / "model.safetensors").read_bytes() == before
+    assert train_tiny.main(["--out", str(run), "--resume", "--steps", "6"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 6
+    assert "resuming" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--keep-ratio", "1.5"], ["keep ratio must be in (0, 1], got 1.5"]),
+        (["--keep-ratio", "0"], ["keep ratio must be in (0, 1], got 0.0"]),
+        (["--layers", "sometimes"], ["layers got 'sometimes'", "interleaved"]),
+        (["--layers", "1,9"], ["layers got '1,9'", "4 layers"]),
+        (["--steps", "-5"], ["steps must not be negative, got -5"]),
+        (["--steps", "many"], ["invalid int value: 'many'"]),
+        (["--select", "best"], ["invalid choice: 'best'"]),
+        (["--gate", "open"], ["invalid choice: 'open'"]),
+        (["--batch-size", "0"], ["batch_size must be at least 1"]),
+        (["--lr", "0"], ["lr must be positive"]),
+        (["--frames", "0"], ["frames must be at least 1"]),
+        (["--device", "cuda", "--dtype", "bfloat16"], ["cuda"]),
+        (["--dtype", "bfloat16", "--device", "cpu"], ["needs a CUDA GPU"]),
+        (["--keep-ration", "0.5"], ["unknown flag --keep-ration", "did you mean --keep-ratio"]),
+        (["--curriculum", "fast"], ["curriculum got 'fast'"]),
+        (["--vocab-size", "10"], ["vocab_size must be at least"]),
+        (["--resume", "--overwrite"], ["not allowed with argument"]),
+    ],
+)
+def test_bad_training_flags(flags, parts, capsys, tmp_path):
+    if flags[:2] == ["--device", "cuda"] and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(train_tiny.main, [*flags, "--out", str(tmp_path / "run")], capsys, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_is_a_file_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    refused(train_tiny.main, [*QUICK, "--out", str(tmp_path / "file" / "run")], capsys, "file")
+    refused(train_tiny.main, [*QUICK, "--out", str(tmp_path / "file")], capsys, "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_streaming_prints_every_frame_truth_and_cache(trained, capsys, tmp_path):
+    picture = tmp_path / "stream.png"
+    flags = ["--checkpoint", str(trained), "--ask", "2:where is it?", "--ask", "1.5s:where did it appear ?", "--save", str(picture)]
+    assert stream_tiny.main([*flags, "--seed", "5", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "user: where is it ?" in out and "user: where did it appear ?" in out
+    assert "truth" in out and "frames a second" in out and "entries in layers 0 to 3" in out and "full computation" in out
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+def test_streaming_json_and_cache_formula(trained, capsys, frames):
+    """One object a line with exactly the promised keys; the entries are the formula's at every line."""
+    flags = ["--checkpoint", str(trained), "--json", "--frames", str(frames), "--ask", "0:where is it ?", "--seed", "2"]
+    assert stream_tiny.main(flags) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    config, text = ModelConfig(**json.loads((trained / "config.json").read_text())["model"]), 1
+    assert [line["frame"] for line in lines if line["role"] in ("assistant", "silence")].count(0) == 2
+    assert {line["frame"] for line in lines} == set(range(frames))
+    kept = [kept_per_frame(ratio, 26) for ratio in config.keep]
+    for number, line in enumerate(lines):
+        assert set(line) == {"frame", "time", "role", "text", "cache_entries"}
+        assert line["time"] == line["frame"] / 2
+        words = len(line["text"].split())
+        if line["role"] == "silence":
+            assert line["text"] == ""
+        elif line["role"] == "user":
+            text += 1 + words
+            continue  # the line is printed with its answer already in the cache
+        else:
+            text += 2 + words
+        seen = line["frame"] + 1
+        assert line["cache_entries"] == [k * seen + text for k in kept], number
+
+
+def test_streaming_is_reproducible(trained, capsys):
+    outs = []
+    for _ in range(2):
+        assert stream_tiny.main(["--checkpoint", str(trained), "--json", "--seed", "9"]) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] and outs[0]
+    assert stream_tiny.main(["--checkpoint", str(trained), "--json", "--seed", "10"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--ask", "99:where is it ?"], ["--ask got '99:where is it ?'", "frames 0 to 3"]),
+        (["--ask", "7.5s:where is it ?"], ["frames 0 to 3", "1.5 s"]),
+        (["--ask", "where is it ?"], ["expected WHEN:QUESTION"]),
+        (["--ask", "x:where is it ?"], ["expected WHEN:QUESTION"]),
+        (["--ask", "-1:where is it ?"], ["frames 0 to 3"]),
+        (["--ask", "1:"], ["expected WHEN:QUESTION"]),
+        (["--ask", "1:what is love ?"], ["unknown word 'what'", "known words"]),
+        (["--ask", "infs:where ?"], ["expected WHEN:QUESTION"]),
+        (["--threshold", "2"], ["threshold is a probability"]),
+        (["--frames", "0"], ["frames must be at least 1"]),
+        (["--seed", "-1"], ["seed not negative"]),
+        (["--chekpoint", "x"], ["did you mean --checkpoint"]),
+    ],
+)
+def test_bad_streaming_flags(trained, flags, parts, capsys):
+    refused(stream_tiny.main, ["--checkpoint", str(trained), *flags], capsys, *parts)
+
+
+def test_missing_foreign_and_truncated_checkpoints(run, tmp_path, capsys):
+    def stream(*parts):
+        refused(stream_tiny.main, ["--checkpoint", str(run)], capsys, *parts)
+
+    refused(stream_tiny.main, ["--checkpoint", str(tmp_path / "nothing")], capsys, "no run in", "train first")
+    weights, config = run / "model.safetensors", run / "config.json"
+    whole, tensors = weights.read_bytes(), read_tensors(weights)[0]
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        stream("is damaged or no safetensors file")
+    weights.unlink()
+    stream("no file", "model.safetensors")
+    name = "decoder.norm.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, weights)
+    stream(f"lacks the tensor {name}")
+    save_file({**tensors, "extra": tensors[name].clone()}, weights)
+    stream("unknown tensor extra")
+    save_file({**tensors, name: tensors[name][:3].clone()}, weights)
+    stream(f"{name} is (3,), expected (96,)")
+    weights.write_bytes(whole)
+    original = config.read_text()
+    for text in ("", "{", "[]", '{"model": {}}', original.replace('"dim"', '"width"'), original.replace("0.2", "7.0")):
+        config.write_text(text)
+        stream("is not the configuration of a run")
+
+
+def test_damaged_training_state_is_told(run, capsys):
+    state = run / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    model = (run / "model.safetensors").read_bytes()
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--steps", "6"], capsys, "is damaged")
+    shutil.copy(run / "model.safetensors", state)
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--steps", "6"], capsys, "is no training state")
+    assert (run / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize("main", [train_tiny.main, stream_tiny.main])
+def test_help_names_every_flag(main, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    wanted = {
+        train_tiny.main: "out steps seed batch-size lr frames keep-ratio layers select gate device dtype compile resume overwrite eval-every",
+        stream_tiny.main: "checkpoint seed frames ask threshold json device save",
+    }[main]
+    for flag in wanted.split():
+        assert f"--{flag}" in out
