@@ -73,9 +73,8 @@ def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
     if not colon or not text:
         raise UserError(f"--ask got {ask!r}, {expected}")
     if not 0 <= frame < frames:
-        raise UserError(
-            f"--ask got {ask!r}, but the stream has frames 0 to {frames - 1} (0 to {(frames - 1) / fps:g} s); ask earlier or pass more --frames"
-        )
+        there = f"frames 0 to {frames - 1} (0 to {(frames - 1) / fps:g} s)"
+        raise UserError(f"--ask got {ask!r}, but the stream has {there}; ask earlier or pass more --frames")
     words.encode(text)
     return Question(frame, text)
 
@@ -165,12 +164,9 @@ def run(arguments) -> int:
     full = dense(config.model)
     print(f"\nright: {scores}")
     print(f"speed: {frames / spoken:.0f} frames a second on {device}, answers to questions not counted")
-    print(
-        f"cache: {' '.join(map(str, stream.cache.lengths()))} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes"
-    )
-    print(
-        f" full: {' '.join(map(str, layer_tokens(full, frames, fed)))} entries with full computation, {kv_bytes(full, frames, fed):,} bytes"
-    )
+    held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, frames, fed)))
+    print(f"cache: {held} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes")
+    print(f" full: {whole} entries with full computation, {kv_bytes(full, frames, fed):,} bytes")
     if arguments.save:
         print(f"wrote {arguments.save}")
     return 0

@@ -6,7 +6,6 @@ python train_tiny.py --gate update --out runs/paper    # the paper's gate; watch
 python train_tiny.py --resume                          # go on after Ctrl-C or a crash
 """
 
-import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -61,9 +60,9 @@ def choose_config(arguments) -> Config:
                 getattr(getattr(config, part), field.name),
             )
             if before != now:
-                raise UserError(
-                    f"{field.name} got {now}, but the run in {out} has {before}; resume without --{field.name.replace('_', '-')}, or train in another --out"
-                )
+                flag = "--" + field.name.replace("_", "-")
+                message = f"{field.name} got {now}, but the run in {out} has {before}"
+                raise UserError(f"{message}; resume without {flag}, or train in another --out")
     changed = given(arguments, TrainConfig)
     print(
         f"resuming {out}"
@@ -91,18 +90,14 @@ def print_plan(config: Config, out: Path) -> None:
     print(f"  {'all':<15}{sum(p.numel() for p in model.parameters()):>10,}")
     frames, text = config.data.frames, average_text(validation_clips(config, 64))
     share, full = ratios(config.model, frames, text), dense(config.model)
-    print(
-        f"\npredicted cost of a stream of {frames} frames of {config.model.frame_tokens} tokens and {text} text tokens, against full computation"
-    )
+    mod_bytes, full_bytes = kv_bytes(config.model, frames, text), kv_bytes(full, frames, text)
+    stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
+    print(f"\npredicted cost of a stream of {stream}, against full computation")
     print(f"  keep ratio of each layer      {', '.join(f'{ratio:g}' for ratio in config.model.keep)}")
     print(f"  decoder FLOPs                 {share['flop_ratio']:.3f} of full")
-    print(
-        f"  KV cache                      {share['kv_ratio']:.3f} of full ({kv_bytes(config.model, frames, text):,} of {kv_bytes(full, frames, text):,} bytes)"
-    )
-    seconds = estimate_seconds(config)
-    print(
-        f"\ntraining for {config.train.steps} steps into {out}, about {max(1, round(seconds / 60))} minute(s) on this machine; Ctrl-C saves and stops\n"
-    )
+    print(f"  KV cache                      {share['kv_ratio']:.3f} of full ({mod_bytes:,} of {full_bytes:,} bytes)")
+    minutes = max(1, round(estimate_seconds(config) / 60))
+    print(f"\ntraining {config.train.steps} steps into {out}: about {minutes} min here; Ctrl-C saves and stops\n")
 
 
 def print_table(metrics: dict) -> None:
@@ -127,13 +122,10 @@ def run(arguments) -> int:
     write_text(arguments.out / "metrics.json", to_json(metrics, indent=2) + "\n")
     plot_curve(arguments.out)
     print_table(metrics)
-    print(
-        f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation, {metrics['seconds']:.0f} seconds"
-    )
-    print(
-        f"\nwrote {arguments.out}; now watch it: python stream_tiny.py"
-        + ("" if arguments.out == Path("runs/tiny") else f" --checkpoint {arguments.out}")
-    )
+    cost = f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation"
+    print(f"{cost}, {metrics['seconds']:.0f} seconds")
+    where = "" if arguments.out == Path("runs/tiny") else f" --checkpoint {arguments.out}"
+    print(f"\nwrote {arguments.out}; now watch it: python stream_tiny.py{where}")
     return 0
 
 

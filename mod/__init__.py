@@ -8,14 +8,15 @@ Read the files in this order, each holds one idea:
     router    which vision tokens of a frame go through a layer, and with what weight
     cache     the streaming memory: keys and values, another number of them in every layer
     decoder   the Llama-type decoder; MoDBlock wraps the dense block
-    videollm  vision encoder + connector + decoder, and the loss
     layout    a conversation about a video as one row of tokens and labels
+    videollm  vision encoder + connector + decoder, and the loss
     data      the synthetic video stream
     metrics   what "good" means: the base paper's metrics and plain accuracies
+    stream    frames arrive one by one, answers leave one by one
+    evaluate  a model over many clips: teacher-forced, and free-running through a stream
     optim     AdamW, and Muon for the matrices
     checkpoint  files that survive a crash, and runs that continue bit for bit
     train     the training loop
-    stream    frames arrive one by one, answers leave one by one
 
 Size letters, the same in every file (lower case inside einops patterns):
 

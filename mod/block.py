@@ -64,8 +64,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, *, context: Tensor | None = None,
-                past=None, value_gate: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, *,
+                context: Tensor | None = None, past=None, value_gate: Tensor | None = None) -> Tensor:  # fmt: skip
         """x (B, T, D) -> (B, T, D).
 
         pos    (B, T) position of each token in its stream; rows run forwards in time, padding (PAD) on the right

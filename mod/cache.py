@@ -83,7 +83,7 @@ class KVCache:
         return sum(self.lengths(row)) * entry
 
     def require(self, frames: int, text: list[int]) -> None:
-        """Raise ValueError, before anything is stored, unless every row has room for `frames` frames and text[row] tokens."""
+        """Raise UserError, before anything is stored, unless each row has room for `frames` frames, text[row] words."""
         more = torch.tensor(text, device=self.layers[0].length.device)
         for number, (layer, kept) in enumerate(zip(self.layers, self.config.kept, strict=True)):
             needed = int((layer.length + kept * frames + more).max())

@@ -65,15 +65,14 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy tensors into the model's parameters. Raises UserError naming the first that is missing, left over or misshapen."""
+    """Copy tensors into the model. Raises UserError naming the first that is missing, left over or misshapen."""
     own = weights(model)
     for name, parameter in own.items():
         if name not in tensors:
             raise UserError(f"{source} lacks the tensor {name}; it belongs to another model")
         if tensors[name].shape != parameter.shape:
-            raise UserError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}; it belongs to another model"
-            )
+            got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise UserError(f"{source}: {name} is {got}, expected {expected}; it belongs to another model")
     for name in tensors:
         if name not in own:
             raise UserError(f"{source} holds the unknown tensor {name}; it belongs to another model")

@@ -8,11 +8,11 @@ Read next: block.py
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave, told in one sentence: got X, expected Y, do Z. The scripts print it and exit with 2."""
+    """A user's mistake, told in one sentence: got X, expected Y, do Z. The scripts print it and exit with code 2."""
 
 
 PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
@@ -117,9 +117,9 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "vit_dim", "vit_depth", "vit_heads", "vit_hidden", "grid", "vocab_size", "dim",
-                     "depth", "heads", "kv_heads", "head_dim", "ffn_hidden"):  # fmt: skip
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            _require(type(value) is not int or value >= 1, f"{each.name} must be at least 1, got {value}")
         _require(
             self.image_size >= self.patch_size,
             f"image_size {self.image_size} is smaller than patch_size {self.patch_size}",
@@ -208,7 +208,7 @@ class TrainConfig:
     warmup: int = flag(20, "steps of linear warm-up; a cosine to zero follows")
     clip: float = flag(1.0, "largest norm of the gradient")
     stream_weight: float = flag(1.0, "omega, the weight of the streaming loss")
-    vit_steps: int = flag(200, "steps of the vision encoder's warm-up on single frames")
+    vit_steps: int = flag(250, "steps of the vision encoder's warm-up on single frames")
     vit_lr: float = flag(
         0.0, "AdamW's learning rate for the vision encoder after its warm-up; 0 freezes it, as the paper does"
     )
@@ -252,9 +252,8 @@ class TrainConfig:
             or stages[-1][0] >= 1
             or min(frames for _, frames in stages) < 1
         ):
-            raise UserError(
-                f"curriculum got {self.curriculum!r}, expected SHARE:FRAMES pairs that begin at 0 and grow, such as 0:2,0.5:8"
-            )
+            expected = "SHARE:FRAMES pairs that begin at 0 and grow, such as 0:2,0.5:8"
+            raise UserError(f"curriculum got {self.curriculum!r}, expected {expected}")
         return stages
 
     def frames_at(self, step: int, longest: int) -> int:

@@ -1,9 +1,9 @@
 """The synthetic video stream: small, made from a seed on the fly, and hard enough that vision is needed.
 
 A coloured sprite appears, moves, turns another colour, leaves, on a textured background with grey distractors and
-noise. Each change is narrated, with the sprite's height in the frame; nothing is said while nothing happens. On which
-*side* the sprite is, is never narrated, so a question about it (now, or where it first appeared) cannot be answered
-from what was said before: chance is one in five.
+noise; in the one frame in which it moves it leaves a trail, as a camera's exposure would. Each change is narrated,
+nothing is said while nothing happens. On which *side* of the frame the sprite is, is never narrated, so a question
+about it (now, or where it first appeared) cannot be answered from what was said before: chance is one in five.
 
 Read next: metrics.py
 """
@@ -22,7 +22,7 @@ from mod.layout import Batch, Layout, Say, Vocabulary, collate, lay_out
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.15, 0.25, 0.95), "yellow": (0.95, 0.9, 0.1),
            "pink": (0.95, 0.3, 0.85), "cyan": (0.1, 0.9, 0.9)}  # fmt: skip
 SHAPES = ("square", "disc", "triangle", "cross")
-HEIGHTS = ("top", "middle", "bottom")
+HEIGHTS = ("top", "upper", "middle", "lower", "bottom")
 SIDES = ("far-left", "left", "centre", "right", "far-right")
 EVENTS = {"moves": 0.4, "turns": 0.35, "leaves": 0.25}  # what happens to a sprite that is there, and how often
 WORDS = (
@@ -30,10 +30,10 @@ WORDS = (
     *("nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?"),
 )
 SPLITS = {"train": 0, "validation": 1, "test": 2, "warm-up": 3}
-CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a column is a side,
-BAND = (0, 0, 1, 2, 2)  # and rows of cells are gathered into three heights
-# Values of a patch's labels: colour, shape, height, side; 0 for "nothing here".
-LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES))
+CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a row is a height, a column a side
+TRAIL = 0.5  # opacity of the motion blur that a sprite leaves where it was, in the one frame in which it moves
+# Values of a patch's labels: colour, shape, height and side of a sprite, and is there a trail; 0 for "no".
+LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2)
 
 
 def vocabulary() -> Vocabulary:
@@ -48,6 +48,7 @@ class Sprite:
     column: int
     jitter: tuple[int, int]  # pixels, 0 or 1
     first: str = ""  # side on which it appeared
+    trail: tuple[int, int] | None = None  # the cell that it has just left
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Sprite:
 
     @property
     def height(self) -> str:
-        return HEIGHTS[BAND[self.row]]
+        return HEIGHTS[self.row]
 
     @property
     def side(self) -> str:
@@ -68,7 +69,8 @@ class Clip:
 
     frames        (F, 3, side, side) float32 in [-1, 1]
     said          narrations, questions and answers, in order
-    patch_labels  (F, P, 4) colour, shape, height and side of the sprite whose centre is in the patch, from 1; 0 for none
+    patch_labels  (F, P, 5) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for none;
+                  and 1 where a trail is
     truth         after each frame: every question that makes sense then, and its answer
     """
 
@@ -91,10 +93,11 @@ def shape_mask(shape: str, side: int) -> np.ndarray:
     }[shape]
 
 
-def draw(frame: np.ndarray, shape: str, colour, top: int, left: int) -> None:
+def draw(frame: np.ndarray, shape: str, colour, top: int, left: int, opacity: float = 1.0) -> None:
     """Paint a shape, a pixel smaller than a cell, into frame (3, side, side) with values 0 to 1, in place."""
     side = frame.shape[-1] // CELLS - 1
-    frame[:, top : top + side, left : left + side][:, shape_mask(shape, side)] = np.asarray(colour)[:, None]
+    there, mask = frame[:, top : top + side, left : left + side], shape_mask(shape, side)
+    there[:, mask] = opacity * np.asarray(colour)[:, None] + (1 - opacity) * there[:, mask]
 
 
 def background(rng: np.random.Generator, side: int, distractors: int) -> np.ndarray:
@@ -126,7 +129,7 @@ class Scene:
             (row, column)
             for row in range(CELLS)
             for column in range(CELLS)
-            if (sprite.row < 0 or BAND[row] != BAND[sprite.row]) and (row, column) not in taken
+            if row != sprite.row and (row, column) not in taken
         ]
         sprite.row, sprite.column = free[self.rng.integers(len(free))]
         sprite.jitter = tuple(self.rng.integers(0, 2, 2))
@@ -138,7 +141,7 @@ class Scene:
         return free[self.rng.integers(len(free))]
 
     def happen(self) -> str:
-        """Let one thing happen; returns its narration, which always says at what height the sprite is (or was)."""
+        """Let one thing happen; returns its narration."""
         if not self.sprites or (len(self.sprites) < self.config.sprites and self.rng.random() < 0.5):
             sprite = Sprite(*self.name(), row=-1, column=-1, jitter=(0, 0))
             self.place(sprite)
@@ -149,13 +152,19 @@ class Scene:
         before, kind = sprite.name, self.rng.choice(list(EVENTS), p=list(EVENTS.values()))
         if kind == "turns":
             sprite.colour, _ = self.name(sprite.shape)
-            return f"{before} turns {sprite.colour} {sprite.height}"
+            return f"{before} turns {sprite.colour}"
         if kind == "moves":
+            sprite.trail = (sprite.row, sprite.column)
             self.place(sprite)
             return f"{before} moves {sprite.height}"
         self.sprites.remove(sprite)
         self.last = sprite
-        return f"{before} leaves {sprite.height}"
+        return f"{before} leaves"
+
+    def settle(self) -> None:
+        """A frame has passed: trails fade."""
+        for sprite in self.sprites:
+            sprite.trail = None
 
     def truth(self) -> dict[str, str]:
         """Every question that can be asked at this moment, with its answer: where things are, and where they were."""
@@ -170,21 +179,28 @@ class Scene:
         return now | {f"where did the {sprite.name} appear ?": f"first {sprite.first}" for sprite in self.sprites}
 
     def paint(self, frame: np.ndarray) -> None:
-        """Draw the sprites into frame (3, side, side), in place."""
+        """Draw the sprites into frame (3, side, side), in place, trails below them."""
         cell = frame.shape[-1] // CELLS
+        for sprite in self.sprites:
+            if sprite.trail:
+                draw(frame, sprite.shape, COLOURS[sprite.colour], *(cell * c for c in sprite.trail), opacity=TRAIL)
         for sprite in self.sprites:
             top, left = sprite.row * cell + sprite.jitter[0], sprite.column * cell + sprite.jitter[1]
             draw(frame, sprite.shape, COLOURS[sprite.colour], top, left)
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
-        """(P, 3) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
+        """(P, 5) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
         labels = np.zeros((side // patch, side // patch, len(LABEL_SIZES)), np.int64)
-        cell = side // CELLS
+
+        def place(cell: tuple[int, int]) -> tuple[int, int]:
+            """The patch that holds a cell's centre."""
+            return tuple((c * (side // CELLS) + side // CELLS // 2) // patch for c in cell)
+
         for sprite in self.sprites:
-            row, column = ((c * cell + cell // 2) // patch for c in (sprite.row, sprite.column))
-            where = HEIGHTS.index(sprite.height), SIDES.index(sprite.side)
-            labels[row, column] = [list(COLOURS).index(sprite.colour), SHAPES.index(sprite.shape), *where]
-            labels[row, column] += 1
+            what = list(COLOURS).index(sprite.colour), SHAPES.index(sprite.shape)
+            labels[place((sprite.row, sprite.column))][:4] = [1 + value for value in (*what, sprite.row, sprite.column)]
+            if sprite.trail:
+                labels[place(sprite.trail)][4] = 1
         return rearrange(labels, "h w c -> (h w) c")
 
 
@@ -198,6 +214,7 @@ def make_clip(
     video = np.repeat(still[None], frames, axis=0)
     labels, said, truth = [], [], []
     for t in range(frames):
+        scene.settle()
         if rng.random() < config.event_rate:
             said.append(Say(t, "assistant", scene.happen()))
         scene.paint(video[t])

@@ -3,7 +3,7 @@
 RMSNorm, RoPE, grouped-query attention, SwiGLU; optional QK-norm (Qwen3), q/k/v bias (Qwen2) and tied embeddings, so
 that real checkpoints fit. Positions are an explicit argument all the way down.
 
-Read next: videollm.py
+Read next: layout.py
 """
 
 from typing import NamedTuple

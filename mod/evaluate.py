@@ -1,9 +1,9 @@
 """Run a model over clips and fill in the turns that metrics.py counts: teacher-forced, and free-running.
 
-Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed back,
-frame by frame through a Stream, as in real use; errors may pile up. What differs between the two is only the context.
+Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed
+back, frame by frame through a Stream, as in real use; errors may pile up. Only the context differs between the two.
 
-Read next: checkpoint.py
+Read next: optim.py
 """
 
 from collections.abc import Sequence
@@ -87,6 +87,26 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
     return streams, silent
 
 
+class Book:
+    """What is noted down about one free-running stream: the turns so far, the open one, every frame's decision."""
+
+    def __init__(self, words: Vocabulary):
+        self.words, self.turn = words, Turn("narration")
+        self.turns: list[Turn] = []
+        self.ends: list[int] = []
+        self.decided: list[bool] = []
+
+    def close(self, kind: str, frame: int, truth: str, said: str | None, scores: torch.Tensor) -> None:
+        """End the open turn: the truth is known, what was said instead, and how likely the truth was, (n, V)."""
+        ids = torch.tensor([*self.words.encode(truth), self.words.eos], device=scores.device)
+        self.turn.kind, self.turn.exact = kind, said == truth
+        self.turn.right = (scores.argmax(-1) == ids).tolist()
+        self.turn.logp = scores[torch.arange(len(ids)), ids].tolist()
+        self.turns.append(self.turn)
+        self.ends.append(frame)
+        self.turn = Turn("narration")
+
+
 @torch.inference_mode()
 def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5,
                  rows: int = 64) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
@@ -109,51 +129,36 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
             + sum(len(say.text.split()) + 1 for clip in some for say in clip.said)
         )
         stream = Stream(model, words, len(some), frames=frames, text=room, threshold=threshold)
-        turns: list[list[Turn]] = [[] for _ in some]
-        ends: list[list[int]] = [[] for _ in some]
-        current = [Turn("narration") for _ in some]
-        decided: list[list[bool]] = [[] for _ in some]
-
-        def close(row: int, kind: str, t: int, truth: str, said: str | None, scores: torch.Tensor) -> None:
-            """End the row's turn: the truth is known, what was said instead, and how likely the truth was."""
-            turn, ids = current[row], torch.tensor([*words.encode(truth), words.eos], device=scores.device)
-            turn.kind, turn.exact = kind, said == truth
-            turn.right = (scores.argmax(-1) == ids).tolist()
-            turn.logp = scores[torch.arange(len(ids)), ids].tolist()
-            turns[row].append(turn)
-            ends[row].append(t)
-            current[row] = Turn("narration")
-
+        books = [Book(words) for _ in some]
         for t in range(frames):
             after = [[say for say in clip.said if say.frame == t] for clip in some]
-            logits = stream.see(torch.stack([torch.from_numpy(clip.frames[t]) for clip in some]))
-            speaks = stream.wants_to_speak(logits)
+            speaks = stream.wants_to_speak(stream.see(torch.stack([torch.from_numpy(clip.frames[t]) for clip in some])))
             due = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
             scores = stream.score(due)
             replies = stream.respond(speaks)
-            for row, truth in enumerate(due):
-                decided[row].append(speaks[row])
-                if truth is None:
+            for row, book in enumerate(books):
+                book.decided.append(speaks[row])
+                if due[row] is None:
                     silent.append(not speaks[row])
-                if truth is not None or not after[row]:  # before a user's turn the layout has no streaming label
-                    current[row].spoke.append(speaks[row])
-                if truth is not None:
-                    close(row, "narration", t, truth, replies[row], scores[row])
+                if due[row] is not None or not after[row]:  # before a user's turn the layout has no streaming label
+                    book.turn.spoke.append(speaks[row])
+                if due[row] is not None:
+                    book.close("narration", t, due[row], replies[row], scores[row])
             while any(after):  # then questions with their answers, one of every row that has any at a time
                 questions = [says.pop(0).text if says else None for says in after]
                 stream.hear(questions)
                 truths = [says.pop(0).text if says else None for says in after]
                 scores = stream.score(truths)
                 replies = stream.respond([question is not None for question in questions])
-                for row, truth in enumerate(truths):
-                    if truth is not None:
-                        close(row, "answer", t, truth, replies[row], scores[row])
-        for row in range(len(some)):
-            for turn, end in zip(turns[row], ends[row], strict=True):
+                for row, book in enumerate(books):
+                    if truths[row] is not None:
+                        book.close("answer", t, truths[row], replies[row], scores[row])
+        for book in books:
+            for turn, end in zip(book.turns, book.ends, strict=True):
                 if turn.timed and not any(turn.spoke):
-                    turn.after = decided[row][end + 1 :]
-            set_caps(turns[row], ends[row])
-        streams += turns
+                    turn.after = book.decided[end + 1 :]
+            set_caps(book.turns, book.ends)
+        streams += [book.turns for book in books]
     return streams, silent
 
 

@@ -1,6 +1,6 @@
 """A conversation about a video as one row of tokens, with the labels beside it (paper, section 3.1).
 
-    <bos> [frame 0] [frame 1] <assistant> red circle appears <eos> [frame 2] <user> where is it ? <assistant> top <eos> ...
+  <bos> [frame 0] [frame 1] <assistant> red disc appears top <eos> [frame 2] <user> where is it ? <assistant> ...
 
 Labels are built from token ids, one position early: the label of position i is the token that should come next.
 
@@ -12,7 +12,7 @@ Labels are built from token ids, one position early: the label of position i is 
 
 A silent frame leaves nothing behind: the predicted <eos> is not fed, the next frame simply follows.
 
-Read next: data.py
+Read next: videollm.py
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def assistant_ids(vocabulary: Vocabulary, text: str) -> list[int]:
 
 @dataclass
 class Layout:
-    """One stream as parallel rows of length T; `frame` is -1 for text, and ids of vision tokens are 0 and never read."""
+    """One stream as parallel rows of length T; `frame` is -1 for text; the ids of vision tokens are 0, never read."""
 
     ids: list[int] = field(default_factory=list)
     frame: list[int] = field(default_factory=list)
@@ -123,7 +123,7 @@ def lay_out(vocabulary: Vocabulary, frames: int, frame_tokens: int, said: Sequen
 
 
 def show(layout: Layout, vocabulary: Vocabulary) -> str:
-    """The layout as a table of position, token, frame and label, one line a token; runs of unlabelled vision tokens fold."""
+    """The layout as a table of position, token, frame and label, one line a token; the middle of a frame is folded."""
     lines = [f"{'position':>8}  {'token':<14} {'frame':>5}  label"]
     for position, (token, frame, label) in enumerate(zip(layout.ids, layout.frame, layout.labels, strict=True)):
         folded = frame >= 0 and label == NO_LABEL and position + 1 < len(layout.ids)
@@ -141,7 +141,7 @@ def show(layout: Layout, vocabulary: Vocabulary) -> str:
 
 @dataclass
 class Batch:
-    """B streams, padded on the right to T tokens. All (B, T) but `pixels` (F, 3, height, width): frames of all rows, in order."""
+    """B streams, padded on the right to T tokens; `pixels` are the frames (F, 3, side, side) of all rows, in order."""
 
     ids: Tensor
     frame: Tensor

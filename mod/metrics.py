@@ -1,7 +1,7 @@
 """What "good" means: the four metrics of the base paper (VideoLLM-online) and plain accuracies.
 
 A stream is cut into turns, each ending with a response. In a turn, m frames carried a streaming label and n text labels
-belong to the response; c is the length of the response's longest right beginning. Then, averaged over turns, then streams:
+belong to the response; c is the length of its longest right beginning. Then, averaged over turns, then over streams:
 
     LM-PPL          exp(-mean log p of the response's tokens)          a mean of perplexities
     LM-Correctness  c / n
@@ -14,7 +14,7 @@ or after a single frame, at most as many late frames as the next turn has (and o
 and a narration k frames early is credited with one frame too many. The corrected form, ours, looks for late speech to
 the end of the stream, counts never speaking as later than that, and credits only frames that were decided rightly.
 
-Read next: optim.py
+Read next: stream.py
 """
 
 import math

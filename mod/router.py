@@ -11,8 +11,8 @@ earlier choice, so streaming and training choose alike. And the gate decides wha
 Why a second gate. A layer is useful to the text because text tokens *read* the kept vision tokens, as keys and values.
 The paper's mu scales only what the kept token writes to itself; how loudly it is read in this layer does not depend on
 mu, so the loss cannot tell the router that a token was worth reading. (In the last layer nothing reads a vision
-token's output at all: there the gradient is exactly zero, unless that token itself predicts.) With the value gate being read
-carries gradient. 2 * sigmoid is one at score zero, so a router with small weights hardly disturbs a pretrained decoder.
+token's output at all: there the gradient is exactly zero, unless that token itself predicts.) With the value gate,
+being read carries gradient. 2 * sigmoid is one at score zero: a router with small weights hardly disturbs a decoder.
 
 Read next: cache.py
 """
@@ -60,9 +60,8 @@ class Router(nn.Module):
         # however long each stream is and however many frames it has.
         tokens = x[vision]
         if tokens.shape[0] % self.frame_tokens:
-            raise ValueError(
-                f"got {tokens.shape[0]} vision tokens, expected whole frames of {self.frame_tokens}; never split a frame"
-            )
+            message = f"got {tokens.shape[0]} vision tokens, expected whole frames of {self.frame_tokens}"
+            raise ValueError(f"{message}; never split a frame")
         tokens = rearrange(tokens, "(f n) d -> f n d", n=self.frame_tokens)
         scores = self.score(tokens, rearrange(pos[vision], "(f n) -> f n", n=self.frame_tokens))
         keep, mu = torch.ones_like(vision), torch.ones_like(x[..., 0])

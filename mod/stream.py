@@ -35,8 +35,8 @@ class Stream:
     fed        per row, the (token id, frame) pairs fed so far; vision tokens have id 0, text has frame -1
     """
 
-    def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, frames: int, text: int, threshold: float = 0.5,
-                 max_words: int = MAX_WORDS, trace: list | None = None):  # fmt: skip
+    def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, frames: int, text: int,
+                 threshold: float = 0.5, max_words: int = MAX_WORDS, trace: list | None = None):  # fmt: skip
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold is a probability, expected 0 to 1, got {threshold}")
         self.model, self.words, self.rows = model, words, rows
@@ -81,7 +81,7 @@ class Stream:
         return self.feed([[]] * self.rows, pixels)[:, -1]
 
     def wants_to_speak(self, logits: Tensor) -> list[bool]:
-        """The streaming decision, from the logits (B, V) after a frame: is staying silent less likely than the threshold?"""
+        """The streaming decision, from the logits (B, V) after a frame: is silence less likely than the threshold?"""
         return (logits.float().softmax(-1)[:, self.words.eos] < self.threshold).tolist()
 
     def hear(self, questions: Sequence[str | None]) -> None:

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
+from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, UserError
 from mod.data import LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
@@ -86,9 +87,9 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> No
 
 
 def warm_up_vit(vit: ViT, config: Config) -> float:
-    """Teach the encoder, on single frames, to say what each patch shows: colour, shape and region of a sprite, or nothing.
+    """Teach the encoder, on single frames, to say what each patch shows: a sprite's colour, shape, place, or nothing.
 
-    Stands in for the pretrained encoder of the paper. Returns the share of sprites whose three labels its patches and
+    Stands in for the pretrained encoder of the paper. Returns the share of sprites whose labels its patches and
     its CLS token get right in the last batch.
     """
     device, width, labels = vit.position.device, config.model.vit_dim, sum(LABEL_SIZES)
@@ -165,15 +166,15 @@ def train_step(
     factor = schedule(step, settings.steps, settings.warmup)
     optimizer_step(optimizers, factor)
     return {
-        "kind": "train", "step": step + 1, "loss": total, "lm": texts / max(1, labels - decisions), "stream": streams / max(1, decisions),
-        "lr": factor * settings.lr, "gnorm": float(norm), "frames": len(clips[0].frames),
+        "kind": "train", "step": step + 1, "loss": total, "lm": texts / max(1, labels - decisions),
+        "stream": streams / max(1, decisions), "lr": factor * settings.lr, "gnorm": float(norm),
         "recall": {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()},
-        "tokens": sum(int((batch.frame >= 0).sum() + ((batch.frame < 0) & (batch.labels != NO_LABEL)).sum()) for batch in batches),
+        "tokens": sum(int((batch.pos < PAD).sum()) for batch in batches),
     }  # fmt: skip
 
 
 def estimate_seconds(config: Config) -> float:
-    """About how long training will take here: a step of a throw-away model, times the steps, and a tenth for the rest."""
+    """About how long training will take here: a throw-away model's step times the steps, and a tenth for the rest."""
     device, words = prepare(config)
     model = VideoLLM(config.model).to(device)
     optimizers = make_optimizers(
@@ -210,7 +211,8 @@ class Log:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_text().splitlines() if step and path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # a crash may cut a line
+        whole = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict, line: str) -> None:
@@ -221,23 +223,23 @@ class Log:
 
 def train_line(entry: dict, steps: int, speed: float, eta: float) -> str:
     recall = " ".join(f"{value:.2f}" for value in entry["recall"].values()) or "-"
-    return (
-        f"step {entry['step']:>5}/{steps} | loss {entry['loss']:.3f} (lm {entry['lm']:.3f} stream {entry['stream']:.3f}) | "
-        f"lr {entry['lr']:.1e} | gnorm {entry['gnorm']:.2f} | recall {recall} | {speed / 1e3:.1f}k tok/s | eta {int(eta) // 60}:{int(eta) % 60:02d}"
-    )
+    losses = f"loss {entry['loss']:.3f} (lm {entry['lm']:.3f} stream {entry['stream']:.3f})"
+    pace = f"{speed / 1e3:.1f}k tok/s | eta {int(eta) // 60}:{int(eta) % 60:02d}"
+    rates = f"lr {entry['lr']:.1e} | gnorm {entry['gnorm']:.2f} | recall {recall}"
+    return f"step {entry['step']:>5}/{steps} | {losses} | {rates} | {pace}"
 
 
 def eval_line(metrics: dict, step: int, steps: int) -> str:
     recall = " ".join(f"{value:.2f}" for value in metrics["recall"].values()) or "-"
-    return (
-        f"eval {step:>5}/{steps} | narration {metrics['narration_exact']:.3f} | questions {metrics['question_accuracy']:.3f} | "
-        f"speak {metrics['speak_accuracy']:.3f} | silence {metrics['silence_accuracy']:.3f} | ppl {metrics['lm_ppl']:.3f} | recall {recall}"
-    )
+    names = {"narration": "narration_exact", "questions": "question_accuracy", "speak": "speak_accuracy",
+             "silence": "silence_accuracy", "ppl": "lm_ppl"}  # fmt: skip
+    values = " | ".join(f"{name} {metrics[key]:.3f}" for name, key in names.items())
+    return f"eval {step:>5}/{steps} | {values} | recall {recall}"
 
 
 @contextmanager
 def patient_interrupt():
-    """Ctrl-C sets the yielded list's flag instead of raising, so that a step is never cut in half; a second one raises."""
+    """Ctrl-C fills the yielded list instead of raising, so that a step is never cut in half; a second one raises."""
     pressed: list[bool] = []
 
     def note(*_):

@@ -1,6 +1,6 @@
 """The whole model: vision encoder, connector, decoder; and the loss it is trained with (paper, section 3.1).
 
-Read next: layout.py
+Read next: data.py
 """
 
 import torch.nn.functional as F

@@ -51,7 +51,7 @@ class PoolingHead(nn.Module):
 
 
 class ViT(nn.Module):
-    """pixels (F, 3, image_size, image_size) in [-1, 1] -> tokens (F, N, vit_dim), CLS first, then the grid row by row."""
+    """Pixels (F, 3, side, side) in [-1, 1] -> tokens (F, N, vit_dim): CLS first, then the grid row by row."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -59,7 +59,7 @@ class ViT(nn.Module):
         width, patches = config.vit_dim, config.patches_per_side**2
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         self.position = nn.Parameter(
-            torch.randn(patches, width) * 0.3
+            torch.randn(patches, width) * 0.5
         )  # as loud as a patch's content, or where things are is learnt late
         self.blocks = nn.ModuleList(
             Block(

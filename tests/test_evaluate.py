@@ -107,10 +107,7 @@ def test_recall_counts_sprite_patches_kept():
     places = clip.patch_labels[..., 0].argmax(1)
     kept = torch.zeros(2, 26, dtype=torch.bool)
     kept[0, 1 + int(places[0])] = True
-    if clip.patch_labels[1, :, 0].any():
-        expected = 0.5
-    else:
-        expected = 1.0
+    expected = 0.5 if clip.patch_labels[1, :, 0].any() else 1.0
     assert router_recall([Routing(1, kept, kept)], [clip], grid=5) == {1: expected}
     coarse = torch.zeros(2, 1 + 1, dtype=torch.bool)
     coarse[:, 1] = True

@@ -11,7 +11,7 @@ import train_tiny
 from mod.checkpoint import read_tensors
 from mod.config import ModelConfig, kept_per_frame
 
-QUICK = "--steps 4 --batch-size 2 --vit-steps 2 --frames 4 --eval-clips 4 --eval-every 2 --device cpu".split()
+QUICK = ["--steps", "4", "--batch-size", "2", "--vit-steps", "2", "--frames", "4", "--eval-clips", "4", "--eval-every", "2", "--device", "cpu"]
 METRICS = {
     "narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy", "lm_ppl", "time_diff", "fluency",
     "lm_correctness", "free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed",
@@ -60,7 +60,7 @@ def test_training_writes_everything(trained):
 def test_training_prints_plan_and_table(trained, capsys, tmp_path):
     assert train_tiny.main([*QUICK, "--steps", "0", "--vit-steps", "0", "--out", str(tmp_path / "zero")]) == 0
     out = capsys.readouterr().out
-    for part in ("parameters", "vision encoder", "decoder FLOPs", "of full", "minute", "teacher-forced", "free-running"):
+    for part in ("parameters", "vision encoder", "decoder FLOPs", "of full", "min here", "teacher-forced", "free-running"):
         assert part in out
     assert "KV cache" in out and "stream_tiny.py --checkpoint" in out
 

@@ -37,7 +37,8 @@ def plot_curve(folder: Path) -> None:
         loss.plot([e["step"] for e in train], [e[key] for e in train], color=colour, label=label)
     loss.set(title="Training loss", xlabel="step", ylabel="cross-entropy per label (nats)", yscale="log")
     names = (("narration_exact", "narrations right", BLUE, "o"), ("question_accuracy", "answers right", GREEN, "s"),
-             ("speak_accuracy", "speaks when it should", VERMILION, "^"), ("silence_accuracy", "silent when it should", PURPLE, "v"))  # fmt: skip
+             ("speak_accuracy", "speaks when it should", VERMILION, "^"),
+             ("silence_accuracy", "silent when it should", PURPLE, "v"))  # fmt: skip
     for key, label, colour, marker in names:
         accuracy.plot([e["step"] for e in evals], [e[key] for e in evals], color=colour, marker=marker, label=label)
     accuracy.set(title="Validation, teacher-forced", xlabel="step", ylabel="share right", ylim=(-0.02, 1.05))
@@ -103,7 +104,7 @@ def plot_stream(
     for row, layer in enumerate(layers, start=1):
         axes[row, 0].set_ylabel(f"layer {layer} keeps", fontsize=9)
     figure.suptitle(
-        "A stream, frame by frame: bright framed patches go through a routed layer, dark ones skip it; what was said below",
+        "A stream, frame by frame: framed patches go through the routed layer, dark ones skip it; below, what was said",
         fontsize=10,
     )
     save(figure, path)

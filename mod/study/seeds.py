@@ -1,0 +1,100 @@
+"""Does it hold on every seed? Train the default and what it is compared with on several seeds, and write one table.
+
+    python -m mod.study.seeds                  # 5 seeds of each variant, two at a time; about an hour on two cores
+    python -m mod.study.seeds --seeds 1        # one seed
+
+Finished runs are kept in runs/seeds and never repeated; a run that was cut off is resumed. Writes results/seeds.json
+and results/seeds.md, which is the README's table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mod.checkpoint import to_json, write_text
+
+VARIANTS = {
+    "MoD, value gate (the default)": ("value", []),
+    "MoD, update gate (the paper's)": ("update", ["--gate", "update"]),
+    "full computation": ("full", ["--layers", "none"]),
+}
+COLUMNS = {
+    "narration": ("narration_exact",),
+    "questions": ("question_accuracy",),
+    "speak": ("speak_accuracy",),
+    "silence": ("silence_accuracy",),
+    "free-running narration": ("free_running", "narration_exact"),
+}
+RUNS, RESULTS = Path("runs/seeds"), Path("results")
+
+
+def train_one(name: str, flags: list[str], seed: int) -> dict:
+    """Metrics of one run, trained on one core unless it is there already."""
+    out = RUNS / f"{name}-{seed}"
+    if not (out / "metrics.json").is_file():
+        start = ["--resume"] if (out / "config.json").is_file() else ["--seed", str(seed), *flags]
+        command = [sys.executable, "train_tiny.py", "--out", str(out), *start]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
+    return json.loads((out / "metrics.json").read_text())
+
+
+def pick(metrics: dict, path: tuple[str, ...]) -> float:
+    for key in path:
+        metrics = metrics[key]
+    return metrics
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Worst seed, mean and standard deviation of every column, as a Markdown table."""
+    first = next(iter(results.values()))
+    lines = [
+        f"Worst of {len(first)} seeds (mean ± standard deviation), 256 validation clips, {first[0]['steps']} steps:",
+        "",
+        "| | " + " | ".join(COLUMNS) + " | router recall, layers 1, 3 | decoder FLOPs | KV cache |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
+    for title, runs in results.items():
+        cells = []
+        for path in COLUMNS.values():
+            values = [pick(run, path) for run in runs]
+            spread = f" ({statistics.mean(values):.3f} ± {statistics.stdev(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{min(values):.3f}{spread}")
+        recalls = [[run["recall"][layer] for run in runs] for layer in runs[0]["recall"]]
+        cells.append(", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in recalls) or "-")
+        cells += [f"{runs[0]['flop_ratio']:.2f}", f"{runs[0]['kv_ratio']:.2f}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    arguments = parser.parse_args(argv)
+    jobs = [(title, name, flags, seed) for seed in range(arguments.seeds) for title, (name, flags) in VARIANTS.items()]
+    left = sum(not (RUNS / f"{name}-{seed}" / "metrics.json").is_file() for _, name, _, seed in jobs)
+    print(f"{len(jobs)} runs, {left} of them still to train, {arguments.jobs} at a time, some minutes each")
+    results: dict[str, list[dict]] = {title: [] for title in VARIANTS}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        metrics = pool.map(lambda job: train_one(*job[1:]), jobs)
+        for (title, *_), run in zip(jobs, tqdm(metrics, total=len(jobs), unit="run", disable=None), strict=True):
+            results[title].append(run)
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / "seeds.json", to_json(results, indent=1) + "\n")
+    write_text(RESULTS / "seeds.md", table(results))
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Would the tests notice? Plant known bugs, one at a time, in a copy of the code, and see that a test fails.
+
+    python -m tests.mutations          # all of them, a few minutes
+    python -m tests.mutations 3 7      # some, by number
+
+Most are bugs of public Mixture-of-Depths or streaming code. Ends with exit code 1 if one survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+
+# what is planted, file, the right code, the wrong code, the tests that should notice
+MUTATIONS = [
+    (
+        "one token fewer than asked", "mod/router.py", "indices[:, :k]", "indices[:, : k - 1]", "tests/test_router.py",
+    ),
+    (
+        "ties broken by chance: the later of equals wins", "mod/router.py",
+        "scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]",
+        "(scores + 1e-3 * torch.arange(scores.shape[1])).sort(dim=-1, descending=True).indices[:, :k]", "tests/test_router.py",
+    ),
+    (
+        "top-k over the whole sequence instead of each frame", "mod/router.py",
+        'rearrange(top_k_mask(scores.detach(), self.kept), "f n -> (f n)")',
+        "top_k_mask(scores.detach().reshape(1, -1), self.kept * scores.shape[0])[0]", "tests/test_router.py",
+    ),
+    (
+        "ceiling lost to float noise", "mod/config.py", "math.ceil(keep_ratio * tokens - 1e-9)", "math.ceil(keep_ratio * tokens)",
+        "tests/test_router.py",
+    ),
+    (
+        "text scaled by the gate", "mod/router.py", "torch.ones_like(vision), torch.ones_like(x[..., 0])",
+        "torch.ones_like(vision), 0.5 * torch.ones_like(x[..., 0])", "tests/test_mod_block.py",
+    ),
+    (
+        "kept tokens in the order of their scores' sort, not of time", "mod/decoder.py", "argsort(dim=1, stable=True)[:, :length]",
+        "argsort(dim=1, stable=True)[:, :length].flip(1)", "tests/test_mod_block.py",
+    ),
+    (
+        "positions of the kept tokens renumbered", "mod/decoder.py", "h, pos[row, index].where(real, PAD)",
+        "h, torch.arange(length).expand(len(x), -1).where(real, PAD)", "tests/test_mod_block.py",
+    ),
+    (
+        "residual inside the gate: a kept token is scaled away", "mod/decoder.py", "h + mu[..., None] * update, h)",
+        "mu[..., None] * (h + update), h)", "tests/test_mod_block.py",
+    ),
+    (
+        "residual added twice", "mod/decoder.py", "h + mu[..., None] * update, h)", "2 * h + mu[..., None] * update, h)",
+        "tests/test_mod_block.py",
+    ),
+    (
+        "gate forgotten", "mod/decoder.py", "h + mu[..., None] * update, h)", "h + update, h)", "tests/test_mod_block.py",
+    ),
+    (
+        "value gate forgotten: being read carries no gradient", "mod/decoder.py", "value_gate=mu if gated else None",
+        "value_gate=None", "tests/test_mod_block.py",
+    ),
+    (
+        "padding competes for a place in the short sequence", "mod/decoder.py", "keep = keep & (pos < PAD)", "keep = keep & (pos < 2 * PAD)",
+        "tests/test_mod_block.py",
+    ),
+    (
+        "compute only masked, not skipped", "mod/decoder.py", "keep = keep & (pos < PAD)\n        length = int(keep.sum(1).max())",
+        "keep = keep & (pos < PAD)\n        length = x.shape[1]", "tests/test_mod_block.py",
+    ),
+    (
+        "non-square is_causal for a chunk after a cache", "mod/block.py", "causal, mask = pos is not None and past is None, None",
+        "causal, mask = pos is not None, None",
+        "tests/test_block.py", ("            mask = rearrange(k_pos", "            _ = rearrange(k_pos"),
+    ),
+    (
+        "a chunk sees its own future", "mod/block.py", '<= rearrange(pos, "b t -> b 1 t 1")', '<= rearrange(pos, "b t -> b 1 t 1").amax(2, keepdim=True)',
+        "tests/test_block.py",
+    ),
+    (
+        "empty cache slots are keys", "mod/cache.py", "return self.k[:, :, :longest], self.v[:, :, :longest], self.pos[:, :longest]",
+        "return self.k, self.v, self.pos.where(self.pos < PAD, 0)", "tests/test_stream.py",
+    ),
+    (
+        "one layer's cache length is stale", "mod/cache.py", "self.length = length\n", "self.length = length - (longest % 7 == 6)\n",
+        "tests/test_stream.py",
+    ),
+    (
+        "key/value heads repeated in the wrong order", "mod/block.py",
+        "mixed = F.scaled_dot_product_attention(\n            q, k, v,", "mixed = F.scaled_dot_product_attention(\n            q, k.flip(1), v.flip(1),",
+        "tests/test_block.py",
+    ),
+    (
+        "RoPE interleaved instead of half-rotated", "mod/block.py", "first, second = x.to(wide).chunk(2, dim=-1)",
+        "first, second = x.to(wide)[..., 0::2], x.to(wide)[..., 1::2]", "tests/test_block.py",
+    ),
+    (
+        "streaming label one token early", "mod/layout.py", "self.labels += [NO_LABEL] * (tokens - 1) + [label]",
+        "self.labels += [label] + [NO_LABEL] * (tokens - 1)", "tests/test_layout.py",
+    ),
+    (
+        "text labels off by one", "mod/layout.py", "layout.text(ids, [*ids[1:], NO_LABEL])", "layout.text(ids, [NO_LABEL, *ids[1:]])",
+        "tests/test_layout.py",
+    ),
+    (
+        "the frame before a user's turn is labelled", "mod/layout.py", "layout.image(t, frame_tokens, NO_LABEL)",
+        "layout.image(t, frame_tokens, vocabulary.assistant)", "tests/test_layout.py",
+    ),
+    (
+        "a cut answer is not closed with <eos>", "mod/stream.py", "if len(spoken[row]) < self.max_words else self.words.eos",
+        "if len(spoken[row]) < self.max_words else self.words.user", "tests/test_stream.py",
+    ),
+    (
+        "rewinding forgets the tokens but not their positions", "mod/cache.py", "self.pos[forgotten], self.frame[forgotten] = PAD, -1",
+        "self.frame[forgotten] = -1", "tests/test_stream.py", ("longest = int(length.max())", "longest = self.capacity if int(length.max()) < self.capacity else int(length.max())"),
+    ),
+    (
+        "fluency credits a frame too many when early", "mod/metrics.py", "good = m - d if paper_compatible else m - 1 - d", "good = m - d",
+        "tests/test_metrics.py",
+    ),
+    (
+        "never speaking in the last turn costs nothing", "mod/metrics.py", "else -(len(after) + 1)", "else -len(after)", "tests/test_metrics.py",
+    ),
+    (
+        "the optimizer's memory is not restored", "mod/checkpoint.py", "owner[parameters[parameter]].state[parameters[parameter]][key] = tensor",
+        "pass", "tests/test_train.py",
+    ),
+    (
+        "accumulated parts weighted alike, whatever their labels", "mod/train.py", "settings.stream_weight, labels)", "settings.stream_weight, None)",
+        "tests/test_train.py",
+    ),
+    (
+        "validation clips are training clips", "mod/data.py", '"validation": 1', '"validation": 0', "tests/test_data.py",
+    ),
+    (
+        "the side is narrated", "mod/data.py", 'return f"{before} moves {sprite.height}"', 'return f"{before} moves {sprite.height} {sprite.side}"',
+        "tests/test_data.py",
+    ),
+]  # fmt: skip
+
+
+def survives(number: int) -> bool:
+    """Plant one bug in a copy and run its tests there; True if nobody notices."""
+    title, name, right, wrong, tests, *more = MUTATIONS[number]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("mod", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for script in ("train_tiny.py", "stream_tiny.py"):
+            shutil.copy(ROOT / script, copy)
+        code = (copy / name).read_text()
+        for old, new in [(right, wrong), *more]:
+            if old not in code:
+                raise SystemExit(f"mutation {number} ({title}): {name} no longer holds {old!r}; adapt tests/mutations.py")
+            code = code.replace(old, new)
+        (copy / name).write_text(code)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)})
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        tqdm.write(f"{number:>2} {'SURVIVED' if done.returncode == 0 else 'caught  '}  {title}  {failed[0][:110] if failed else ''}")
+        return done.returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    numbers = [int(argument) for argument in arguments] or range(len(MUTATIONS))
+    alive = [number for number in tqdm(numbers, unit="bug", disable=None) if survives(number)]
+    print(f"{len(numbers) - len(alive)} of {len(numbers)} planted bugs caught" + (f"; alive: {alive}" if alive else ""))
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

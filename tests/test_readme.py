@@ -1,0 +1,86 @@
+"""The README and the docstrings speak of what is there: files, functions, flags, numbers."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import stream_tiny
+import train_tiny
+from mod.study.seeds import table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = sorted((ROOT / "mod").glob("*.py"))
+
+
+def test_every_file_of_the_method_is_in_the_reading_order_and_every_named_file_exists():
+    named = re.findall(r"`((?:mod|tests|results)/[\w/.]*|\w+\.py|\w+/)`", README)
+    for name in named:
+        assert (ROOT / name).exists(), name
+    for path in [*MODULES, *(ROOT / "mod/study").glob("*.py")]:
+        if path.name != "__init__.py":
+            assert f"`{path.relative_to(ROOT)}`" in README, path
+    assert (ROOT / "results/stream.png").exists()
+
+
+def test_the_paper_to_code_map_names_functions_that_exist():
+    rows = re.findall(r"\|[^|\n]*\| (`mod/[^|]*) \|", README.split("## From the paper to the code")[1].split("## ")[0])
+    assert len(rows) >= 8
+    for row in rows:
+        path = None
+        for name in re.findall(r"`([^`]*)`", row):
+            if name.startswith("mod/"):
+                path, tree = name, ast.parse((ROOT / name).read_text())
+                continue
+            there = set()
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    there.add(node.name)
+                    there |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)} if isinstance(node, ast.ClassDef) else set()
+            assert name in there, f"{name} is not in {path}"
+
+
+def test_the_results_table_is_what_the_study_wrote():
+    results = json.loads((ROOT / "results/seeds.json").read_text())
+    assert (ROOT / "results/seeds.md").read_text() == table(results)
+    shown = README.split("<!-- results/seeds.md -->\n")[1].split("<!-- end -->")[0]
+    assert shown == table(results)
+    assert all(len(runs) >= 5 for runs in results.values())
+
+
+def test_every_command_in_the_readme_parses():
+    for line in re.findall(r"python (\w+_tiny\.py[^\n`&]*)", README):
+        script, *flags = re.findall(r'"[^"]*"|\S+', line.split("#")[0])
+        parser = {"train_tiny.py": train_tiny, "stream_tiny.py": stream_tiny}[script].build_parser()
+        if "--help" not in flags:
+            parser.parse_args([flag.strip('"') for flag in flags])
+
+
+def test_every_departure_in_the_code_is_in_the_readme():
+    marked = [path for path in MODULES if "DEVIATION:" in path.read_text()]
+    departures = README.split("## Departures from the paper")[1].split("\n## ")[0]
+    for path in marked:
+        assert f"`mod/{path.name}`" in departures, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_the_house_is_walked_in_one_direction(path):
+    """No file of the method imports a later one, a study, or the scripts; "Read next" leads through all of them."""
+    order = re.findall(r"^    (\w+)  ", (ROOT / "mod/__init__.py").read_text().split("order")[1].split("Size letters")[0], re.M)
+    assert set(order) | {"__init__", "flags"} == {module.stem for module in MODULES}
+    if path.stem not in order:
+        return
+    imported = re.findall(r"^from mod\.(\w+)", path.read_text(), re.M)
+    assert all(order.index(name) < order.index(path.stem) for name in imported), imported
+    follows = ["../train_tiny.py", *[f"{name}.py" for name in order[1:]]]
+    following = re.search(r"Read next: (\S+)", path.read_text()).group(1)
+    assert following in follows and following == ([*follows[1:], follows[0]])[order.index(path.stem)]
+
+
+def test_requirements_give_a_reason_for_every_line():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert "torch==2.13.0" in lines[1]
+    assert all("#" in line for line in lines if line.strip())
