@@ -195,7 +195,7 @@ class DataConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = flag(450, "training steps; 0 writes an untrained run")
+    steps: int = flag(400, "training steps; 0 writes an untrained run")
     seed: int = flag(0, "seed of weights and training clips; validation and test clips are the same for all seeds")
     batch_size: int = flag(
         16, "full-length clips in a step; shorter clips are batched more, so that a step has as many frames"

@@ -59,7 +59,7 @@ class ViT(nn.Module):
         width, patches = config.vit_dim, config.patches_per_side**2
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         self.position = nn.Parameter(
-            torch.randn(patches, width) * 0.5
+            torch.randn(patches, width) * 0.3
         )  # as loud as a patch's content, or where things are is learnt late
         self.blocks = nn.ModuleList(
             Block(

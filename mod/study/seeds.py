@@ -22,8 +22,8 @@ from mod.checkpoint import to_json, write_text
 
 VARIANTS = {
     "MoD, value gate (the default)": ("value", []),
-    "MoD, update gate (the paper's)": ("update", ["--gate", "update"]),
     "full computation": ("full", ["--layers", "none"]),
+    "MoD, update gate (the paper's)": ("update", ["--gate", "update"]),
 }
 COLUMNS = {
     "narration": ("narration_exact",),
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     arguments = parser.parse_args(argv)
-    jobs = [(title, name, flags, seed) for seed in range(arguments.seeds) for title, (name, flags) in VARIANTS.items()]
+    jobs = [(title, name, flags, seed) for title, (name, flags) in VARIANTS.items() for seed in range(arguments.seeds)]
     left = sum(not (RUNS / f"{name}-{seed}" / "metrics.json").is_file() for _, name, _, seed in jobs)
     print(f"{len(jobs)} runs, {left} of them still to train, {arguments.jobs} at a time, some minutes each")
     results: dict[str, list[dict]] = {title: [] for title in VARIANTS}
