@@ -212,7 +212,7 @@ def make_clip(
     frames, side = frames or config.frames, model.image_size
     scene, still = Scene(rng, config), background(rng, side, config.distractors)
     video = np.repeat(still[None], frames, axis=0)
-    labels, said, truth = [], [], []
+    labels, said, truth, answered = [], [], [], {}
     for t in range(frames):
         scene.settle()
         if rng.random() < config.event_rate:
@@ -220,10 +220,12 @@ def make_clip(
         scene.paint(video[t])
         labels.append(scene.patch_labels(side, model.patch_size))
         truth.append(scene.truth())
-        # "nowhere" can be read off the narrations: ask for it rarely, or question accuracy would measure little.
-        worth = [question for question, answer in truth[t].items() if answer != "nowhere" or rng.random() < 0.2]
+        # What can be read off earlier words would measure little: a repeated answer is never asked for, "nowhere" rarely.
+        fresh = {question: answer for question, answer in truth[t].items() if answered.get(question) != answer}
+        worth = [question for question, answer in fresh.items() if answer != "nowhere" or rng.random() < 0.2]
         if worth and rng.random() < config.question_rate:
             asked = worth[rng.integers(len(worth))]
+            answered[asked] = truth[t][asked]
             said += [Say(t, "user", asked), Say(t, "assistant", truth[t][asked])]
     video += config.noise * rng.standard_normal(video.shape, np.float32)
     return Clip(np.clip(video, 0, 1) * 2 - 1, said, np.stack(labels), truth)
