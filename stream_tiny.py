@@ -9,6 +9,7 @@ python stream_tiny.py --json                                 # one JSON object a
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from mod.study.costs import dense, kv_bytes, layer_tokens
 from mod.study.plots import plot_stream
 from mod.train import pick_device
 from mod.videollm import VideoLLM
+
+MOST_PICTURED = 100  # frames; a picture of more could not be looked at
 
 
 def build_parser() -> Parser:
@@ -67,7 +70,7 @@ def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
     when, text = when.strip(), " ".join(text.replace("?", " ? ").split())
     expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame) or "2.5s:where is it ?" (seconds)'
     try:
-        frame = int(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
+        frame = math.floor(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
     except (ValueError, OverflowError):
         raise UserError(f"--ask got {ask!r}, {expected}") from None
     if not colon or not text:
@@ -79,11 +82,26 @@ def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
     return Question(frame, text)
 
 
+def check_picture(path: Path, frames: int) -> None:
+    """Raises UserError, before anything is streamed, when the picture could not be written afterwards."""
+    kinds = (".png", ".pdf", ".svg", ".jpg")
+    if path.suffix not in kinds:
+        raise UserError(f"--save got {path}, expected a file name that ends with {', '.join(kinds)}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(
+            f"--save got {path}, but its folder does not exist or it is one itself; name a file in a folder"
+        )
+    if frames > MOST_PICTURED:
+        raise UserError(f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
+
+
 def load(folder: Path, device: torch.device) -> tuple[VideoLLM, Config]:
     """A trained run. Raises UserError when it is missing, damaged or another project's."""
     config = read_config(folder)
     model = VideoLLM(config.model)
     path = folder / "model.safetensors"
+    if not path.is_file() and (folder / "state.safetensors").is_file():
+        raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
     load_weights(model, read_tensors(path)[0], path)
     return model.to(device).eval(), config
 
@@ -128,6 +146,8 @@ def run(arguments) -> int:
     frames = config.data.frames if arguments.frames is None else arguments.frames
     if frames < 1 or arguments.seed < 0:
         raise UserError(f"frames must be at least 1 and seed not negative, got {frames} and {arguments.seed}")
+    if arguments.save:
+        check_picture(arguments.save, frames)
     questions = [parse_ask(ask, frames, fps, words) for ask in arguments.ask]
     clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
     threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
@@ -150,8 +170,9 @@ def run(arguments) -> int:
         printer.event(t, "assistant", said, truth, judge="silent frames" if truth is None else "narrations")
         captions.append((said or "").replace(" ", "\n"))
         for question in (question for question in questions if question.frame == t):
-            [answer] = stream.ask([question.text])
+            stream.hear([question.text])
             printer.event(t, "user", question.text)
+            [answer] = stream.respond([True])
             known = clip.truth[t].get(question.text)
             printer.event(t, "assistant", answer, known, judge="answers" if known else None)
             captions[-1] += f"\nQ: {question.text}\nA: {answer}"

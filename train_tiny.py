@@ -28,11 +28,17 @@ RUN_FILES = (
 )
 
 
+FIXED = ("seed", "optimizer", "vit_lr", "vit_steps")  # training settings that a run keeps for good
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
     parser.add_argument(
-        "--preset", choices=sorted(PRESETS), default="tiny", help="named configuration (default: %(default)s)"
+        "--preset",
+        choices=sorted(PRESETS),
+        default="tiny",
+        help="named configuration of a new run (default: %(default)s)",
     )
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -63,6 +69,10 @@ def choose_config(arguments) -> Config:
                 flag = "--" + field.name.replace("_", "-")
                 message = f"{field.name} got {now}, but the run in {out} has {before}"
                 raise UserError(f"{message}; resume without {flag}, or train in another --out")
+    for name in FIXED:
+        before, now = getattr(saved.train, name), getattr(config.train, name)
+        if before != now:
+            raise UserError(f"{name} got {now}, but the run in {out} began with {before}; resume without this flag")
     changed = given(arguments, TrainConfig)
     print(
         f"resuming {out}"
@@ -96,7 +106,7 @@ def print_plan(config: Config, out: Path) -> None:
     print(f"  keep ratio of each layer      {', '.join(f'{ratio:g}' for ratio in config.model.keep)}")
     print(f"  decoder FLOPs                 {share['flop_ratio']:.3f} of full")
     print(f"  KV cache                      {share['kv_ratio']:.3f} of full ({mod_bytes:,} of {full_bytes:,} bytes)")
-    minutes = max(1, round(estimate_seconds(config) / 60))
+    minutes = max(1, round(estimate_seconds(config) / 60)) if config.train.steps else 1
     print(f"\ntraining {config.train.steps} steps into {out}: about {minutes} min here; Ctrl-C saves and stops\n")
 
 

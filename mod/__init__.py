@@ -24,6 +24,6 @@ Size letters, the same in every file (lower case inside einops patterns):
     T  tokens of the longest stream  F  frames, of all streams of the batch together
     K  tokens that enter a layer     S  keys that a query may look at (cached + new)
     H  query heads                   G  key/value heads
-    E  width of one head             D  width of a token
+    E  width of one head             D  width of a token (in vit.py: of the encoder)
     V  words in the vocabulary       P  patches of one frame in the vision encoder
 """

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.optim import Muon
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +101,7 @@ def read_config(folder: Path) -> Config:
             if unknown:
                 raise UserError(f"unknown entry {name}.{min(unknown)}")
         return Config(**{name: kind(**parts[name]) for name, kind in sections.items()})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the configuration of a run of this project ({error}); name another folder"
         ) from error
@@ -117,43 +118,49 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
     }
 
 
-def write_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+def write_state(
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float = 0.0
+) -> None:
     """Everything that the next step depends on. The data's position is the step: clips are made from their number."""
     tensors = {f"model/{name}": tensor for name, tensor in weights(model).items()}
     tensors |= optimizer_tensors(model, optimizers) | {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    write_tensors(folder / "state.safetensors", tensors, {"step": str(step)})
+    write_tensors(folder / "state.safetensors", tensors, {"step": str(step), "seconds": str(seconds)})
 
 
-def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Put model, optimizers and random state back as `write_state` found them; returns the step."""
+def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Put model, optimizers and random state back as `write_state` found them; returns the step and the seconds so far.
+
+    Raises UserError when the file is damaged, foreign, or was written by other optimizers.
+    """
     path = folder / "state.safetensors"
     tensors, note = read_tensors(path)
-    if "step" not in note:
-        raise UserError(f"{path} is no training state of this project; name another folder")
+    try:
+        step, seconds, random = int(note["step"]), float(note["seconds"]), tensors["random/cpu"]
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is no training state of this project; name another folder") from None
     load_weights(
-        model,
-        {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")},
-        path,
+        model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}, path
     )
-    owner = {
-        parameter: optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    keys: dict[str, set[str]] = {}
+    for name in tensors:
         if name.startswith("optimizer/"):
             _, parameter, key = name.split("/")
-            if parameters[parameter] not in owner:
-                raise UserError(
-                    f"{path} was trained with another optimizer for {parameter}; resume with the run's own settings"
-                )
-            tensor = tensor if key == "step" else tensor.to(parameters[parameter].device)
-            owner[parameters[parameter]].state[parameters[parameter]][key] = tensor
-    torch.set_rng_state(tensors["random/cpu"])
+            keys.setdefault(parameter, set()).add(key)
+    for optimizer in optimizers:
+        remembers = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name = next(name for name, own in parameters.items() if own is parameter)
+            if keys.pop(name, remembers if step == 0 else set()) - remembers:
+                raise UserError(f"{path} was written by another optimizer ({name}); resume with the run's own settings")
+            for key in remembers:
+                if (tensor := tensors.get(f"optimizer/{name}/{key}")) is not None:
+                    optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+    if keys:
+        raise UserError(f"{path} was written by another optimizer ({min(keys)}); resume with the run's own settings")
+    torch.set_rng_state(random)
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    return int(note["step"])
+    return step, seconds

@@ -94,7 +94,7 @@ def shape_mask(shape: str, side: int) -> np.ndarray:
 
 
 def draw(frame: np.ndarray, shape: str, colour, top: int, left: int, opacity: float = 1.0) -> None:
-    """Paint a shape, a pixel smaller than a cell, into frame (3, side, side) with values 0 to 1, in place."""
+    """Paint a shape, a pixel smaller than a cell, into frame (3, side, side), values and opacity 0 to 1, in place."""
     side = frame.shape[-1] // CELLS - 1
     there, mask = frame[:, top : top + side, left : left + side], shape_mask(shape, side)
     there[:, mask] = opacity * np.asarray(colour)[:, None] + (1 - opacity) * there[:, mask]
@@ -194,7 +194,7 @@ class Scene:
 
         def place(cell: tuple[int, int]) -> tuple[int, int]:
             """The patch that holds a cell's centre."""
-            return tuple((c * (side // CELLS) + side // CELLS // 2) // patch for c in cell)
+            return tuple(min((c * (side // CELLS) + side // CELLS // 2) // patch, side // patch - 1) for c in cell)
 
         for sprite in self.sprites:
             what = list(COLOURS).index(sprite.colour), SHAPES.index(sprite.shape)
@@ -220,7 +220,7 @@ def make_clip(
         scene.paint(video[t])
         labels.append(scene.patch_labels(side, model.patch_size))
         truth.append(scene.truth())
-        # What can be read off earlier words would measure little: a repeated answer is never asked for, "nowhere" rarely.
+        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for "nowhere".
         fresh = {question: answer for question, answer in truth[t].items() if answered.get(question) != answer}
         worth = [question for question, answer in fresh.items() if answer != "nowhere" or rng.random() < 0.2]
         if worth and rng.random() < config.question_rate:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from mod.block import PAD, Attention, Block, RMSNorm
@@ -61,14 +62,18 @@ class MoDBlock(nn.Module):
         self.block, self.router = block, router
 
     def forward(self, x: Tensor, pos: Tensor, frame: Tensor, past=None, trace: list[Routing] | None = None) -> Tensor:
+        """x (B, T, D), pos (B, T), frame (B, T) -> (B, T, D); inside, K tokens of each row. See `Attention.forward`."""
         keep, mu, scores = self.router(x, pos, frame)
         if trace is not None:
-            trace.append(Routing(self.router.layer, keep[frame >= 0].view_as(scores), scores))
+            kept = rearrange(keep[frame >= 0], "(f n) -> f n", n=self.router.frame_tokens)
+            trace.append(Routing(self.router.layer, kept, scores))
 
         # Gather. A stable sort puts the kept tokens first and in their original order; rows that keep fewer than the
         # longest are filled up with tokens that are not real here: they stand at PAD, so no real token sees them.
         keep = keep & (pos < PAD)
-        length = int(keep.sum(1).max())
+        length = int(keep.sum(1).max())  # K
+        if length == 0:
+            return x  # frames alone, in a layer that keeps none of their tokens
         index = keep.logical_not().int().argsort(dim=1, stable=True)[:, :length]
         row = torch.arange(len(x), device=x.device)[:, None]
         real = keep[row, index]
@@ -126,5 +131,5 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """How likely each word is next: hidden states (..., D) -> logits (..., V)."""
         return self.head(hidden)

@@ -138,10 +138,10 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
             replies = stream.respond(speaks)
             for row, book in enumerate(books):
                 book.decided.append(speaks[row])
-                if due[row] is None:
-                    silent.append(not speaks[row])
                 if due[row] is not None or not after[row]:  # before a user's turn the layout has no streaming label
                     book.turn.spoke.append(speaks[row])
+                    if due[row] is None:
+                        silent.append(not speaks[row])
                 if due[row] is not None:
                     book.close("narration", t, due[row], replies[row], scores[row])
             while any(after):  # then questions with their answers, one of every row that has any at a time

@@ -63,3 +63,9 @@ def run_script(script, arguments: argparse.Namespace, name: str) -> int:
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"{name}: not enough memory ({error}); ask for less", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what was written before is whole", file=sys.stderr)
+        return 130

@@ -10,7 +10,8 @@ Labels are built from token ids, one position early: the label of position i is 
     question's end, answer words           -> the next token, <eos> last            LM loss
     everything else                        -> none
 
-A silent frame leaves nothing behind: the predicted <eos> is not fed, the next frame simply follows.
+DEVIATION: a silent frame leaves nothing behind. The predicted <eos> is not fed and the next frame simply follows;
+VideoLLM-online's code feeds a separator between frames.
 
 Read next: videollm.py
 """

@@ -8,7 +8,8 @@ belong to the response; c is the length of its longest right beginning. Then, av
     TimeDiff        |d| / fps seconds; d frames too early (> 0) or too late (< 0), narrations only
     Fluency         (m + c) / (m + n) on time, less when early or late, narrations only
 
-A question is asked by the user, so its turn has no timing of its own. Two forms of TimeDiff and Fluency are offered.
+DEVIATION: a question is asked by the user, so its turn has no timing of its own, and that an answer begins is no
+achievement: neither counts. Two forms of TimeDiff and Fluency are offered.
 `paper_compatible` follows the base paper's code, with its quirks: never speaking costs nothing in a stream's last turn
 or after a single frame, at most as many late frames as the next turn has (and one less than this one) are looked at,
 and a narration k frames early is credited with one frame too many. The corrected form, ours, looks for late speech to
@@ -50,7 +51,8 @@ class Turn:
 
 
 def perplexity(turn: Turn) -> float:
-    return math.exp(-sum(turn.logp) / len(turn.logp))
+    nats = -sum(turn.logp) / len(turn.logp)
+    return math.exp(nats) if nats < 700 else math.inf  # beyond that exp overflows: the model has diverged
 
 
 def correct_prefix(turn: Turn) -> int:

@@ -1,8 +1,8 @@
-"""Two optimizers behind one: Muon turns the decoder's matrices, AdamW everything else; and the learning-rate schedule.
+"""Muon for the weight matrices of linear layers, and the learning-rate schedule. AdamW, for the rest, is torch's own.
 
 Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction
-of the matrix learns at the same speed. At tiny scale it halves the steps to the same loss; `--optimizer adamw` goes
-without. Everything here is float32: torch.optim.Muon works in bfloat16, which some CPUs cannot multiply.
+of the matrix learns at the same speed. Everything here is float32: torch.optim.Muon works in bfloat16, which some CPUs
+cannot multiply. DEVIATION: the paper trains with AdamW alone, as `--optimizer adamw` does.
 
 Read next: checkpoint.py
 """

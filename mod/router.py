@@ -78,7 +78,9 @@ class LayerExpert(Router):
         self.w = nn.Linear(dim, 1, bias=False)
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        return rearrange(self.w(tokens), "f n 1 -> f n")
+        # Scores stay in the weights' precision under autocast: bfloat16 would make many of them equal.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return rearrange(self.w(tokens.to(self.w.weight.dtype)), "f n 1 -> f n")
 
     def weight(self, scores: Tensor) -> Tensor:
         if self.gate == "update":
@@ -88,14 +90,17 @@ class LayerExpert(Router):
 
 
 class RandomRouter(Router):
-    """Tokens drawn by lot (paper, Table 3). The lot depends on layer and position alone, so streaming draws alike."""
+    """Tokens drawn by lot (paper, Table 3).
+
+    DEVIATION: the lot is a hash of layer and position, no dice, so that streaming draws what training drew.
+    """
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         # An integer hash (multiply, fold the high bits down, twice): looks random, costs nothing, needs no state.
         mixed = (pos.long() * 0x9E3779B1 + (self.layer + 1) * 0x85EBCA77) & 0xFFFFFFFF
         for _ in range(2):
             mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-        return (mixed ^ (mixed >> 13)).to(torch.float64)
+        return ((mixed ^ (mixed >> 13)) >> 8).to(torch.float32)  # 24 bits, which float32 holds exactly
 
 
 class UniformRouter(Router):

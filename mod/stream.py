@@ -47,6 +47,7 @@ class Stream:
         self.frames = 0
         self.position = [0] * rows
         self.fed: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+        self.no_frames = weight.new_zeros(0, model.config.frame_tokens, model.config.dim)
         # A response is words and a closing <eos>, never a turn symbol, whatever an untrained model prefers.
         self.never = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.never[[words.bos, words.user, words.assistant]] = True
@@ -62,17 +63,19 @@ class Stream:
         config = self.model.config
         vision = config.frame_tokens if pixels is not None else 0
         self.cache.require(frames=1 if vision else 0, text=[len(text) for text in texts])
+        if vision and len(pixels) != self.rows:
+            raise ValueError(f"got {len(pixels)} frames for {self.rows} streams, expected one each")
+        seen = self.model.see(pixels.to(self.device)) if vision else self.no_frames
         chunks = [[(token, -1) for token in text] + [(0, self.frames)] * vision for text in texts]
         longest = max(len(chunk) for chunk in chunks)
         ids, frame, pos = (torch.full((self.rows, longest), fill, dtype=torch.long) for fill in (0, -1, PAD))
         for row, chunk in enumerate(chunks):
             if chunk:
-                ids[row, : len(chunk)], frame[row, : len(chunk)] = torch.tensor(chunk).T
+                ids[row, : len(chunk)], frame[row, : len(chunk)] = torch.tensor(chunk).unbind(1)
                 pos[row, : len(chunk)] = torch.arange(self.position[row], self.position[row] + len(chunk))
             self.position[row] += len(chunk)
             self.fed[row] += chunk
         ids, frame, pos = ids.to(self.device), frame.to(self.device), pos.to(self.device)
-        seen = self.model.see(pixels.to(self.device)) if vision else self.cache.layers[0].k.new_zeros(0, 1, config.dim)
         self.frames += 1 if vision else 0
         return self.model.decoder.logits(self.model(ids, frame, pos, seen, cache=self.cache, trace=self.trace))
 
@@ -89,7 +92,11 @@ class Stream:
         self.feed([user_ids(self.words, question) if question is not None else [] for question in questions])
 
     def respond(self, speaking: Sequence[bool]) -> list[str | None]:
-        """Let some rows speak, word by word, the most likely word each time; returns what each said, or None."""
+        """Let some rows speak, word by word, the most likely word each time; returns what each said, or None.
+
+        Raises UserError, with nothing fed, when the cache has no room for the longest response.
+        """
+        self.cache.require(0, [self.max_words + 2 if row else 0 for row in speaking])
         spoken: list[list[int]] = [[] for _ in range(self.rows)]
         active = list(speaking)
         chunks = [[self.words.assistant] if row else [] for row in active]
@@ -128,7 +135,9 @@ class Stream:
         mark, position, fed = self.cache.mark(), list(self.position), [list(row) for row in self.fed]
         trace, self.trace = self.trace, None
         texts = [assistant_ids(self.words, text)[:-1] if text is not None else [] for text in responses]
-        scores = self.feed(texts).float().log_softmax(-1) if any(texts) else None
-        self.cache.rewind(mark)
-        self.position, self.fed, self.trace = position, fed, trace
+        try:
+            scores = self.feed(texts).float().log_softmax(-1) if any(texts) else None
+        finally:
+            self.cache.rewind(mark)
+            self.position, self.fed, self.trace = position, fed, trace
         return [scores[row, : len(text)] if text else None for row, text in enumerate(texts)]

@@ -7,6 +7,7 @@ Read next: ../train_tiny.py
 """
 
 import json
+import math
 import signal
 import time
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, UserError
-from mod.data import LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
+from mod.data import CELLS, LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
 from mod.evaluate import free_running, router_recall, teacher_forced
 from mod.layout import NO_LABEL, Vocabulary
 from mod.metrics import summarize
@@ -32,6 +33,7 @@ from mod.vit import ViT
 
 LOG_EVERY = 20  # steps
 WARM_UP_CLIPS, WARM_UP_FRAMES = 32, 2  # a warm-up batch: clips, and frames of each
+WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates there: hasty, for a task that is simple
 BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
 
 
@@ -53,6 +55,8 @@ def prepare(config: Config) -> tuple[torch.device, Vocabulary]:
     if len(words) > config.model.vocab_size:
         message = f"vocab_size must be at least {len(words)}, the words of the stream, got {config.model.vocab_size}"
         raise UserError(message)
+    if config.model.image_size < 4 * CELLS:
+        raise UserError(f"image_size must be at least {4 * CELLS} to show a sprite, got {config.model.image_size}")
     return pick_device(config.train.device, config.train.dtype), words
 
 
@@ -89,14 +93,13 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> No
 def warm_up_vit(vit: ViT, config: Config) -> float:
     """Teach the encoder, on single frames, to say what each patch shows: a sprite's colour, shape, place, or nothing.
 
-    Stands in for the pretrained encoder of the paper. Returns the share of sprites whose labels its patches and
+    DEVIATION: stands in for the paper's pretrained encoder. Returns the share of sprites whose labels its patches and
     its CLS token get right in the last batch.
     """
     device, width, labels = vit.position.device, config.model.vit_dim, sum(LABEL_SIZES)
     heads = nn.ModuleDict({"patch": nn.Linear(width, labels), "cls": nn.Linear(width, labels)}).to(device)
     named = {**dict(vit.named_parameters()), **{f"{name}_head": p for name, p in heads.named_parameters()}}
-    optimizers = make_optimizers(named, config.train.optimizer, 0.05, 5e-3)
-    # Every patch keeps its own token here, whatever grid the frame tokens are pooled to.
+    optimizers = make_optimizers(named, config.train.optimizer, *WARM_UP_RATES)
     steps, right = config.train.vit_steps, 0.0
     busy = replace(config.data, event_rate=0.9)
     for step in tqdm(range(steps), desc="vision warm-up", unit="step", leave=False, disable=None):
@@ -109,7 +112,7 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
         patches = vit.patches(pixels)
         tokens = {"patch": patches, "cls": vit.head(patches)}
-        # A frame's CLS should know what is in the frame: the labels of its (one) sprite are the largest.
+        # A frame's CLS should know what is in the frame: of its one sprite (of several, a mixture) the largest labels.
         truths = {"patch": truth, "cls": truth.amax(1, keepdim=True)}
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
@@ -164,10 +167,11 @@ def train_step(
         total, texts, streams = total + loss.item(), texts + text.item(), streams + stream.item()
     norm = nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], settings.clip)
     factor = schedule(step, settings.steps, settings.warmup)
+    peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
     optimizer_step(optimizers, factor)
     return {
         "kind": "train", "step": step + 1, "loss": total, "lm": texts / max(1, labels - decisions),
-        "stream": streams / max(1, decisions), "lr": factor * settings.lr, "gnorm": float(norm),
+        "stream": streams / max(1, decisions), "lr": factor * peak, "gnorm": float(norm),
         "recall": {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()},
         "tokens": sum(int((batch.pos < PAD).sum()) for batch in batches),
     }  # fmt: skip
@@ -208,11 +212,17 @@ def validate(model: VideoLLM, config: Config, words: Vocabulary, number: int, fr
 class Log:
     """log.jsonl, the same lines for people above the progress bar, and nothing twice after a resume."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if step and path.is_file() else []
-        whole = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    def __init__(self, path: Path, step: int | None, steps: int):
+        """Keep what an earlier process logged up to `step`, where this one goes on; None begins anew."""
+        self.path, kept = path, []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+            try:
+                entry = json.loads(line)
+                repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
+                if step is not None and entry["step"] <= step and not repeated:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError):
+                pass  # a crash has cut this line
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict, line: str) -> None:
@@ -260,10 +270,11 @@ def patient_interrupt():
 
 
 def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, dict | None]:
-    """Train a run in folder `out`, or go on with the one that is there. The folder's fate is the caller's to check.
+    """Train a run in folder `out`, or go on with the one that is there.
 
     Returns the model and its metrics (teacher-forced, free-running, seconds, steps); None for the metrics when Ctrl-C
-    ended it early: the state is saved then, and `resume` continues it.
+    ended it early: the state is saved then, and `resume` continues it. Raises UserError, with nothing written, when the
+    run in `out` cannot be continued with this configuration, and when training has diverged.
     """
     started, settings = time.monotonic(), config.train
     device, words = prepare(config)
@@ -272,47 +283,50 @@ def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, di
     trained = {name: p for name, p in model.named_parameters() if settings.vit_lr or not name.startswith("vit.")}
     optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
 
+    step, state = None, out / "state.safetensors"
+    if resume and state.is_file():
+        step, before = read_state(out, model, optimizers)
+        if step > settings.steps:
+            raise UserError(f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
+        started -= before
+        tqdm.write(f"resumed at step {step} of {settings.steps}")
+    elif resume and (out / "model.safetensors").exists():
+        raise UserError(f"{state} is missing, so the run in {out} cannot be continued; train anew with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     write_config(out, config)
-    step, state = 0, out / "state.safetensors"
-    if resume and state.is_file():
-        step = read_state(out, model, optimizers)
-        tqdm.write(f"resumed at step {step} of {settings.steps}")
-    log = Log(out / "log.jsonl", step)
-    if step == 0 and settings.vit_steps:
-        right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
-        line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
-        log.write({"kind": "warm-up", "step": 0, "right": right}, line)
+    log = Log(out / "log.jsonl", step, settings.steps)
+    if step is None:
+        step = 0
+        if settings.vit_steps:
+            right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
+            line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
+            log.write({"kind": "warm-up", "step": 0, "right": right}, line)
+        write_state(out, model, optimizers, step, time.monotonic() - started)
     if settings.compile:
         model.decoder.compile(dynamic=True)
     model.train()
-    with (
-        patient_interrupt() as stop,
-        tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=None) as bar,
-    ):
-        mark, tokens = time.monotonic(), 0
+    bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=None)
+    with patient_interrupt() as stop, bar:
+        mark, mark_step, tokens = time.monotonic(), step, 0
         while step < settings.steps:
             entry = train_step(model, optimizers, config, words, step)
             step, tokens = step + 1, tokens + entry["tokens"]
             bar.update()
-            if step % LOG_EVERY == 0 or step == settings.steps:
-                passed = time.monotonic() - mark
-                log.write(
-                    entry,
-                    train_line(
-                        entry,
-                        settings.steps,
-                        tokens / passed,
-                        (settings.steps - step) * passed / (step % LOG_EVERY or LOG_EVERY),
-                    ),
+            if not math.isfinite(entry["loss"]):
+                raise UserError(
+                    f"the loss became {entry['loss']} at step {step}; lower --lr or --adam-lr and train anew"
                 )
-                mark, tokens = time.monotonic(), 0
+            if step % LOG_EVERY == 0 or step == settings.steps:
+                pace = (time.monotonic() - mark) / (step - mark_step)
+                speed = tokens / (step - mark_step) / pace
+                log.write(entry, train_line(entry, settings.steps, speed, pace * (settings.steps - step)))
+                mark, mark_step, tokens = time.monotonic(), step, 0
             if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
                 metrics = validate(model, config, words, max(1, settings.eval_clips // 4))
                 log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
-                mark, tokens = time.monotonic(), 0
+                mark, mark_step, tokens = time.monotonic(), step, 0
             if stop or step % settings.save_every == 0 or step == settings.steps:
-                write_state(out, model, optimizers, step)
+                write_state(out, model, optimizers, step, time.monotonic() - started)
             if stop:
                 break
     if step < settings.steps:

@@ -27,13 +27,13 @@ class VideoLLM(nn.Module):
 
     @staticmethod
     def _init(module: nn.Module) -> None:
-        """Linear layers keep a row's scale (std 1/sqrt(inputs)); embeddings and routers start small; norms at one."""
+        """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); routers start small; norms at one."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         if isinstance(module, LayerExpert):
             nn.init.normal_(module.w.weight, std=0.02)
 
@@ -43,8 +43,8 @@ class VideoLLM(nn.Module):
 
     def embed(self, ids: Tensor, frame: Tensor, seen: Tensor) -> Tensor:
         """Text ids (B, T) and seen frames (F, N, D), merged into one stream (B, T, D) where frame (B, T) says."""
-        x = self.decoder.embed(ids).to(seen.dtype)
-        x[frame >= 0] = rearrange(seen, "f n d -> (f n) d")
+        x = self.decoder.embed(ids)  # the residual stream keeps this precision, under autocast too
+        x[frame >= 0] = rearrange(seen, "f n d -> (f n) d").to(x.dtype)
         return x
 
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:

@@ -89,5 +89,5 @@ class ViT(nn.Module):
         patches = self.patches(pixels)
         side, grid = self.config.patches_per_side, self.config.grid
         square = rearrange(patches, "f (h w) d -> f d h w", h=side)
-        pooled = rearrange(F.adaptive_avg_pool2d(square, grid), "f d h w -> f (h w) d")
+        pooled = rearrange(F.adaptive_avg_pool2d(square, grid), "f d h w -> f (h w) d") if grid < side else patches
         return torch.cat((self.head(patches), pooled), dim=1)

@@ -25,7 +25,7 @@ def test_flops_equal_torchs_counter(layers, select, frames, words):
     # The counter knows matrix products; on a CPU it sees attention only when that is written as such.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         offline(model, batch)
-    assert counter.get_total_flops() == pytest.approx(sum(forward_flops(model.config, frames, text).values()), rel=0.01)
+    assert counter.get_total_flops() == sum(forward_flops(model.config, frames, text).values())
 
 
 @given(frames=st.integers(1, 6), words=st.integers(0, 9), layers=st.sampled_from(["none", "interleaved", "all"]))

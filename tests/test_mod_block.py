@@ -80,8 +80,8 @@ def test_keep_all_with_gate_one_equals_dense(talks):
         )
 
 
-def test_zero_router_makes_the_whole_model_dense_for_text():
-    """A router with weights zero disturbs no stream without frames, bit for bit: text never notices MoD."""
+def test_text_never_notices_mod():
+    """A stream without frames is computed as by the dense model, bit for bit."""
     mod, dense = small_model(), small_model(layers="none")
     state = {name.replace(".block.", "."): value for name, value in mod.state_dict().items() if "router" not in name}
     dense.load_state_dict(state)
@@ -140,8 +140,8 @@ def test_rows_of_a_batch_are_independent(talks, layers):
         torch.testing.assert_close(together[row, : logits.shape[1]], logits[0], rtol=1e-9, atol=1e-9)
 
 
-def test_renumbered_positions_would_show():
-    """Guards the guard: with the kept tokens' positions renumbered 0..k-1 the layer's output is another."""
+def test_positions_matter_inside_the_layer():
+    """Guards the guard: the comparison with the plain version would see other positions of the kept tokens."""
     model = small_model()
     block, batch = routed(model)[0], as_batch(model.config, [(3, [])])
     x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64)

@@ -78,6 +78,13 @@ def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
     refused(train_tiny.main, ["--out", str(run), "--resume", "--dim", "48"], capsys, "dim got 48", "has 96", "resume without --dim")
     refused(train_tiny.main, ["--out", str(run), "--resume", "--gate", "update"], capsys, "gate got update", "has value")
     refused(train_tiny.main, ["--out", str(run), "--resume", "--frames", "5"], capsys, "frames got 5", "has 4")
+    for flags, parts in (
+        (["--optimizer", "adamw"], ["optimizer got adamw", "began with muon"]),
+        (["--vit-lr", "0.001"], ["vit_lr got 0.001", "began with 0.0"]),
+        (["--seed", "8"], ["seed got 8", "began with 3"]),
+        (["--steps", "2"], ["at step 4 already", "--steps 2"]),
+    ):
+        refused(train_tiny.main, ["--out", str(run), "--resume", *flags], capsys, *parts)
     refused(train_tiny.main, ["--out", str(run / "no"), "--resume"], capsys, "no run in", "config.json is missing")
     assert (run / "model.safetensors").read_bytes() == before
     assert train_tiny.main(["--out", str(run), "--resume", "--steps", "6"]) == 0
@@ -96,6 +103,9 @@ def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
         (["--steps", "many"], ["invalid int value: 'many'"]),
         (["--select", "best"], ["invalid choice: 'best'"]),
         (["--gate", "open"], ["invalid choice: 'open'"]),
+        (["--lr", "inf"], ["lr must be finite"]),
+        (["--seed", str(10**30)], ["seed must be below"]),
+        (["--image-size", "8", "--grid", "1"], ["image_size must be at least 20"]),
         (["--batch-size", "0"], ["batch_size must be at least 1"]),
         (["--lr", "0"], ["lr must be positive"]),
         (["--frames", "0"], ["frames must be at least 1"]),
@@ -149,7 +159,6 @@ def test_streaming_json_and_cache_formula(trained, capsys, frames):
             assert line["text"] == ""
         elif line["role"] == "user":
             text += 1 + words
-            continue  # the line is printed with its answer already in the cache
         else:
             text += 2 + words
         seen = line["frame"] + 1
@@ -176,6 +185,12 @@ def test_streaming_is_reproducible(trained, capsys):
         (["--ask", "1:"], ["expected WHEN:QUESTION"]),
         (["--ask", "1:what is love ?"], ["unknown word 'what'", "known words"]),
         (["--ask", "infs:where ?"], ["expected WHEN:QUESTION"]),
+        (["--ask", "-0.4s:where ?"], ["frames 0 to 3"]),
+        (["--save", "p.xyz"], ["ends with .png"]),
+        (["--save", "p"], ["ends with .png"]),
+        (["--save", "no/such/folder/p.png"], ["folder does not exist"]),
+        (["--save", "p.png", "--frames", "101"], ["at most 100 frames"]),
+        (["--frames", str(10**12)], ["not enough memory"]),
         (["--threshold", "2"], ["threshold is a probability"]),
         (["--frames", "0"], ["frames must be at least 1"]),
         (["--seed", "-1"], ["seed not negative"]),
@@ -197,7 +212,7 @@ def test_missing_foreign_and_truncated_checkpoints(run, tmp_path, capsys):
         weights.write_bytes(whole[:size])
         stream("is damaged or no safetensors file")
     weights.unlink()
-    stream("no file", "model.safetensors")
+    stream("is not finished", "--resume")
     name = "decoder.norm.weight"
     save_file({key: value for key, value in tensors.items() if key != name}, weights)
     stream(f"lacks the tensor {name}")
@@ -207,9 +222,45 @@ def test_missing_foreign_and_truncated_checkpoints(run, tmp_path, capsys):
     stream(f"{name} is (3,), expected (96,)")
     weights.write_bytes(whole)
     original = config.read_text()
-    for text in ("", "{", "[]", '{"model": {}}', original.replace('"dim"', '"width"'), original.replace("0.2", "7.0")):
+    wrong = [("\"dim\"", "\"width\""), ("0.2", "7.0"), ("\"dim\": 96", "\"dim\": \"96x\""), ("\"0:8\"", "5"), ("\"cpu\"", "\"tpu\"")]
+    for text in ("", "{", "[]", '{"model": {}}', *(original.replace(*pair) for pair in wrong)):
+        assert text != original
         config.write_text(text)
         stream("is not the configuration of a run")
+
+
+def test_a_run_without_its_state_or_its_end_is_told(run, capsys):
+    model = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    refused(stream_tiny.main, ["--checkpoint", str(run)], capsys, "is not finished", "--resume")
+    (run / "model.safetensors").write_bytes(model)
+    (run / "state.safetensors").unlink()
+    refused(train_tiny.main, ["--out", str(run), "--resume", "--steps", "6"], capsys, "state.safetensors is missing")
+    assert (run / "model.safetensors").read_bytes() == model
+
+
+def test_a_cut_log_and_a_resumed_end_leave_one_line_of_each(run):
+    """A crash may cut the log anywhere; resuming a finished run evaluates its end again, and logs it once."""
+    log = run / "log.jsonl"
+    log.write_text(log.read_text() + '{"kind": "train", "step": 4, "recall": {"1": 0.2}\n' + "[]\n")
+    assert train_tiny.main(["--out", str(run), "--resume"]) == 0
+    entries = [json.loads(line) for line in log.open()]
+    assert [(entry["kind"], entry["step"]) for entry in entries] == [("warm-up", 0), ("eval", 2), ("train", 4), ("eval", 4)]
+
+
+def test_ctrl_c_anywhere_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mod.train.warm_up_vit", interrupt)
+    assert train_tiny.main([*QUICK, "--out", str(tmp_path / "run")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    monkeypatch.setattr("mod.stream.Stream.frame", interrupt)
+    assert stream_tiny.main(["--checkpoint", str(trained)]) == 130
+
+
+def test_a_diverged_run_stops_with_one_sentence(tmp_path, capsys):
+    refused(train_tiny.main, [*QUICK, "--steps", "60", "--lr", "1e30", "--adam-lr", "1e30", "--out", str(tmp_path / "r")], capsys, "the loss became")
 
 
 def test_damaged_training_state_is_told(run, capsys):

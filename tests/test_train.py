@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 TINY = Config(
     small_config(image_size=20, patch_size=4, grid=5),
     DataConfig(frames=3),
-    TrainConfig(steps=6, batch_size=2, vit_steps=2, save_every=2, eval_every=3, eval_clips=4, warmup=2),
+    TrainConfig(steps=6, batch_size=2, vit_steps=2, save_every=2, eval_every=3, eval_clips=4, warmup=2, device="cpu"),
 )
 
 
@@ -112,7 +112,9 @@ def test_state_round_trip(tmp_path):
     write_state(tmp_path, model, optimizers, 7)
     other = small_model(1, dtype=torch.float32)
     fresh = make_optimizers(dict(other.named_parameters()), "muon", 0.02, 1e-3)
-    assert read_state(tmp_path, other, fresh) == 7
+    assert read_state(tmp_path, other, fresh) == (7, 0.0)
+    with pytest.raises(ValueError, match="another optimizer"):
+        read_state(tmp_path, other, make_optimizers(dict(other.named_parameters()), "adamw", 0.02, 1e-3))
     assert same(weights(model), weights(other))
     for one, two in zip(optimizers, fresh, strict=True):
         assert len(one.state) == len(two.state) > 0
