@@ -61,10 +61,7 @@ def choose_config(arguments) -> Config:
     config = merge(saved, arguments)
     for part in ("model", "data"):
         for field in fields(getattr(saved, part)):
-            before, now = (
-                getattr(getattr(saved, part), field.name),
-                getattr(getattr(config, part), field.name),
-            )
+            before, now = (getattr(getattr(whole, part), field.name) for whole in (saved, config))
             if before != now:
                 flag = "--" + field.name.replace("_", "-")
                 message = f"{field.name} got {now}, but the run in {out} has {before}"
@@ -73,15 +70,8 @@ def choose_config(arguments) -> Config:
         before, now = getattr(saved.train, name), getattr(config.train, name)
         if before != now:
             raise UserError(f"{name} got {now}, but the run in {out} began with {before}; resume without this flag")
-    changed = given(arguments, TrainConfig)
-    print(
-        f"resuming {out}"
-        + (
-            f" with {', '.join(f'{name} = {value}' for name, value in changed.items())} from the flags"
-            if changed
-            else ""
-        )
-    )
+    changed = ", ".join(f"{name} = {value}" for name, value in given(arguments, TrainConfig).items())
+    print(f"resuming {out}" + (f" with {changed} from the flags" if changed else ""))
     return config
 
 
@@ -91,11 +81,8 @@ def print_plan(config: Config, out: Path) -> None:
         print(f"{part:>6}: " + ", ".join(f"{name} {value}" for name, value in asdict(getattr(config, part)).items()))
     model = VideoLLM(config.model)
     print("\nparameters")
-    for name, module in (
-        ("vision encoder", model.vit),
-        ("connector", model.connector),
-        ("decoder", model.decoder),
-    ):
+    parts = {"vision encoder": model.vit, "connector": model.connector, "decoder": model.decoder}
+    for name, module in parts.items():
         print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>10,}")
     print(f"  {'all':<15}{sum(p.numel() for p in model.parameters()):>10,}")
     frames, text = config.data.frames, average_text(validation_clips(config, 64))

@@ -79,14 +79,9 @@ class MoDBlock(nn.Module):
         real = keep[row, index]
         h, mu = x[row, index], mu[row, index]
 
-        gated = self.router.gate == "value"
-        update = self.block.update(
-            h,
-            pos[row, index].where(real, PAD),
-            frame[row, index],
-            past=past,
-            value_gate=mu if gated else None,
-        )
+        loudness = mu if self.router.gate == "value" else None
+        place = pos[row, index].where(real, PAD)  # original positions, never renumbered
+        update = self.block.update(h, place, frame[row, index], past=past, value_gate=loudness)
 
         # Scatter. index holds each token at most once, so no write meets another.
         y = x.clone()

@@ -56,13 +56,8 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
         right = (logp.argmax(-1) == batch.labels).tolist()
         label_logp = rearrange(logp.gather(-1, batch.labels.clamp(min=0)[..., None]), "b t 1 -> b t").tolist()
         for row, clip in enumerate(some):
-            layout, turns, ends, turn, frame = (
-                clip_layout(words, clip, model.config.frame_tokens),
-                [],
-                [],
-                Turn("narration"),
-                -1,
-            )
+            layout = clip_layout(words, clip, model.config.frame_tokens)
+            turns, ends, turn, frame = [], [], Turn("narration"), -1
             for position, label in enumerate(layout.labels):
                 frame = max(frame, layout.frame[position])
                 if layout.streaming[position]:
