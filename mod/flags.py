@@ -1,6 +1,6 @@
 """Command-line flags made from the fields of the configuration: name, type, help and choices are written once, there.
 
-Only the two scripts use this. A flag that is not given stays out of the parsed arguments, so that a preset or a
+The two scripts use this. A flag that is not given stays out of the parsed arguments, so that a preset or a
 checkpoint can fill it in: flag > checkpoint > preset.
 """
 

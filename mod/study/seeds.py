@@ -7,23 +7,25 @@ Finished runs are kept in runs/seeds and never repeated; a run that was cut off 
 and results/seeds.md, which is the README's table.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
+from mod.checkpoint import read_config, to_json, write_text
+from mod.config import PRESETS, UserError
+from mod.flags import Parser, run_script
 
-VARIANTS = {
-    "MoD, value gate (the default)": ("value", []),
-    "full computation": ("full", ["--layers", "none"]),
-    "MoD, update gate (the paper's)": ("update", ["--gate", "update"]),
+VARIANTS = {  # title in the table: folder, what differs from the default model
+    "MoD, value gate (the default)": ("value", {}),
+    "full computation": ("full", {"layers": "none"}),
+    "MoD, update gate (the paper's)": ("update", {"gate": "update"}),
 }
 COLUMNS = {
     "narration": ("narration_exact",),
@@ -35,16 +37,23 @@ COLUMNS = {
 RUNS, RESULTS = Path("runs/seeds"), Path("results")
 
 
-def train_one(name: str, flags: list[str], seed: int) -> dict:
-    """Metrics of one run, trained on one core unless it is there already."""
-    out = RUNS / f"{name}-{seed}"
+def train_one(name: str, changes: dict, seed: int) -> dict:
+    """Metrics of one run, trained on one core unless it is there already.
+
+    Raises UserError when the folder holds a run with other settings, RuntimeError when training fails.
+    """
+    out, base = RUNS / f"{name}-{seed}", PRESETS["tiny"]
+    wanted = replace(base, model=replace(base.model, **changes), train=replace(base.train, seed=seed))
+    begun = (out / "config.json").is_file()
+    if begun and read_config(out) != wanted:
+        raise UserError(f"{out} holds a run with other settings than today's; move it away and start again")
     if not (out / "metrics.json").is_file():
-        start = ["--resume"] if (out / "config.json").is_file() else ["--seed", str(seed), *flags]
-        command = [sys.executable, "train_tiny.py", "--out", str(out), *start]
+        flags = [f"--seed={seed}", *(f"--{key.replace('_', '-')}={value}" for key, value in changes.items())]
+        command = [sys.executable, "train_tiny.py", "--out", str(out), *(["--resume"] if begun else flags)]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
-    return json.loads((out / "metrics.json").read_text())
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
 
 def pick(metrics: dict, path: tuple[str, ...]) -> float:
@@ -57,9 +66,9 @@ def table(results: dict[str, list[dict]]) -> str:
     """Worst seed, mean and standard deviation of every column, as a Markdown table."""
     first = next(iter(results.values()))
     lines = [
-        f"Worst of {len(first)} seeds (mean ± standard deviation), 256 validation clips, {first[0]['steps']} steps:",
+        f"Worst of {len(first)} seeds (mean ± standard deviation) after {first[0]['steps']} steps, on unseen clips:",
         "",
-        "| | " + " | ".join(COLUMNS) + " | router recall, layers 1, 3 | decoder FLOPs | KV cache |",
+        "| | " + " | ".join(COLUMNS) + " | router recall, each routed layer | decoder FLOPs | KV cache |",
         "|---" * (len(COLUMNS) + 4) + "|",
     ]
     for title, runs in results.items():
@@ -75,25 +84,31 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    arguments = parser.parse_args(argv)
-    jobs = [(title, name, flags, seed) for title, (name, flags) in VARIANTS.items() for seed in range(arguments.seeds)]
+def run(arguments) -> int:
+    if arguments.seeds < 1 or arguments.jobs < 1:
+        raise UserError(f"seeds and jobs must be at least 1, got {arguments.seeds} and {arguments.jobs}")
+    jobs = [
+        (title, name, changes, seed) for title, (name, changes) in VARIANTS.items() for seed in range(arguments.seeds)
+    ]
     left = sum(not (RUNS / f"{name}-{seed}" / "metrics.json").is_file() for _, name, _, seed in jobs)
     print(f"{len(jobs)} runs, {left} of them still to train, {arguments.jobs} at a time, some minutes each")
     results: dict[str, list[dict]] = {title: [] for title in VARIANTS}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         metrics = pool.map(lambda job: train_one(*job[1:]), jobs)
-        for (title, *_), run in zip(jobs, tqdm(metrics, total=len(jobs), unit="run", disable=None), strict=True):
-            results[title].append(run)
+        for (title, *_), one in zip(jobs, tqdm(metrics, total=len(jobs), unit="run", disable=None), strict=True):
+            results[title].append(one)
     RESULTS.mkdir(exist_ok=True)
     write_text(RESULTS / "seeds.json", to_json(results, indent=1) + "\n")
     write_text(RESULTS / "seeds.md", table(results))
     print(table(results))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="mod.study.seeds", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
+    return run_script(run, parser.parse_args(argv), "mod.study.seeds")
 
 
 if __name__ == "__main__":
