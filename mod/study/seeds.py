@@ -34,6 +34,7 @@ COLUMNS = {
     "silence": ("silence_accuracy",),
     "free-running narration": ("free_running", "narration_exact"),
 }
+EARLY = 60  # step at which the routers' early recall is read off the log
 RUNS, RESULTS = Path("runs/seeds"), Path("results")
 
 
@@ -53,7 +54,9 @@ def train_one(name: str, changes: dict, seed: int) -> dict:
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
-    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    early = next(entry for entry in entries if entry["kind"] == "train" and entry["step"] >= EARLY)
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8")) | {"recall_early": early["recall"]}
 
 
 def pick(metrics: dict, path: tuple[str, ...]) -> float:
@@ -68,8 +71,8 @@ def table(results: dict[str, list[dict]]) -> str:
     lines = [
         f"Worst of {len(first)} seeds (mean ± standard deviation) after {first[0]['steps']} steps, on unseen clips:",
         "",
-        "| | " + " | ".join(COLUMNS) + " | router recall, each routed layer | decoder FLOPs | KV cache |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        "| | " + " | ".join(COLUMNS) + f" | recall at step {EARLY} | recall at the end | decoder FLOPs | KV cache |",
+        "|---" * (len(COLUMNS) + 5) + "|",
     ]
     for title, runs in results.items():
         cells = []
@@ -77,8 +80,9 @@ def table(results: dict[str, list[dict]]) -> str:
             values = [pick(run, path) for run in runs]
             spread = f" ({statistics.mean(values):.3f} ± {statistics.stdev(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{min(values):.3f}{spread}")
-        recalls = [[run["recall"][layer] for run in runs] for layer in runs[0]["recall"]]
-        cells.append(", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in recalls) or "-")
+        for key in ("recall_early", "recall"):
+            recalls = [[run[key][layer] for run in runs] for layer in runs[0][key]]
+            cells.append(", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in recalls) or "-")
         cells += [f"{runs[0]['flop_ratio']:.2f}", f"{runs[0]['kv_ratio']:.2f}"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
