@@ -45,7 +45,7 @@ def build_parser() -> Parser:
         action="append",
         default=[],
         metavar="WHEN:QUESTION",
-        help="ask after frame 6 (6:...) or 2.5 seconds in (2.5s:...); repeatable",
+        help="ask after frame 6 (6:...) or 2.5 seconds in (2.5s:...): where is it ? where did it appear ? Repeatable",
     )
     parser.add_argument(
         "--threshold",
@@ -67,7 +67,7 @@ class Question:
 def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
     """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds."""
     when, colon, text = ask.partition(":")
-    when, text = when.strip(), " ".join(text.replace("?", " ? ").split())
+    when, text = when.strip(), " ".join(text.lower().replace("?", " ? ").split())
     expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame) or "2.5s:where is it ?" (seconds)'
     try:
         frame = math.floor(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
@@ -119,7 +119,7 @@ class Printer:
         self, frame: int, role: str, text: str | None, truth: str | None = None, *, judge: str | None = None
     ) -> None:
         """One line. `judge` names the count that this line belongs to; right means equal to the truth."""
-        if judge:
+        if judge and truth != "?":
             self.right[judge].append(text == truth)
         if self.as_json:
             role = "silence" if text is None else role
@@ -134,7 +134,7 @@ class Printer:
         elif role == "user":
             print(f"{'':>5} {'':>7}   user: {text}", flush=True)
         else:
-            mark = "" if not judge else "" if text == truth else "   <- differs"
+            mark = "" if text == truth or truth == "?" else "   <- differs"
             label = f"{frame:>5} {frame / self.fps:>5.1f} s" if judge != "answers" else f"{'':>5} {'':>7}"
             print(f"{label}   {text or '.':<34} {truth or '.'}{mark}", flush=True)
 
@@ -173,8 +173,8 @@ def run(arguments) -> int:
             stream.hear([question.text])
             printer.event(t, "user", question.text)
             [answer] = stream.respond([True])
-            known = clip.truth[t].get(question.text)
-            printer.event(t, "assistant", answer, known, judge="answers" if known else None)
+            known = clip.truth[t].get(question.text, "?")
+            printer.event(t, "assistant", answer, known, judge="answers")
             captions[-1] += f"\nQ: {question.text}\nA: {answer}"
     if arguments.save:
         plot_stream(arguments.save, clip.frames, pictures, captions, [t / fps for t in range(frames)], config.model)

@@ -2,7 +2,7 @@
 
 python train_tiny.py                                   # the default: vision tokens skip every other layer
 python train_tiny.py --layers none --out runs/full     # full computation, to compare
-python train_tiny.py --gate update --out runs/paper    # the paper's gate; watch the router's recall
+python train_tiny.py --gate update --out runs/update   # the paper's gate; watch the router's recall
 python train_tiny.py --resume                          # go on after Ctrl-C or a crash
 """
 
@@ -104,6 +104,7 @@ def print_table(metrics: dict) -> None:
         print(f"{name:<20}{metrics[name]:>13.3f}{unit}{value:>13.3f}{unit}")
     recall = ", ".join(f"layer {layer}: {value:.2f}" for layer, value in metrics["recall"].items()) or "no routed layer"
     print(f"\nsprite patches kept by the router: {recall}")
+    print("what each row means: mod/metrics.py; time_diff is better small, lm_ppl is best at 1, the others at 1")
 
 
 def run(arguments) -> int:

@@ -139,7 +139,9 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
     try:
         step, seconds, random = int(note["step"]), float(note["seconds"]), tensors["random/cpu"]
     except (KeyError, ValueError):
-        raise UserError(f"{path} is no training state of this project; name another folder") from None
+        raise UserError(
+            f"{path} is no training state of this version of the project; train anew or name another folder"
+        ) from None
     load_weights(
         model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}, path
     )

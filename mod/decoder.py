@@ -54,6 +54,8 @@ class MoDBlock(nn.Module):
         skipped       h <- h                 bit for bit; it leaves no key and no value in this layer
         text          h <- h + f(h)          never scored, scaled or skipped
 
+    With the value gate mu enters f as well: in its attention the kept token's value is scaled by mu.
+
     Compute is really skipped: gather the short sequence, run the dense block on it, scatter the result back.
     """
 

@@ -67,5 +67,8 @@ def run_script(script, arguments: argparse.Namespace, name: str) -> int:
         print(f"{name}: not enough memory ({error}); ask for less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; what was written before is whole", file=sys.stderr)
+        print(
+            f"{name}: interrupted; nothing is half written, and an unfinished run goes on with --resume",
+            file=sys.stderr,
+        )
         return 130

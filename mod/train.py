@@ -1,7 +1,7 @@
 """The training loop: warm up the vision encoder, then train the stream, step by step, so that any crash can be resumed.
 
 A step depends on nothing but the weights, the optimizers' memory and its own number (clips are made from their number),
-so a run that is killed and resumed ends with the same weights, bit for bit.
+so a run that is killed and resumed ends with the same weights, bit for bit (same machine, same number of threads).
 
 Read next: ../train_tiny.py
 """
@@ -298,6 +298,7 @@ def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, di
     if step is None:
         step = 0
         if settings.vit_steps:
+            tqdm.write(f"first the vision encoder, {settings.vit_steps} steps on single frames")
             right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
             line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
             log.write({"kind": "warm-up", "step": 0, "right": right}, line)

@@ -104,7 +104,8 @@ def plot_stream(
     for row, layer in enumerate(layers, start=1):
         axes[row, 0].set_ylabel(f"layer {layer} keeps", fontsize=9)
     figure.suptitle(
-        "A stream, frame by frame: framed patches go through the routed layer, dark ones skip it; below, what was said",
+        "A stream, frame by frame: framed patches go through the routed layer (the CLS token, not drawn, may be one of "
+        "the kept), dark ones skip it; below, what was said",
         fontsize=10,
     )
     save(figure, path)
