@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 120  # seconds; the tests of any one file end much sooner
 
 # what is planted, file, the right code, the wrong code, the tests that should notice
 MUTATIONS = [
@@ -157,9 +158,15 @@ def survives(number: int) -> bool:
             code = code.replace(old, new)
         (copy / name).write_text(code)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)})
+        environment = {**os.environ, "PYTHONPATH": str(copy), "MUTATION": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            tqdm.write(f"{number:>2} caught    {title}  (the tests did not end within {PATIENCE} s)")
+            return False
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        tqdm.write(f"{number:>2} {'SURVIVED' if done.returncode == 0 else 'caught  '}  {title}  {failed[0][:110] if failed else ''}")
+        verdict = "SURVIVED" if done.returncode == 0 else "caught  "
+        tqdm.write(f"{number:>2} {verdict}  {title}  {failed[0][:110] if failed else ''}")
         return done.returncode == 0
 
 
