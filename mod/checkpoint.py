@@ -107,9 +107,13 @@ def read_config(folder: Path) -> Config:
         ) from error
 
 
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """What the optimizers remember, by the parameter's name: "optimizer/NAME/KEY"."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = parameter_names(model)
     return {
         f"optimizer/{names[parameter]}/{key}": value
         for optimizer in optimizers
@@ -145,7 +149,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
     load_weights(
         model, {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}, path
     )
-    parameters = dict(model.named_parameters())
+    names = parameter_names(model)
     keys: dict[str, set[str]] = {}
     for name in tensors:
         if name.startswith("optimizer/"):
@@ -154,7 +158,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
     for optimizer in optimizers:
         remembers = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name = next(name for name, own in parameters.items() if own is parameter)
+            name = names[parameter]
             if keys.pop(name, remembers if step == 0 else set()) - remembers:
                 raise UserError(f"{path} was written by another optimizer ({name}); resume with the run's own settings")
             for key in remembers:

@@ -235,7 +235,11 @@ def clip_layout(words: Vocabulary, clip: Clip, frame_tokens: int) -> Layout:
     return lay_out(words, len(clip.frames), frame_tokens, clip.said)
 
 
+def clip_pixels(clips: Sequence[Clip]) -> torch.Tensor:
+    """Frames of all clips, in order, (F, 3, side, side)."""
+    return torch.cat([torch.from_numpy(clip.frames) for clip in clips])
+
+
 def clip_batch(words: Vocabulary, clips: Sequence[Clip], frame_tokens: int) -> Batch:
     """Clips, which may differ in length, as one padded batch."""
-    pixels = torch.cat([torch.from_numpy(clip.frames) for clip in clips])
-    return collate([clip_layout(words, clip, frame_tokens) for clip in clips], pixels)
+    return collate([clip_layout(words, clip, frame_tokens) for clip in clips], clip_pixels(clips))

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 
-from mod.data import Clip, clip_batch, clip_layout
+from mod.data import Clip, clip_layout, clip_pixels
 from mod.decoder import Routing
 from mod.layout import NO_LABEL, Layout, Vocabulary, collate
 from mod.metrics import Turn
-from mod.stream import MAX_WORDS, Stream
+from mod.stream import MAX_WORDS, Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
 
@@ -28,17 +28,17 @@ def set_caps(turns: Sequence[Turn], ends: Sequence[int]) -> None:
 
 
 @torch.inference_mode()
-def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, cut: int, frame: int, threshold: float) -> list[bool]:
+def speaks_later(
+    model: VideoLLM, words: Vocabulary, clip: Clip, layout: Layout, cut: int, frame: int, threshold: float
+) -> list[bool]:
     """Would the model speak at each frame after `frame`, if nothing had been said since position `cut` - 1?"""
-    layout = clip_layout(words, clip, model.config.frame_tokens)
     probe = Layout(layout.ids[:cut], layout.frame[:cut], [NO_LABEL] * cut, [False] * cut)
     later = range(frame + 1, len(clip.frames))
     for t in later:
         probe.image(t, model.config.frame_tokens, words.eos)
     batch = collate([probe], torch.from_numpy(clip.frames)).to(next(model.parameters()).device)
     hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
-    silent = model.decoder.logits(hidden[batch.streaming]).float().softmax(-1)[:, words.eos]
-    return (silent < threshold).tolist()
+    return decides_to_speak(model.decoder.logits(hidden[batch.streaming]), words, threshold).tolist()
 
 
 @torch.inference_mode()
@@ -49,14 +49,15 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
     streams, silent = [], []
     for start in range(0, len(clips), rows):
         some = clips[start : start + rows]
-        batch = clip_batch(words, some, model.config.frame_tokens).to(next(model.parameters()).device)
+        layouts = [clip_layout(words, clip, model.config.frame_tokens) for clip in some]
+        batch = collate(layouts, clip_pixels(some)).to(next(model.parameters()).device)
         hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace)
-        logp = model.decoder.logits(hidden).float().log_softmax(-1)
-        spoke = (logp[..., words.eos].exp() < threshold).tolist()
+        logits = model.decoder.logits(hidden)
+        spoke = decides_to_speak(logits, words, threshold).tolist()
+        logp = logits.float().log_softmax(-1)
         right = (logp.argmax(-1) == batch.labels).tolist()
         label_logp = rearrange(logp.gather(-1, batch.labels.clamp(min=0)[..., None]), "b t 1 -> b t").tolist()
-        for row, clip in enumerate(some):
-            layout = clip_layout(words, clip, model.config.frame_tokens)
+        for row, (clip, layout) in enumerate(zip(some, layouts, strict=True)):
             turns, ends, turn, frame = [], [], Turn("narration"), -1
             for position, label in enumerate(layout.labels):
                 frame = max(frame, layout.frame[position])
@@ -73,7 +74,7 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
                     if label == words.eos:
                         turn.exact = all(turn.right)
                         if turn.timed and not any(turn.spoke):
-                            turn.after = speaks_later(model, words, clip, cut, frame, threshold)
+                            turn.after = speaks_later(model, words, clip, layout, cut, frame, threshold)
                         turns.append(turn)
                         ends.append(frame)
                         turn = Turn("narration")

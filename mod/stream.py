@@ -25,6 +25,11 @@ from mod.videollm import VideoLLM
 MAX_WORDS = 12
 
 
+def decides_to_speak(logits: Tensor, words: Vocabulary, threshold: float) -> Tensor:
+    """Is staying silent (<eos>) less likely than the threshold? Logits (..., V) after a frame -> (...) bool."""
+    return logits.float().softmax(-1)[..., words.eos] < threshold
+
+
 class Stream:
     """B live streams through one model.
 
@@ -85,7 +90,7 @@ class Stream:
 
     def wants_to_speak(self, logits: Tensor) -> list[bool]:
         """The streaming decision, from the logits (B, V) after a frame: is silence less likely than the threshold?"""
-        return (logits.float().softmax(-1)[:, self.words.eos] < self.threshold).tolist()
+        return decides_to_speak(logits, self.words, self.threshold).tolist()
 
     def hear(self, questions: Sequence[str | None]) -> None:
         """Feed a question of some rows' users; None where nobody asks."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, UserError
-from mod.data import CELLS, LABEL_SIZES, Clip, clip_batch, make_clip, vocabulary
+from mod.data import CELLS, LABEL_SIZES, Clip, clip_batch, clip_pixels, make_clip, vocabulary
 from mod.evaluate import free_running, router_recall, teacher_forced
 from mod.layout import NO_LABEL, Vocabulary
 from mod.metrics import summarize
@@ -108,7 +108,7 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
             make_clip(busy, config.model, "warm-up", config.train.seed, first + i, WARM_UP_FRAMES)
             for i in range(WARM_UP_CLIPS)
         ]
-        pixels = torch.cat([torch.from_numpy(clip.frames) for clip in clips]).to(device)
+        pixels = clip_pixels(clips).to(device)
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
         patches = vit.patches(pixels)
         tokens = {"patch": patches, "cls": vit.head(patches)}

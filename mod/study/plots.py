@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from mod.config import ModelConfig
 from mod.decoder import Routing
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
 
 def save(figure: Figure, path: Path) -> None:
