@@ -39,8 +39,10 @@ def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
     frequency = base ** -(torch.arange(0, x.shape[-1], 2, device=x.device, dtype=wide) / x.shape[-1])
     angle = rearrange(pos.to(wide), "b t -> b 1 t 1") * frequency
     cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    # (first, second) -> (first * cos - second * sin, second * cos + first * sin); rolling by E/2 swaps the halves.
+    turned, swapped = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    x_wide = x.to(wide)
+    return (x_wide * turned + x_wide.roll(x.shape[-1] // 2, dims=-1) * swapped).to(x.dtype)
 
 
 class Attention(nn.Module):

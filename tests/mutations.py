@@ -95,8 +95,8 @@ MUTATIONS = [
         "tests/test_block.py",
     ),
     (
-        "RoPE interleaved instead of half-rotated", "mod/block.py", "first, second = x.to(wide).chunk(2, dim=-1)",
-        "first, second = x.to(wide)[..., 0::2], x.to(wide)[..., 1::2]", "tests/test_block.py",
+        "RoPE turns the wrong way in one half", "mod/block.py", "torch.cat((-sin, sin), dim=-1)",
+        "torch.cat((sin, -sin), dim=-1)", "tests/test_block.py",
     ),
     (
         "streaming label one token early", "mod/layout.py", "self.labels += [NO_LABEL] * (tokens - 1) + [label]",

@@ -1,12 +1,15 @@
-"""What a stream costs, as formulas: floating-point operations (FLOPs, a count) and entries and bytes of the KV cache.
+"""What a stream costs, as formulas: FLOPs (a count of operations), entries and bytes of the KV cache, saved activations.
 
-A layer processes n = kept * frames + text tokens. One multiply and one add are two FLOPs; attention is counted over
-the full n * n square, as torch's own counter does.
+A layer processes n = kept * frames + text tokens: every formula below is a sum over layers of something in n. One
+multiply and one add are two FLOPs; attention is counted over the full n * n square, as torch's own counter does; norms
+and other elementwise work are left out. tests/test_costs.py holds the formulas against torch's counter and real tensors.
 """
 
 from dataclasses import replace
 
 from mod.config import ModelConfig
+
+DECODER = ("router", "projections", "attention", "ffn")  # the parts that the choice of layers changes
 
 
 def dense(config: ModelConfig) -> ModelConfig:
@@ -19,8 +22,13 @@ def layer_tokens(config: ModelConfig, frames: int, text: int) -> list[int]:
     return [kept * frames + text for kept in config.kept]
 
 
-def forward_flops(config: ModelConfig, frames: int, text: int) -> dict[str, int]:
-    """FLOPs of one offline forward pass over one stream, by part; norms and other elementwise work are left out."""
+def learned_layers(config: ModelConfig) -> int:
+    """Layers whose tokens are scored by a linear LayerExpert."""
+    return sum(ratio < 1 for ratio in config.keep) if config.select == "learned" else 0
+
+
+def forward_flops(config: ModelConfig, frames: int, text: int, logits: int | None = None) -> dict[str, int]:
+    """FLOPs of one offline forward pass over one stream, by part. `logits`: at how many tokens; default at all."""
     patches, pixels = config.patches_per_side**2, 3 * config.patch_size**2
     width, hidden = config.vit_dim, config.vit_hidden
     vit_block = 2 * patches * (4 * width**2 + 2 * width * hidden) + 4 * patches**2 * width
@@ -28,27 +36,87 @@ def forward_flops(config: ModelConfig, frames: int, text: int) -> dict[str, int]
     pooling = 2 * (2 * width**2 + 2 * patches * width**2 + 2 * width * hidden) + 4 * patches * width
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     tokens, vision = layer_tokens(config, frames, text), config.frame_tokens * frames
-    learned = sum(ratio < 1 for ratio in config.keep) if config.select == "learned" else 0
     return {
         "vit": frames * (2 * patches * pixels * width + config.vit_depth * vit_block + pooling),
         "connector": 2 * vision * (width * config.dim + config.dim**2),
-        "router": 2 * vision * config.dim * learned,
+        "router": 2 * vision * config.dim * learned_layers(config),
         "projections": sum(2 * n * config.dim * (2 * queries + 2 * keys) for n in tokens),
         "attention": sum(4 * n * n * queries for n in tokens),
         "ffn": sum(2 * n * 3 * config.dim * config.ffn_hidden for n in tokens),
-        "head": 2 * (vision + text) * config.dim * config.vocab_size,
+        "head": 2 * (vision + text if logits is None else logits) * config.dim * config.vocab_size,
+    }
+
+
+def training_flops(config: ModelConfig, frames: int, text: int, labels: int) -> dict[str, int]:
+    """FLOPs of one training step on one stream with so many labels: forward and backward, vision encoder frozen.
+
+    A product costs three times its forward: once forward, once for the gradient of each of its two factors. Nothing
+    before the connector is trained, so its first layer needs no gradient of its input.
+    """
+    forward = forward_flops(config, frames, text, labels)
+    first = 2 * config.frame_tokens * frames * config.vit_dim * config.dim
+    return {name: flops if name == "vit" else 3 * flops for name, flops in forward.items()} | {
+        "connector": 3 * forward["connector"] - first
     }
 
 
 def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
-    """FLOPs of the decoder's layers and their routers: what the choice of layers changes."""
+    """FLOPs of the decoder's layers and their routers, forward; a training step has three times as many."""
     parts = forward_flops(config, frames, text)
-    return sum(parts[name] for name in ("router", "projections", "attention", "ffn"))
+    return sum(parts[name] for name in DECODER)
+
+
+def frame_flops(config: ModelConfig, cached: int, text: int) -> int:
+    """FLOPs of the decoder's layers for one more frame, after `cached` frames and `text` text tokens."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    linear = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden
+    seen = layer_tokens(config, cached + 1, text)
+    products = sum(2 * n * linear + 4 * n * s * queries for n, s in zip(config.kept, seen, strict=True))
+    return products + 2 * config.frame_tokens * config.dim * learned_layers(config)
+
+
+def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str, int]:
+    """Numbers that one stream's training step keeps for its backward pass in the decoder's layers, by part.
+
+    Per token and layer: each norm keeps its input, the input normed, and its output, which the next product needs, with
+    one statistic; attention its queries, keys, values before and after norm and rotation, and its result; SwiGLU four
+    hidden vectors. What a routed layer adds: the scored tokens, the updates that mu scales, and the values before mu.
+    """
+    queries, keys, size = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.head_dim
+    norms = 6 * config.dim + 2
+    rotation = 4 * size  # cosines and sines for queries and keys
+    qk_norm = 2 * queries + 2 * keys + config.heads + config.kv_heads if config.qk_norm else 0
+    attention = 2 * queries + 2 * keys + config.heads + rotation + qk_norm
+    ffn = 4 * config.ffn_hidden
+    tokens = layer_tokens(config, frames, text)
+    routed = [n for n, ratio in zip(tokens, config.keep, strict=True) if ratio < 1]
+    # mu, one a token; the updates that it scales are kept for its gradient, if it learns; so are values and sigmoids.
+    learned, value = config.select == "learned", config.gate == "value"
+    gate = 1 + (config.dim if learned else 0) + (keys if learned and value else 0)
+    scored = config.frame_tokens * frames * learned_layers(config)
+    return {
+        "norms": sum(tokens) * norms,
+        "attention": sum(tokens) * attention,
+        "ffn": sum(tokens) * ffn,
+        "router": scored * (config.dim + (1 if value else 0)),
+        "gate": sum(routed) * gate,
+    }
+
+
+def activation_bytes(config: ModelConfig, frames: int, text: int, number_bytes: int = 4) -> int:
+    """Bytes that one stream's training step keeps for its backward pass in the decoder's layers."""
+    return sum(activation_numbers(config, frames, text).values()) * number_bytes
 
 
 def kv_bytes(config: ModelConfig, frames: int, text: int, number_bytes: int = 4) -> int:
     """Bytes of all keys and values after a stream of so many frames and text tokens."""
     return sum(layer_tokens(config, frames, text)) * 2 * config.kv_heads * config.head_dim * number_bytes
+
+
+def frames_that_fit(config: ModelConfig, budget: int, text: int, number_bytes: int = 4) -> int:
+    """The longest stream, in frames, whose keys and values fit into `budget` bytes beside `text` text tokens."""
+    empty = kv_bytes(config, 0, text, number_bytes)
+    return max(0, (budget - empty) // (kv_bytes(config, 1, text, number_bytes) - empty))
 
 
 def ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
