@@ -180,6 +180,8 @@ class DataConfig:
     frames: int = flag(8, "frames of a clip")
     sprites: int = flag(1, "most sprites visible at once")
     event_rate: float = flag(0.45, "chance that something happens at a frame")
+    drift: float = flag(0.0, "chance that a sprite steps aside in a frame, unspoken")
+    sparks: float = flag(0.0, "chance that a small spark flashes up in a frame, unspoken")
     question_rate: float = flag(0.5, "chance that the user asks something after a frame")
     distractors: int = flag(4, "grey shapes in the background")
     noise: float = flag(0.03, "standard deviation of the pixel noise, of a 0 to 1 range")
@@ -189,7 +191,7 @@ class DataConfig:
         _check_fields(self)
         _require(self.frames >= 1, f"frames must be at least 1, got {self.frames}")
         _require(1 <= self.sprites <= 6, f"sprites must be 1 to 6, got {self.sprites}")
-        for name in ("event_rate", "question_rate"):
+        for name in ("event_rate", "drift", "sparks", "question_rate"):
             _require(
                 0 <= getattr(self, name) <= 1,
                 f"{name} is a chance, expected 0 to 1, got {getattr(self, name)}",
@@ -284,4 +286,11 @@ class Config:
     train: TrainConfig = TrainConfig()
 
 
-PRESETS = {"tiny": Config()}
+PRESETS = {
+    "tiny": Config(),
+    # Harder, so that variants differ: what the tables of mod/study are made with.
+    "study": Config(
+        data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.7),
+        train=TrainConfig(steps=300, eval_every=30, save_every=150),
+    ),
+}

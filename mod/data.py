@@ -5,6 +5,10 @@ noise; in the one frame in which it moves it leaves a trail, as a camera's expos
 nothing is said while nothing happens. On which *side* of the frame the sprite is, is never narrated, so a question
 about it (now, or where it first appeared) cannot be answered from what was said before: chance is one in five.
 
+Harder, on request: several sprites ("it" is then the one last spoken of, the others are asked for by name); drift,
+silent steps to the side, so that only the latest frame tells where a sprite is now; and sparks, small coloured squares
+that flash up in a single frame, are never spoken of, and are asked for later.
+
 Read next: metrics.py
 """
 
@@ -28,12 +32,16 @@ EVENTS = {"moves": 0.4, "turns": 0.35, "leaves": 0.25}  # what happens to a spri
 WORDS = (
     *(*COLOURS, *SHAPES, *HEIGHTS, *SIDES, "appears", *EVENTS),
     *("nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?"),
+    *("which", "spark", "none"),
 )
+NOTHING = ("nowhere", "none")
 SPLITS = {"train": 0, "validation": 1, "test": 2, "warm-up": 3}
 CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a row is a height, a column a side
 TRAIL = 0.5  # opacity of the motion blur that a sprite leaves where it was, in the one frame in which it moves
-# Values of a patch's labels: colour, shape, height and side of a sprite, and is there a trail; 0 for "no".
-LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2)
+SPARK = 5  # side of a spark, pixels
+# Values of a patch's labels: colour, shape, height and side of a sprite, is there a trail, colour of a spark; 0 for no.
+LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2, 1 + len(COLOURS))
+SPARK_LABEL = 5
 
 
 def vocabulary() -> Vocabulary:
@@ -69,8 +77,8 @@ class Clip:
 
     frames        (F, 3, side, side) float32 in [-1, 1]
     said          narrations, questions and answers, in order
-    patch_labels  (F, P, 5) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for none;
-                  and 1 where a trail is
+    patch_labels  (F, P, 6) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for none;
+                  1 where a trail is; and the colour of a spark
     truth         after each frame: every question that makes sense then, and its answer
     """
 
@@ -120,7 +128,9 @@ class Scene:
     def __init__(self, rng: np.random.Generator, config: DataConfig):
         self.rng, self.config = rng, config
         self.sprites: list[Sprite] = []
-        self.last: Sprite | None = None  # the sprite that left last
+        self.topic: Sprite | None = None  # "it": the sprite last spoken of, which may have left
+        self.spark: tuple[str, int, int] | None = None  # colour and cell, in the one frame in which it shows
+        self.last_spark = ""  # colour
 
     def place(self, sprite: Sprite) -> None:
         """Put a sprite somewhere else: at another height than before, in a cell that no other sprite is in."""
@@ -147,8 +157,9 @@ class Scene:
             self.place(sprite)
             sprite.first = sprite.side
             self.sprites.append(sprite)
+            self.topic = sprite
             return f"{sprite.name} appears {sprite.height}"
-        sprite = self.sprites[self.rng.integers(len(self.sprites))]
+        sprite = self.topic = self.sprites[self.rng.integers(len(self.sprites))]
         before, kind = sprite.name, self.rng.choice(list(EVENTS), p=list(EVENTS.values()))
         if kind == "turns":
             sprite.colour, _ = self.name(sprite.shape)
@@ -158,25 +169,46 @@ class Scene:
             self.place(sprite)
             return f"{before} moves {sprite.height}"
         self.sprites.remove(sprite)
-        self.last = sprite
         return f"{before} leaves"
 
     def settle(self) -> None:
-        """A frame has passed: trails fade."""
+        """A frame has passed: trails and sparks fade."""
+        self.spark = None
         for sprite in self.sprites:
             sprite.trail = None
 
+    def flash(self) -> None:
+        """Let a spark show, perhaps, in a cell without sprite or trail."""
+        if self.config.sparks and self.rng.random() < self.config.sparks:
+            taken = {(sprite.row, sprite.column) for sprite in self.sprites} | {sprite.trail for sprite in self.sprites}
+            free = [(row, column) for row in range(CELLS) for column in range(CELLS) if (row, column) not in taken]
+            self.last_spark = list(COLOURS)[self.rng.integers(len(COLOURS))]
+            self.spark = (self.last_spark, *free[self.rng.integers(len(free))])
+
+    def drift(self, busy: Sprite | None) -> None:
+        """Let sprites, except the one that something just happened to, step one cell aside; nobody speaks of it."""
+        for sprite in self.sprites:
+            if self.config.drift and sprite is not busy and self.rng.random() < self.config.drift:
+                taken = {(other.row, other.column) for other in self.sprites}
+                beside = [c for c in (sprite.column - 1, sprite.column + 1) if 0 <= c < CELLS]
+                free = [column for column in beside if (sprite.row, column) not in taken]
+                if free:
+                    sprite.column = free[self.rng.integers(len(free))]
+
     def truth(self) -> dict[str, str]:
         """Every question that can be asked at this moment, with its answer: where things are, and where they were."""
-        if self.config.sprites == 1:
-            here = self.sprites[0] if self.sprites else None
-            seen = here or self.last
-            return {
-                "where is it ?": f"now {here.side}" if here else "nowhere",
-                "where did it appear ?": f"first {seen.first}" if seen else "nowhere",
-            }
-        now = {f"where is the {sprite.name} ?": f"now {sprite.side}" for sprite in self.sprites}
-        return now | {f"where did the {sprite.name} appear ?": f"first {sprite.first}" for sprite in self.sprites}
+        it = self.topic
+        answers = {
+            "where is it ?": f"now {it.side}" if it in self.sprites else "nowhere",
+            "where did it appear ?": f"first {it.first}" if it else "nowhere",
+        }
+        for sprite in self.sprites:
+            if sprite is not it:
+                answers[f"where is the {sprite.name} ?"] = f"now {sprite.side}"
+                answers[f"where did the {sprite.name} appear ?"] = f"first {sprite.first}"
+        if self.config.sparks:
+            answers["which spark ?"] = f"spark {self.last_spark}" if self.last_spark else "none"
+        return answers
 
     def paint(self, frame: np.ndarray) -> None:
         """Draw the sprites into frame (3, side, side), in place, trails below them."""
@@ -187,9 +219,13 @@ class Scene:
         for sprite in self.sprites:
             top, left = sprite.row * cell + sprite.jitter[0], sprite.column * cell + sprite.jitter[1]
             draw(frame, sprite.shape, COLOURS[sprite.colour], top, left)
+        if self.spark:
+            colour, row, column = self.spark
+            top, left = (cell * c + (cell - SPARK) // 2 for c in (row, column))
+            frame[:, top : top + SPARK, left : left + SPARK] = np.asarray(COLOURS[colour])[:, None, None]
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
-        """(P, 5) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
+        """(P, 6) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
         labels = np.zeros((side // patch, side // patch, len(LABEL_SIZES)), np.int64)
 
         def place(cell: tuple[int, int]) -> tuple[int, int]:
@@ -201,6 +237,9 @@ class Scene:
             labels[place((sprite.row, sprite.column))][:4] = [1 + value for value in (*what, sprite.row, sprite.column)]
             if sprite.trail:
                 labels[place(sprite.trail)][4] = 1
+        if self.spark:
+            colour, row, column = self.spark
+            labels[place((row, column))][SPARK_LABEL] = 1 + list(COLOURS).index(colour)
         return rearrange(labels, "h w c -> (h w) c")
 
 
@@ -215,14 +254,16 @@ def make_clip(
     labels, said, truth, answered = [], [], [], {}
     for t in range(frames):
         scene.settle()
-        if rng.random() < config.event_rate:
+        if happens := rng.random() < config.event_rate:
             said.append(Say(t, "assistant", scene.happen()))
+        scene.drift(busy=scene.topic if happens else None)
+        scene.flash()
         scene.paint(video[t])
         labels.append(scene.patch_labels(side, model.patch_size))
         truth.append(scene.truth())
-        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for "nowhere".
+        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for nothing.
         fresh = {question: answer for question, answer in truth[t].items() if answered.get(question) != answer}
-        worth = [question for question, answer in fresh.items() if answer != "nowhere" or rng.random() < 0.2]
+        worth = [question for question, answer in fresh.items() if answer not in NOTHING or rng.random() < 0.2]
         if worth and rng.random() < config.question_rate:
             asked = worth[rng.integers(len(worth))]
             answered[asked] = truth[t][asked]

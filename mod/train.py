@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
-from mod.config import Config, UserError
-from mod.data import CELLS, LABEL_SIZES, Clip, clip_batch, clip_pixels, make_clip, vocabulary
+from mod.config import Config, ModelConfig, UserError
+from mod.data import CELLS, LABEL_SIZES, SPARK_LABEL, Clip, clip_batch, clip_pixels, make_clip, vocabulary
 from mod.evaluate import free_running, router_recall, teacher_forced
 from mod.layout import NO_LABEL, Vocabulary
 from mod.metrics import summarize
@@ -113,7 +114,9 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
         patches = vit.patches(pixels)
         tokens = {"patch": patches, "cls": vit.head(patches)}
         # A frame's CLS should know what is in the frame: of its one sprite (of several, a mixture) the largest labels.
+        # Sparks it should overlook, as a summary does with what is small: only patches show them.
         truths = {"patch": truth, "cls": truth.amax(1, keepdim=True)}
+        truths["cls"][..., SPARK_LABEL] = 0
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
             all_right = truths[name][..., 0] > 0
@@ -269,8 +272,11 @@ def patient_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, dict | None]:
-    """Train a run in folder `out`, or go on with the one that is there.
+def train(
+    config: Config, out: Path, resume: bool = False, build: Callable[[ModelConfig], VideoLLM] = VideoLLM
+) -> tuple[VideoLLM, dict | None]:
+    """Train a run in folder `out`, or go on with the one that is there. `build` makes the model: with a router of your
+    own, or with an encoder that has been trained already (and vit_steps 0).
 
     Returns the model and its metrics (teacher-forced, free-running, seconds, steps); None for the metrics when Ctrl-C
     ended it early: the state is saved then, and `resume` continues it. Raises UserError, with nothing written, when the
@@ -279,7 +285,7 @@ def train(config: Config, out: Path, resume: bool = False) -> tuple[VideoLLM, di
     started, settings = time.monotonic(), config.train
     device, words = prepare(config)
     torch.manual_seed(settings.seed)
-    model = VideoLLM(config.model).to(device)
+    model = build(config.model).to(device)
     trained = {name: p for name, p in model.named_parameters() if settings.vit_lr or not name.startswith("vit.")}
     optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
 

@@ -107,7 +107,7 @@ def test_frames_are_in_range_and_shaped():
     some = clip(frames=3)
     assert some.frames.shape == (3, 3, 40, 40) and some.frames.dtype == np.float32
     assert some.frames.min() >= -1 and some.frames.max() <= 1
-    assert some.patch_labels.shape == (3, 25, 5)
+    assert some.patch_labels.shape == (3, 25, 6)
 
 
 def test_data_is_never_the_bottleneck():

@@ -1,8 +1,9 @@
-"""What a stream costs, as formulas: FLOPs (a count of operations), entries and bytes of the KV cache, saved activations.
+"""What a stream costs, as formulas: FLOPs (operations, a count), entries and bytes of the KV cache, saved activations.
 
 A layer processes n = kept * frames + text tokens: every formula below is a sum over layers of something in n. One
 multiply and one add are two FLOPs; attention is counted over the full n * n square, as torch's own counter does; norms
-and other elementwise work are left out. tests/test_costs.py holds the formulas against torch's counter and real tensors.
+and other elementwise work are left out. tests/test_costs.py holds the formulas against torch's counter and the real
+tensors.
 """
 
 from dataclasses import replace

@@ -1,0 +1,172 @@
+"""Train variants of the model over seeds, resumably: finished runs are never repeated, cut-off ones are continued.
+
+All runs of a seed start from the same weights, see the same clips in the same order, and look through the same frozen
+vision encoder, which is warmed up once a seed; so a difference between two variants of a seed is theirs alone. Each run
+is a process of its own with one thread: two at a time are faster than one with two threads.
+
+    python -m mod.study.sweep OUT --config '{...}'        # one run; mod.study.ablate calls this
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mod.checkpoint import load_weights, read_config, read_tensors, to_json, write_tensors, write_text
+from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.data import vocabulary
+from mod.evaluate import teacher_forced
+from mod.flags import Parser, run_script
+from mod.study import routers
+from mod.train import train, validation_clips, warm_up_vit
+from mod.videollm import VideoLLM
+from mod.vit import ViT
+
+QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark"}  # how a question begins: its kind
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: how its model differs from the study's, and who routes: "oracle", "taught", or as it says."""
+
+    title: str
+    model: dict = field(default_factory=dict)
+    routers: str = ""
+
+
+def configure(base: Config, variant: Variant, seed: int) -> Config:
+    return replace(base, model=replace(base.model, **variant.model), train=replace(base.train, seed=seed))
+
+
+def encoder(config: Config, folder: Path) -> Path:
+    """The file of a seed's frozen vision encoder, warmed up if it is not there yet. The decoder's sizes do not enter."""
+    path = folder / f"encoder-{config.train.seed}.safetensors"
+    if not path.is_file():
+        torch.manual_seed(config.train.seed)
+        vit = ViT(config.model)
+        warm_up_vit(vit, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, dict(vit.named_parameters()))
+    return path
+
+
+def build(model_config: ModelConfig, encoder_file: Path, kind: str) -> VideoLLM:
+    model = routers.build(model_config, kind) if kind else VideoLLM(model_config)
+    load_weights(model.vit, read_tensors(encoder_file)[0], encoder_file)
+    return model
+
+
+def answers_by_kind(model: VideoLLM, config: Config) -> dict[str, float]:
+    """Share of right answers for every kind of question, teacher-forced on the validation clips."""
+    words, right = vocabulary(), {kind: [] for kind in QUESTIONS.values()}
+    clips = validation_clips(config, config.train.eval_clips)
+    for turns, clip in zip(teacher_forced(model, words, clips)[0], clips, strict=True):
+        asked = [say.text for say in clip.said if say.role == "user"]
+        for question, turn in zip(asked, [turn for turn in turns if turn.kind == "answer"], strict=True):
+            right[QUESTIONS[" ".join(question.split()[:2])]].append(turn.exact)
+    return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
+
+
+def train_here(out: Path, config: Config, kind: str) -> None:
+    """Train one run in this process; metrics.json, written last, says that it is finished."""
+    file = encoder(config, out.parent)
+    ready = replace(config, train=replace(config.train, vit_steps=0))
+    model, metrics = train(ready, out, resume=True, build=partial(build, encoder_file=file, kind=kind))
+    if metrics is None:
+        raise KeyboardInterrupt
+    metrics["kinds"] = answers_by_kind(model, config)
+    write_text(out / "metrics.json", to_json(metrics, indent=1) + "\n")
+
+
+def train_apart(out: Path, config: Config, kind: str) -> float:
+    """Train one run in a process of its own; returns its seconds. Raises RuntimeError when training fails."""
+    command = [sys.executable, "-m", "mod.study.sweep", str(out), "--config", json.dumps(asdict(config))]
+    started, one_thread = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--routers", kind], env=one_thread, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
+    return time.monotonic() - started
+
+
+def finished(out: Path, config: Config) -> bool:
+    """Is the run there? Raises UserError when the folder holds a run with other settings."""
+    if not (out / "config.json").is_file():
+        return False
+    held = read_config(out)
+    if replace(held, train=replace(held.train, vit_steps=config.train.vit_steps)) != config:
+        raise UserError(f"{out} holds a run with other settings than today's; move it away and start again")
+    return (out / "metrics.json").is_file()
+
+
+def sweep(runs: Path, base: Config, variants: dict[str, Variant], seeds: int, jobs: int) -> None:
+    """Train what is not there yet, seed by seed, `jobs` at a time, with an estimate of the time left."""
+    for seed in range(seeds):  # the encoders first, so that no two runs make the same one
+        encoder(configure(base, Variant(""), seed), runs)
+    todo = []
+    for seed in range(seeds):
+        for name, variant in variants.items():
+            out, config = runs / f"{name}-{seed}", configure(base, variant, seed)
+            if not finished(out, config):
+                todo.append((out, config, variant.routers))
+    print(f"{len(variants)} variants x {seeds} seeds; {len(todo)} runs still to train, {jobs} at a time")
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as bar:
+        started = time.monotonic()
+        waiting = [pool.submit(train_apart, *job) for job in todo]
+        for number, one in enumerate(as_completed(waiting), start=1):
+            one.result()
+            bar.update()
+            left = (time.monotonic() - started) / number * (len(todo) - number)
+            tqdm.write(f"{number} of {len(todo)} runs, about {left / 60:.0f} minutes left")
+
+
+def collect(runs: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
+    """What finished runs measured: variant -> seed -> metrics, with the curves of recall and quality from the log."""
+    results: dict[str, dict[str, dict]] = {}
+    for name, variant in variants.items():
+        results[name] = {}
+        for seed in range(seeds):
+            out = runs / f"{name}-{seed}"
+            if finished(out, configure(base, variant, seed)):
+                metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+                metrics["curve"] = list(curve(out))
+                results[name][str(seed)] = metrics
+    return results
+
+
+def curve(out: Path) -> Iterator[dict]:
+    """Points of a run's log: step, and what was measured there, rounded; losses and recall are of a training batch."""
+    for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "train":
+            recall = {layer: round(value, 3) for layer, value in entry["recall"].items()}
+            yield {"step": entry["step"], "lm": round(entry["lm"], 4), "recall": recall}
+        elif entry["kind"] == "eval":
+            yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
+
+
+def run(arguments) -> int:
+    parts = json.loads(arguments.config)
+    config = Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
+    train_here(arguments.out, config, arguments.routers)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="mod.study.sweep", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--config", required=True, help="the whole configuration as JSON")
+    parser.add_argument("--routers", choices=("", "oracle", "taught"), default="", help="routers of a study's own")
+    return run_script(run, parser.parse_args(argv), "mod.study.sweep")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
