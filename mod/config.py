@@ -291,6 +291,6 @@ PRESETS = {
     # Harder, so that variants differ: what the tables of mod/study are made with.
     "study": Config(
         data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.7),
-        train=TrainConfig(steps=300, eval_every=30, save_every=150),
+        train=TrainConfig(steps=240, eval_every=60, save_every=120),
     ),
 }

@@ -50,8 +50,6 @@ VARIANTS = {
     "all-uniform": Variant("all layers, uniform", {"layers": "all", "select": "uniform"}),
     "r-0.1": Variant("interleaved, learned, r = 0.1", {"keep_ratio": 0.1}),
     "r-0.5": Variant("interleaved, learned, r = 0.5", {"keep_ratio": 0.5}),
-    "all-r-0.1": Variant("all layers, learned, r = 0.1", {"layers": "all", "keep_ratio": 0.1}),
-    "all-r-0.5": Variant("all layers, learned, r = 0.5", {"layers": "all", "keep_ratio": 0.5}),
     "update": Variant("interleaved, the paper's gate", {"gate": "update"}),
     "taught": Variant("interleaved, the paper's gate and an auxiliary target", {"gate": "update"}, "taught"),
     "oracle": Variant("interleaved, oracle: keeps sprites and sparks", {}, "oracle"),
@@ -103,8 +101,7 @@ TABLES = {
     ),
     3: Table(
         "How tokens are chosen, and how many are kept",
-        ("full", "random", "uniform", "r-0.1", "mod", "r-0.5",
-         "all-random", "all-uniform", "all-r-0.1", "all", "all-r-0.5"),
+        ("full", "random", "uniform", "r-0.1", "mod", "r-0.5", "all-random", "all-uniform", "all"),
         (
             Claim("mod", "random", "narration", "paper, Table 3"),
             Claim("mod", "uniform", "narration", "paper, Table 3"),
