@@ -291,6 +291,6 @@ PRESETS = {
     # Harder, so that variants differ: what the tables of mod/study are made with.
     "study": Config(
         data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.7),
-        train=TrainConfig(steps=240, eval_every=60, save_every=120),
+        train=TrainConfig(steps=200, eval_every=50, save_every=100),
     ),
 }

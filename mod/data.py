@@ -25,6 +25,7 @@ from mod.layout import Batch, Layout, Say, Vocabulary, collate, lay_out
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.15, 0.25, 0.95), "yellow": (0.95, 0.9, 0.1),
            "pink": (0.95, 0.3, 0.85), "cyan": (0.1, 0.9, 0.9)}  # fmt: skip
+SPARKS = {"orange": (1.0, 0.5, 0.0), "purple": (0.5, 0.1, 0.75), "lime": (0.65, 1.0, 0.3), "brown": (0.5, 0.25, 0.0)}
 SHAPES = ("square", "disc", "triangle", "cross")
 HEIGHTS = ("top", "upper", "middle", "lower", "bottom")
 SIDES = ("far-left", "left", "centre", "right", "far-right")
@@ -32,7 +33,7 @@ EVENTS = {"moves": 0.4, "turns": 0.35, "leaves": 0.25}  # what happens to a spri
 WORDS = (
     *(*COLOURS, *SHAPES, *HEIGHTS, *SIDES, "appears", *EVENTS),
     *("nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?"),
-    *("which", "spark", "none"),
+    *(*SPARKS, "which", "spark", "none"),
 )
 NOTHING = ("nowhere", "none")
 SPLITS = {"train": 0, "validation": 1, "test": 2, "warm-up": 3}
@@ -40,7 +41,7 @@ CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a row is a height
 TRAIL = 0.5  # opacity of the motion blur that a sprite leaves where it was, in the one frame in which it moves
 SPARK = 5  # side of a spark, pixels
 # Values of a patch's labels: colour, shape, height and side of a sprite, is there a trail, colour of a spark; 0 for no.
-LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2, 1 + len(COLOURS))
+LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2, 1 + len(SPARKS))
 SPARK_LABEL = 5
 
 
@@ -182,7 +183,7 @@ class Scene:
         if self.config.sparks and self.rng.random() < self.config.sparks:
             taken = {(sprite.row, sprite.column) for sprite in self.sprites} | {sprite.trail for sprite in self.sprites}
             free = [(row, column) for row in range(CELLS) for column in range(CELLS) if (row, column) not in taken]
-            self.last_spark = list(COLOURS)[self.rng.integers(len(COLOURS))]
+            self.last_spark = list(SPARKS)[self.rng.integers(len(SPARKS))]
             self.spark = (self.last_spark, *free[self.rng.integers(len(free))])
 
     def drift(self, busy: Sprite | None) -> None:
@@ -222,7 +223,7 @@ class Scene:
         if self.spark:
             colour, row, column = self.spark
             top, left = (cell * c + (cell - SPARK) // 2 for c in (row, column))
-            frame[:, top : top + SPARK, left : left + SPARK] = np.asarray(COLOURS[colour])[:, None, None]
+            frame[:, top : top + SPARK, left : left + SPARK] = np.asarray(SPARKS[colour])[:, None, None]
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
         """(P, 6) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
@@ -239,7 +240,7 @@ class Scene:
                 labels[place(sprite.trail)][4] = 1
         if self.spark:
             colour, row, column = self.spark
-            labels[place((row, column))][SPARK_LABEL] = 1 + list(COLOURS).index(colour)
+            labels[place((row, column))][SPARK_LABEL] = 1 + list(SPARKS).index(colour)
         return rearrange(labels, "h w c -> (h w) c")
 
 

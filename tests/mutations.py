@@ -139,6 +139,54 @@ MUTATIONS = [
         "the side is narrated", "mod/data.py", 'return f"{before} moves {sprite.height}"', 'return f"{before} moves {sprite.height} {sprite.side}"',
         "tests/test_data.py",
     ),
+    (
+        "one router shared by all layers", "mod/decoder.py", "block = MoDBlock(block, router)",
+        "block = MoDBlock(block, next((b.router for b in self.layers if isinstance(b, MoDBlock)), router))", "tests/test_properties.py",
+    ),
+    (
+        "tokens chosen after squashing: saturated scores tie", "mod/router.py", "top_k_mask(scores.detach(), self.kept)",
+        "top_k_mask((20 * scores.detach()).sigmoid(), self.kept)", "tests/test_mod_block.py",
+    ),
+    (
+        "weights by a softmax over the frame", "mod/router.py", "return 2 * torch.sigmoid(scores)", "return scores.softmax(-1)",
+        "tests/test_router.py",
+    ),
+    (
+        "a row of the batch writes into another row's cache", "mod/cache.py", "self.k[rows, :, slots] = k[rows, :, columns]",
+        "self.k[0 * rows, :, slots] = k[rows, :, columns]", "tests/test_stream.py",
+    ),
+    (
+        "gradients clipped after the step, that is, never", "mod/train.py", "norm = nn.utils.clip_grad_norm_(",
+        "norm, _ = torch.ones(()), list(", "tests/test_train.py", ('["params"]], settings.clip)', '["params"]])'),
+    ),
+    (
+        "the router sees where a token stands in the batch, not in its frame", "mod/router.py", 'tokens = rearrange(tokens, "(f n) d -> f n d", n=self.frame_tokens)',
+        'tokens = rearrange(tokens, "(n f) d -> f n d", n=self.frame_tokens)', "tests/test_properties.py",
+    ),
+    (
+        "FLOPs of attention halved, as if its square were a triangle", "mod/study/costs.py", "sum(4 * n * n * queries for n in tokens)",
+        "sum(2 * n * n * queries for n in tokens)", "tests/test_costs.py",
+    ),
+    (
+        "activations of the scored tokens forgotten", "mod/study/costs.py", '"router": scored * (config.dim + (1 if value else 0))', '"router": 0', "tests/test_costs.py",
+    ),
+    (
+        "an auxiliary lesson turned round", "mod/study/routers.py", "gradient + LESSON", "gradient - LESSON", "tests/test_study.py",
+    ),
+    (
+        "finished runs are trained again", "mod/study/sweep.py", "if not finished(out, config):", "if True:", "tests/test_study.py",
+    ),
+    (
+        "an ordering judged without pairing its seeds", "mod/study/ablate.py", "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds])",
+        "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds[::-1]])", "tests/test_study.py",
+    ),
+    (
+        "it is any sprite, not the one last spoken of", "mod/data.py", "it = self.topic", "it = self.sprites[0] if self.sprites else self.topic",
+        "tests/test_data.py",
+    ),
+    (
+        "sparks never fade", "mod/data.py", "        self.spark = None\n        for sprite", "        for sprite", "tests/test_data.py",
+    ),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mod.config import DataConfig, ModelConfig
-from mod.data import COLOURS, HEIGHTS, SHAPES, SIDES, SPLITS, clip_layout, make_clip, vocabulary
+from mod.data import COLOURS, HEIGHTS, SHAPES, SIDES, SPARK_LABEL, SPARKS, SPLITS, clip_layout, make_clip, vocabulary
 
 MODEL, DATA = ModelConfig(), DataConfig()
 
@@ -62,6 +62,78 @@ def test_answers_are_where_the_patch_labels_say(index):
     for ask, answer in zip(some.said, some.said[1:], strict=False):
         if ask.role == "user":
             assert answer.role == "assistant" and answer.text == some.truth[ask.frame][ask.text]
+
+
+def shown(some, t):
+    """What the patch labels of a frame say: (colour, shape) -> (row, column)."""
+    labels = some.patch_labels[t][some.patch_labels[t][:, 0] > 0]
+    return {(list(COLOURS)[c - 1], SHAPES[s - 1]): (h - 1, x - 1) for c, s, h, x, *_ in labels}
+
+
+@given(st.integers(0, 10**4), st.integers(2, 4))
+def test_with_several_sprites_it_is_the_one_last_spoken_of(index, sprites):
+    """... and the others are asked for by name; with drift, every answer is about the latest frame."""
+    some, topic, first = clip(index, data=DataConfig(sprites=sprites, drift=0.4, frames=10)), None, {}
+    for t, truth in enumerate(some.truth):
+        here = shown(some, t)
+        for say in some.said:
+            if say.frame == t and say.role == "assistant" and say.text.split()[0] in COLOURS:
+                colour, shape, verb, *rest = say.text.split()
+                topic = (rest[0], shape) if verb == "turns" else (colour, shape)
+                if verb == "appears":
+                    first[topic] = SIDES[here[topic][1]]
+                elif verb == "turns":
+                    first[topic] = first.pop((colour, shape))
+        assert truth["where is it ?"] == (f"now {SIDES[here[topic][1]]}" if topic in here else "nowhere")
+        assert truth["where did it appear ?"] == (f"first {first[topic]}" if topic else "nowhere")
+        others = {name: place for name, place in here.items() if name != topic}
+        named = {f"where is the {c} {s} ?": f"now {SIDES[place[1]]}" for (c, s), place in others.items()}
+        named |= {f"where did the {c} {s} appear ?": f"first {first[c, s]}" for c, s in others}
+        assert {question: truth[question] for question in truth if " the " in question} == named
+
+
+@given(st.integers(0, 10**4), st.integers(1, 3))
+def test_drift_is_one_silent_step_aside(index, sprites):
+    some = clip(index, data=DataConfig(sprites=sprites, drift=0.5, frames=10))
+    for t in range(1, 10):
+        spoken = " ".join(say.text for say in some.said if say.frame == t and say.role == "assistant")
+        before, now = shown(some, t - 1), shown(some, t)
+        for name in set(before) & set(now):
+            if " ".join(name) not in spoken:
+                (row, column), (new_row, new_column) = before[name], now[name]
+                assert row == new_row and abs(column - new_column) <= 1
+
+
+def test_drift_and_sparks_happen_as_often_as_asked():
+    steps, still, sparks = 0, 0, 0
+    for index in range(150):
+        some = clip(index, data=DataConfig(drift=0.5, sparks=0.3, event_rate=0.2))
+        sparks += (some.patch_labels[..., SPARK_LABEL] > 0).any(1).sum()
+        for t in range(1, DATA.frames):
+            if not any(say.frame == t and say.text.split()[0] in COLOURS for say in some.said):
+                for name, place in shown(some, t - 1).items():
+                    steps, still = steps + (shown(some, t)[name] != place), still + (shown(some, t)[name] == place)
+    assert steps / (steps + still) == pytest.approx(0.5, abs=0.05), "a step aside"
+    assert sparks / (150 * DATA.frames) == pytest.approx(0.3, abs=0.05), "and a spark shows for one frame alone"
+
+
+@given(st.integers(0, 10**4))
+def test_the_last_spark_is_the_answer_and_never_hides_a_sprite(index):
+    some, last = clip(index, data=DataConfig(sparks=0.4, drift=0.3)), None
+    for t, truth in enumerate(some.truth):
+        labels = some.patch_labels[t]
+        there = np.nonzero(labels[:, SPARK_LABEL])[0]
+        assert len(there) <= 1 and not labels[there, 0].any() and not labels[there, 4].any()
+        last = list(SPARKS)[labels[there[0], SPARK_LABEL] - 1] if len(there) else last
+        assert truth["which spark ?"] == (f"spark {last}" if last else "none")
+    narrated = [say.text for say in some.said if say.role == "assistant" and say.text.split()[0] in COLOURS]
+    assert not any(word in SPARKS for text in narrated for word in text.split())
+
+
+def test_harder_settings_leave_the_default_clips_as_they_are():
+    """Nothing is drawn by lot for what is switched off."""
+    one, two = clip(5), clip(5, data=DataConfig(drift=0.0, sparks=0.0))
+    assert one.said == two.said and np.array_equal(one.frames, two.frames) and "which spark ?" not in one.truth[0]
 
 
 @given(st.integers(0, 10**4))

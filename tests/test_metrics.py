@@ -100,6 +100,50 @@ def test_accuracies_by_hand():
     assert summary["lm_correctness"] == pytest.approx((1 + 0.5 + 1) / 3)
 
 
+turns = st.builds(
+    Turn,
+    kind=st.sampled_from(["narration", "answer"]),
+    spoke=st.lists(st.booleans(), max_size=3),
+    right=st.lists(st.booleans(), min_size=1, max_size=3),
+    logp=st.just([-0.5]),
+    after=st.lists(st.booleans(), max_size=2),
+    cap=st.integers(0, 2),
+    exact=st.booleans(),
+)
+
+
+@given(st.lists(st.lists(turns, max_size=3), max_size=3), st.lists(st.booleans(), max_size=4))
+def test_the_summary_equals_a_brute_force_one(streams, silent):
+    """Every number of `summarize`, counted one turn after the other."""
+    summary = summarize(streams, silent, fps=2.0)
+
+    def mean(numbers):
+        return sum(numbers) / len(numbers) if numbers else math.nan
+
+    def by_stream(measure, wanted):
+        return mean([mean([measure(t) for t in stream if wanted(t)]) for stream in streams if any(map(wanted, stream))])
+
+    flat = [turn for stream in streams for turn in stream]
+    timed = [turn for turn in flat if turn.kind == "narration" and turn.spoke]
+    expected = {
+        "narration_exact": mean([t.exact for t in flat if t.kind == "narration"]),
+        "question_accuracy": mean([t.exact for t in flat if t.kind == "answer"]),
+        "speak_accuracy": mean([t.spoke[-1] for t in timed]),
+        "silence_accuracy": mean(silent),
+        "lm_ppl": by_stream(lambda t: math.exp(0.5), lambda t: True),
+        "lm_correctness": by_stream(lambda t: len(list(itertools.takewhile(bool, t.right))) / len(t.right), lambda t: True),
+    }
+    for suffix, paper in (("", False), ("_paper", True)):
+        late = by_stream(lambda t, p=paper: abs(oracle_d(t.spoke, t.after, t.cap, p)), lambda t: t in timed)
+        expected["time_diff" + suffix] = late / 2
+        expected["fluency" + suffix] = by_stream(
+            lambda t, p=paper: oracle_fluency(t.spoke, t.right, t.after, t.cap, p), lambda t: t in timed
+        )
+    assert set(summary) == set(expected)
+    for name, value in expected.items():
+        assert summary[name] == pytest.approx(value, nan_ok=True), name
+
+
 def test_a_perfect_model_scores_perfectly():
     turns = [Turn("narration", [False, False, True], [True] * 4, [0.0] * 4, exact=True) for _ in range(3)]
     turns.append(Turn("answer", [False], [True] * 2, [0.0] * 2, exact=True))

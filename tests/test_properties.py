@@ -210,7 +210,7 @@ class TestGradients:
         """Central differences in float64 along a random direction of all weights; the choice itself has no slope."""
         model, batch = build(config, seed=seed), as_batch(config, [talk])
         batch.labels[:, -1] = 5
-        weights = [p for p in model.decoder.parameters()]
+        weights = list(model.decoder.parameters())
         self.backward(model, batch)
         directions = [torch.randn_like(p) for p in weights]
         slope = sum((p.grad * d).sum() for p, d in zip(weights, directions, strict=True) if p.grad is not None)

@@ -138,6 +138,23 @@ def test_accumulation_equals_one_large_batch():
         torch.testing.assert_close(tensor, steps[1][1][name], rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_are_clipped_before_the_step(monkeypatch):
+    """Guards against clipping after it, which changes nothing."""
+    import mod.train as module
+
+    config, norms = replace(TINY, train=replace(TINY.train, clip=0.01)), []
+    model = VideoLLM(config.model)
+    optimizers = make_optimizers(dict(model.decoder.named_parameters()), "adamw", 1e-3, 1e-3)
+
+    def spy(some, factor):
+        grads = [p.grad for o in some for group in o.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+
+    monkeypatch.setattr(module, "optimizer_step", spy)
+    entry = train_step(model, optimizers, config, vocabulary(), 0)
+    assert norms == [pytest.approx(0.01, rel=1e-3)] and entry["gnorm"] > 0.01
+
+
 def test_loss_is_lm_plus_weighted_streaming_over_labels():
     model = small_model()
     batch = as_batch(model.config, [(3, []), (2, [])])

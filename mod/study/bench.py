@@ -367,8 +367,9 @@ def report(results: dict) -> str:
             )
     if results["filled"]:
         filled = results["filled"]
-        lines += ["", f"A cache of {filled['budget_bytes'] / 2**20:.0f} MiB holds {filled['frames']['mod']} frames with "
-                  f"MoD, {filled['frames']['full']} with full computation: {filled['ratio']:.2f} times as many."]  # fmt: skip
+        mib, frames = filled["budget_bytes"] / 2**20, filled["frames"]
+        held = f"{frames['mod']} frames with MoD, {frames['full']} with full computation"
+        lines += ["", f"A cache of {mib:.0f} MiB holds {held}: {filled['ratio']:.2f} times as many."]
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,11 @@ class OracleRouter(Router):
     told: Tensor | None = None  # (F, N), set when the vision encoder sees the frames that come next
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        return self.told[-len(tokens) :].to(tokens.dtype) if len(tokens) else tokens.new_zeros(0, self.frame_tokens)
+        if len(tokens) == 0:
+            return tokens.new_zeros(0, self.frame_tokens)
+        if len(tokens) != len(self.told):
+            raise ValueError(f"told of {len(self.told)} frames, got {len(tokens)}; see and decode the same frames")
+        return self.told.to(tokens.dtype)
 
 
 class Lesson(torch.autograd.Function):

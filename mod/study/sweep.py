@@ -1,8 +1,7 @@
 """Train variants of the model over seeds, resumably: finished runs are never repeated, cut-off ones are continued.
 
-All runs of a seed start from the same weights, see the same clips in the same order, and look through the same frozen
-vision encoder, which is warmed up once a seed; so a difference between two variants of a seed is theirs alone. Each run
-is a process of its own with one thread: two at a time are faster than one with two threads.
+All runs of a seed see the same clips in the same order, through the same frozen vision encoder, warmed up once a seed.
+Each run is a process of its own with one thread: two at a time are faster than one with two threads.
 
     python -m mod.study.sweep OUT --config '{...}'        # one run; mod.study.ablate calls this
 """
@@ -29,7 +28,6 @@ from mod.flags import Parser, run_script
 from mod.study import routers
 from mod.train import train, validation_clips, warm_up_vit
 from mod.videollm import VideoLLM
-from mod.vit import ViT
 
 QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark"}  # how a question begins: its kind
 
@@ -48,11 +46,11 @@ def configure(base: Config, variant: Variant, seed: int) -> Config:
 
 
 def encoder(config: Config, folder: Path) -> Path:
-    """The file of a seed's frozen vision encoder, warmed up if it is not there yet. The decoder's sizes do not enter."""
+    """The file of a seed's frozen vision encoder, warmed up if it is not there yet; the decoder's sizes don't enter."""
     path = folder / f"encoder-{config.train.seed}.safetensors"
     if not path.is_file():
         torch.manual_seed(config.train.seed)
-        vit = ViT(config.model)
+        vit = VideoLLM(config.model).vit
         warm_up_vit(vit, config)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, dict(vit.named_parameters()))
