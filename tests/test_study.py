@@ -15,7 +15,7 @@ from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
 from mod.study import ablate, bench, routers, sweep
-from mod.study.ablate import TABLES, VARIANTS, Claim, judge, mean_and_error, report, steps_to
+from mod.study.ablate import MEASURES, TABLES, VARIANTS, Claim, judge, mean_and_error, report, steps_to
 from mod.study.sweep import Variant, collect, configure, finished, train_here
 from tests.helpers import as_batch, loud, offline, routed, small_config
 from tests.test_block import plain_rotate
@@ -100,28 +100,29 @@ class TestSweep:
         """One mini run of two variants, trained here."""
         folder = tmp_path_factory.mktemp("study")
         for name in ("mod", "oracle"):
-            train_here(folder / f"{name}-0", configure(MINI, VARIANTS[name], 0), VARIANTS[name].routers)
+            config = configure(MINI, VARIANTS[name], 0)
+            train_here(folder / "runs" / name, folder / f"{name}-0.json", config, VARIANTS[name].routers)
         return folder
 
     def test_a_finished_run_is_not_repeated(self, runs, monkeypatch):
         before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
         monkeypatch.setattr(sweep, "train_apart", lambda *job: pytest.fail("trained again"))
-        sweep.sweep(runs, MINI, {name: VARIANTS[name] for name in ("mod", "oracle")}, seeds=1, jobs=1)
+        sweep.sweep(runs / "runs", runs, MINI, {name: VARIANTS[name] for name in ("mod", "oracle")}, seeds=1, jobs=1)
         assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == before
 
     def test_only_what_is_missing_is_trained(self, runs, monkeypatch):
         trained = []
-        monkeypatch.setattr(sweep, "train_apart", lambda out, config, kind: trained.append(out.name))
-        sweep.sweep(runs, MINI, {name: VARIANTS[name] for name in ("mod", "full")}, seeds=1, jobs=1)
-        assert trained == ["full-0"]
+        monkeypatch.setattr(sweep, "train_apart", lambda out, file, config, kind: trained.append(file.name))
+        sweep.sweep(runs / "runs", runs, MINI, {name: VARIANTS[name] for name in ("mod", "full")}, seeds=1, jobs=1)
+        assert trained == ["full-0.json"]
 
     def test_a_run_with_other_settings_is_refused(self, runs):
         other = replace(MINI, train=replace(MINI.train, lr=0.5))
-        with pytest.raises(ValueError, match="holds a run with other settings"):
-            finished(runs / "mod-0", configure(other, VARIANTS["mod"], 0))
+        with pytest.raises(ValueError, match="is of a run with other settings"):
+            finished(runs / "mod-0.json", configure(other, VARIANTS["mod"], 0))
 
     def test_variants_of_a_seed_share_the_encoder(self, runs):
-        file = sweep.encoder(configure(MINI, VARIANTS["mod"], 0), runs)
+        file = sweep.encoder(configure(MINI, VARIANTS["mod"], 0), runs / "runs")
         built = {}
         for name in ("mod", "full", "pool"):
             torch.manual_seed(0)
@@ -138,60 +139,52 @@ class TestSweep:
         assert min(answers) <= one["question_accuracy"] <= max(answers)
 
     def test_a_run_in_a_process_of_its_own(self, tmp_path):
-        sweep.train_apart(tmp_path / "mod-0", configure(MINI, Variant(""), 0), "")
-        assert finished(tmp_path / "mod-0", configure(MINI, Variant(""), 0))
+        config, file = configure(MINI, Variant(""), 0), tmp_path / "mod-0.json"
+        sweep.train_apart(tmp_path / "run", file, config, "")
+        assert finished(file, config)
         with pytest.raises(RuntimeError, match="ended with"):
-            sweep.train_apart(tmp_path / "bad-0", configure(MINI, Variant(""), 0), "nobody")
-
-
-def made_up(name: str, seed: int, narration: float) -> dict:
-    """A run's metrics as `collect` gives them."""
-    points = [{"step": 20 * i, "lm": 1.0 / i**2, "recall": {"1": 0.5}} for i in range(1, 6)]
-    return {
-        "narration_exact": narration, "free_running": {"narration_exact": narration}, "speak_accuracy": 1.0,
-        "question_accuracy": 0.9, "kinds": {"now": 0.9, "past": 0.8, "spark": 0.7}, "lm_ppl": 1.1, "time_diff": 0.1,
-        "fluency": 0.9, "curve": points if "mod" in name else [{**point, "recall": {}} for point in points],
-    }  # fmt: skip
+            sweep.train_apart(tmp_path / "bad", tmp_path / "bad-0.json", config, "nobody")
 
 
 class TestTables:
-    def results(self, gap: float = 0.1):
-        return {
-            name: {str(seed): made_up(name, seed, 0.9 + 0.01 * seed - (0 if name == "mod" else gap + 0.001 * seed % 2))
-                   for seed in range(5)}
-            for name in TABLES[1].rows
-        }  # fmt: skip
+    def values(self, gap: float = 0.1):
+        """Narrations of five seeds, MoD ahead by about `gap`; every other measure the same everywhere."""
+        values = {name: {measure: {str(seed): 0.5 for seed in range(5)} for measure in MEASURES} for name in VARIANTS}
+        for name in VARIANTS:
+            for seed in range(5):
+                values[name]["narration"][str(seed)] = 0.9 + 0.01 * seed - (0 if name == "mod" else gap + 0.001 * (seed % 2))
+        return values
 
     def test_orderings_are_judged_by_a_paired_test(self):
-        results = self.results()
-        assert "| seen |" in judge(results, Claim("mod", "full", "narration", "x"))
-        assert "the other way round" in judge(results, Claim("full", "mod", "narration", "x"))
-        assert "not told from chance" in judge(results, Claim("mod", "full", "questions", "x"))
-        results["full"] = {"0": results["full"]["0"]}
-        assert "not enough runs" in judge(results, Claim("mod", "full", "narration", "x"))
+        values = self.values()
+        assert "| seen |" in judge(values, Claim("mod", "full", "narration", "x"))
+        assert "the other way round" in judge(values, Claim("full", "mod", "narration", "x"))
+        assert "not told from chance" in judge(values, Claim("mod", "full", "questions", "x"))
+        values["full"]["narration"] = {"0": 0.5, "1": None}
+        assert "not enough runs" in judge(values, Claim("mod", "full", "narration", "x"))
 
     def test_the_test_statistic_is_the_textbooks(self):
         """t of paired differences by hand: mean / (deviation / sqrt(n)), against the tabulated 5% value for n = 5."""
         for gaps, seen in (([0.1, 0.12, 0.08, 0.11, 0.09], True), ([0.3, -0.1, 0.05, -0.02, 0.1], False)):
-            results = {"a": {}, "b": {}}
-            for seed, gap in enumerate(gaps):
-                results["a"][str(seed)], results["b"][str(seed)] = made_up("a", 0, 0.5 + gap), made_up("b", 0, 0.5)
+            one = {str(seed): 0.5 + gap + 0.1 * seed for seed, gap in enumerate(gaps)}
+            other = {str(seed): 0.5 + 0.1 * seed for seed in range(5)}
             mean = sum(gaps) / 5
             deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 4)
             assert (mean / (deviation / math.sqrt(5)) > 2.776) == seen
-            assert ("| seen |" in judge(results, Claim("a", "b", "narration", "x"))) == seen
+            line = judge({"a": {"narration": one}, "b": {"narration": other}}, Claim("a", "b", "narration", "x"))
+            assert ("| seen |" in line) == seen
 
     def test_mean_and_standard_error(self):
         assert mean_and_error([0.5, 0.7]) == "0.600 ± 0.100"
         assert mean_and_error([0.5]) == "0.500"
-        assert mean_and_error([100.0, math.nan]) == "100 (1 of 2)" and mean_and_error([math.nan]) == "-"
+        assert mean_and_error([100.0, None]) == "100 (1 of 2)" and mean_and_error([None]) == "-"
 
     def test_steps_to_a_quality(self):
         run = {"curve": [{"step": 20, "lm": 0.5}, {"step": 40, "lm": 0.2}, {"step": 60, "lm": 0.3}, {"step": 80, "lm": 0.1}]}
         assert steps_to(run, 0.25) == 40 and steps_to(run, 0.1) == 80 and math.isnan(steps_to(run, 0.01))
 
     def test_a_table_shows_every_row_and_ordering(self):
-        data = {"steps": 3, "clips": 4, "results": self.results(), "times": dict.fromkeys(VARIANTS, 0.5),
+        data = {"steps": 3, "clips": 4, "values": self.values(), "times": dict.fromkeys(VARIANTS, 0.5),
                 "costs": {name: {"flops": 0.6, "kv": 0.7} for name in VARIANTS}}  # fmt: skip
         text = report(1, data)
         assert all(f"| `{name}` {VARIANTS[name].title} |" in text for name in TABLES[1].rows)

@@ -7,8 +7,8 @@
     python -m mod.study.ablate --table 1 --quick     # two seeds of a few steps each, to see that it works
     python -m mod.study.ablate --table 1 --report    # train nothing: write the table from the runs that are finished
 
-Finished runs lie in runs/study, are shared between the tables and never repeated. Writes results/tableN.md, .json and
-.png; with --quick into runs/study-quick instead, because a few steps say nothing about the method.
+What a finished run measured is kept in results/study, shared between the tables, and never measured again. Writes
+results/tableN.md, .json and .png; with --quick into runs/study-quick, because a few steps say nothing about the method.
 """
 
 import json
@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,7 +131,7 @@ TABLES = {
         ),
     ),
 }  # fmt: skip
-MEASURES = {  # how a column is read off the metrics of a run
+MEASURES: dict[str, Callable[[dict], float]] = {  # how a column is read off the result of a run
     "narration": lambda run: run["narration_exact"],
     "free-running narration": lambda run: run["free_running"]["narration_exact"],
     "speak": lambda run: run["speak_accuracy"],
@@ -142,6 +143,7 @@ MEASURES = {  # how a column is read off the metrics of a run
     "TimeDiff (s)": lambda run: run["time_diff"],
     "Fluency": lambda run: run["fluency"],
     "steps to quality": lambda run: steps_to(run, GOOD),
+    "recall": lambda run: recall(run),
 }
 GOOD = 0.2  # the fixed quality: LM loss, nats per text label; training clips are never repeated, so they are unseen
 
@@ -208,15 +210,9 @@ def step_times(base: Config, names: list[str], turns: int = 7) -> dict[str, floa
     }
 
 
-def values(results: dict, name: str, measure: str) -> dict[str, float]:
-    """seed -> value of a measure, for the finished runs of a variant."""
-    read = recall if measure == "recall" else MEASURES[measure]
-    return {seed: read(run) for seed, run in results[name].items()}
-
-
-def mean_and_error(numbers: list[float]) -> str:
-    """mean ± standard error; with the share of runs that count when some have no value."""
-    known = [number for number in numbers if not math.isnan(number)]
+def mean_and_error(numbers: list[float | None]) -> str:
+    """mean ± standard error; with the number of runs that count when some have no value."""
+    known = [number for number in numbers if number is not None]
     if not known:
         return "-"
     spread = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.3f}" if len(known) > 1 else ""
@@ -228,13 +224,17 @@ def mean_and_error(numbers: list[float]) -> str:
     return text if len(known) == len(numbers) else f"{text} ({len(known)} of {len(numbers)})"
 
 
-def judge(results: dict, claim: Claim) -> str:
-    """One line: the ordering claimed, what was measured, and whether it can be told from chance (paired t-test)."""
-    one, other = values(results, claim.better, claim.measure), values(results, claim.worse, claim.measure)
+def judge(values: dict, claim: Claim) -> str:
+    """One line: the ordering claimed, what was measured, and whether it can be told from chance (paired t-test).
+
+    values: variant -> measure -> seed -> value; None, in a file, stands for nan.
+    """
+    one, other = values[claim.better][claim.measure], values[claim.worse][claim.measure]
     seeds = sorted(set(one) & set(other))
+    seeds = [seed for seed in seeds if one[seed] is not None and other[seed] is not None]
     gaps = [one[seed] - other[seed] for seed in seeds]
     start = f"| {claim.better} > {claim.worse} | {claim.measure} | {claim.source} |"
-    if len(gaps) < 2 or any(math.isnan(gap) for gap in gaps):
+    if len(gaps) < 2:
         return f"{start} - | - | not enough runs |"
     p = float(ttest_rel([one[s] for s in seeds], [other[s] for s in seeds]).pvalue) if any(gaps) else 1.0
     mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -244,33 +244,33 @@ def judge(results: dict, claim: Claim) -> str:
 
 def report(number: int, data: dict) -> str:
     """The table in Markdown, from what is in its JSON file."""
-    table, results = TABLES[number], data["results"]
-    seeds = {len(results[name]) for name in table.rows}
+    table, values = TABLES[number], data["values"]
+    seeds = {len(values[name]["narration"]) for name in table.rows}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    routed = number == 4
+    measures = [measure for measure in MEASURES if measure != "recall" or number == 4]
     lines = [
         f"**Table {number}. {table.title}.** Mean ± standard error over {count} seeds, {data['steps']} steps each, on "
-        f"{data['clips']} unseen clips; costs as a share of full computation; steps to an LM loss of {GOOD} nats.",
+        f"{data['clips']} unseen clips; costs as a share of full computation; quality: an LM loss of {GOOD} nats.",
         "",
-        "| | " + " | ".join(MEASURES) + (" | recall" if routed else "") + " | FLOPs | KV cache | step time | seeds |",
-        "|---" * (len(MEASURES) + 5 + routed) + "|",
+        "| | " + " | ".join(measures) + " | FLOPs | KV cache | step time | seeds |",
+        "|---" * (len(measures) + 5) + "|",
     ]
     for name in table.rows:
-        cells = [mean_and_error(list(values(results, name, measure).values())) for measure in MEASURES]
-        if routed:
-            cells.append(mean_and_error(list(values(results, name, "recall").values())))
+        cells = [mean_and_error(list(values[name][measure].values())) for measure in measures]
         cost = data["costs"][name]
-        cells += [f"{cost['flops']:.2f}", f"{cost['kv']:.2f}", f"{data['times'][name]:.2f}", str(len(results[name]))]
-        lines.append(f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + " |")
-    lines += ["", "Orderings, seed by seed (paired t-test, p below 0.05 counts as told from chance):", "",
+        cells += [f"{cost['flops']:.2f}", f"{cost['kv']:.2f}", f"{data['times'][name]:.2f}"]
+        lines.append(
+            f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
+        )
+    lines += ["", "Orderings, seed by seed (paired t-test; p below 0.05 counts as told from chance):", "",
               "| ordering | measure | who says so | difference | p | verdict |", "|---|---|---|---|---|---|",
-              *(judge(results, claim) for claim in table.claims)]  # fmt: skip
+              *(judge(values, claim) for claim in table.claims)]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def plot(number: int, data: dict, path: Path) -> None:
+def plot(number: int, data: dict, results: dict, path: Path) -> None:
     """Quality against cost with error bars; for table 4, recall over training in place of it."""
-    table, results = TABLES[number], data["results"]
+    table = TABLES[number]
     rows = [name for name in table.rows if results[name]]
     if number == 4:
         figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -300,7 +300,7 @@ def plot(number: int, data: dict, path: Path) -> None:
         colours = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, "grey"]
         for axis, measure in zip(figure.subplots(1, 2), ("narration", "questions"), strict=True):
             for place, name in enumerate(rows):
-                known = list(values(results, name, measure).values())
+                known = list(data["values"][name][measure].values())
                 error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
                 axis.errorbar(data["costs"][name]["flops"], statistics.mean(known), error, capsize=3, label=name,
                               marker="os^vD*XP<>h"[place % 11], color=colours[place % 6])  # fmt: skip
@@ -318,13 +318,14 @@ def run(arguments) -> int:
     runs, out, seeds = Path("runs/study"), Path("results"), arguments.seeds
     if arguments.quick:
         base, runs, out, seeds = quick(base), Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
+    out.mkdir(parents=True, exist_ok=True)
     variants = {name: VARIANTS[name] for name in table.rows}
     if not arguments.report:
-        sweep(runs, base, variants, seeds, arguments.jobs)
-    results = collect(runs, base, variants, seeds)
-    if not any(results.values()):
-        raise UserError(f"no finished run in {runs}; train first, without --report")
-    out.mkdir(parents=True, exist_ok=True)
+        sweep(runs, out / "study", base, variants, seeds, arguments.jobs)
+    results = collect(out / "study", base, variants, seeds)
+    missing = [name for name, found in results.items() if not found]
+    if missing:
+        raise UserError(f"no finished run of {', '.join(missing)} in {out / 'study'}; train first, without --report")
     kept, path = {}, out / f"table{arguments.table}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))["times"]
@@ -335,12 +336,15 @@ def run(arguments) -> int:
         "clips": base.train.eval_clips,
         "costs": {name: share for name, share in costs(base).items() if name in table.rows},
         "times": {name: kept[name] for name in table.rows},
-        "results": results,
+        "values": {
+            name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}
+            for name, found in results.items()
+        },
     }
-    write_text(path, to_json(data) + "\n")
+    write_text(path, to_json(data, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))  # what is reported is what is in the file
     write_text(out / f"table{arguments.table}.md", report(arguments.table, data))
-    plot(arguments.table, data, out / f"table{arguments.table}.png")
+    plot(arguments.table, data, results, out / f"table{arguments.table}.png")
     print(report(arguments.table, data))
     print(f"wrote {out}/table{arguments.table}.md, .json and .png")
     return 0

@@ -13,7 +13,6 @@ What is timed is the decoder, which is what MoD changes: forward, loss and backw
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -123,6 +122,13 @@ def side_by_side(machine: Machine, actions: dict, turns: int, bar: tqdm) -> dict
     return times
 
 
+def straightness(points: list[dict], name: str) -> float:
+    """How far, at most, a model's latencies lie from one straight line in the context, as a share of the latency."""
+    contexts, seconds = [p["context"] for p in points], [p["seconds"][name] for p in points]
+    slope, start = statistics.linear_regression(contexts, seconds)
+    return max(abs(start + slope * c - s) / s for c, s in zip(contexts, seconds, strict=True))
+
+
 def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
     """Median over the turns of one's time as a share of the other's."""
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
@@ -216,12 +222,25 @@ def peak_bytes(machine: Machine, config: ModelConfig, size: Size) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - rest
-    # A tiny step first: libraries allocate on first use. The peak of this process is then that of the real step.
+    # A tiny step first: libraries allocate on first use.
     training_step(machine, decoder, replace(size, frames=1, rows=1))()
-    unit = 1 if sys.platform == "darwin" else 1024
-    rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    rest = memory("VmRSS", forget_peak=True)
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - rest
+    return memory("VmHWM") - rest
+
+
+def memory(which: str, forget_peak: bool = False) -> int:
+    """Bytes of this process that are in memory now ("VmRSS") or were at most ("VmHWM", since the peak was forgotten).
+
+    Raises UserError where there is no /proc, that is, not on Linux.
+    """
+    try:
+        if forget_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"peak memory is read from /proc, which is Linux only ({error}); pass --no-memory") from error
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which + ":"))
 
 
 def bench_memory(machine: Machine, size: Size, bar: tqdm) -> dict:
@@ -306,6 +325,7 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
             live["transformers"] = PeerLive(machine, size.model)
         for one in live.values():
             one.skip_to(frames)
+        held = {name: live[name].cache.bytes() for name in ("mod", "full")}
         times = side_by_side(machine, {name: one.step for name, one in live.items()}, size.turns, bar)
         flops = {"mod": frame_flops(size.model, frames, 0), "full": frame_flops(full, frames, 0)}
         point = {
@@ -314,11 +334,11 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
             "time_ratio": ratio(times, "mod", "full"),
             "flop_ratio": flops["mod"] / flops["full"],
             "flops": flops,
-            "kv_bytes": {name: live[name].cache.bytes() for name in ("mod", "full")},
+            "kv_bytes": held,
         }
         number = torch.finfo(machine.dtype).bits // 8
         for name, config in (("mod", size.model), ("full", full)):
-            assert point["kv_bytes"][name] == kv_bytes(config, live[name].seen, 0, number), "not the formula's"
+            assert held[name] == kv_bytes(config, frames, 0, number), "not the formula's"
         if "transformers" in times:
             point["transformers_to_mod"] = ratio(times, "transformers", "mod")
         points.append(point)
@@ -365,6 +385,10 @@ def report(results: dict) -> str:
                 f"| {name} | {point['context']:,} | {point['time_ratio']:.2f} | {point['flop_ratio']:.2f} | "
                 f"{kv:.3f} | {peer} |"
             )
+    points = list(results["sizes"].values())[-1]["streaming"]
+    bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
+    lines += ["", f"Latency grows with what is attended to and with nothing else: at most {bend['mod']} (MoD) and "
+              f"{bend['full']} (full) off a straight line in the context."]  # fmt: skip
     if results["filled"]:
         filled = results["filled"]
         mib, frames = filled["budget_bytes"] / 2**20, filled["frames"]
@@ -377,7 +401,7 @@ def plot(results: dict, path: Path) -> None:
     """Measured points on the formula's lines, for the largest size."""
     name, size = list(results["sizes"].items())[-1]
     config = ModelConfig(**size["model"])
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     step, latency, cache = figure.subplots(1, 3)
     labels, ratios_, limits = [], [], []
     for each, values in results["sizes"].items():
@@ -386,8 +410,8 @@ def plot(results: dict, path: Path) -> None:
         limits += [values["training"]["flop_ratio"]] + ([values["memory"]["saved_ratio"]] if values["memory"] else [])
     step.bar(range(len(labels)), ratios_, color=BLUE, label="measured")
     step.plot(range(len(labels)), limits, "_", color=VERMILION, markersize=28, markeredgewidth=2.5,
-              label="formula (FLOPs, saved activations)")  # fmt: skip
-    step.set_xticks(range(len(labels)), labels, fontsize=7)
+              label="formula: FLOPs, saved activations")  # fmt: skip
+    step.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30)
     step.set(title="A training step, MoD / full computation", ylabel="ratio", ylim=(0, 1.1))
     contexts = [point["context"] for point in size["streaming"]]
     line = [contexts[-1] * i / 40 for i in range(1, 41)]
@@ -396,7 +420,7 @@ def plot(results: dict, path: Path) -> None:
     for key, variant, colour in (("full", dense(config), ORANGE), ("mod", config, BLUE)):
         frames = [round(tokens / config.frame_tokens) for tokens in line]
         latency.plot(line, [1e3 * pace * frame_flops(variant, n, 0) for n in frames], color=colour, alpha=0.7,
-                     label=f"{key}: FLOPs × seconds per FLOP of full computation's last point")  # fmt: skip
+                     label=f"{key}: its FLOPs at full computation's pace")  # fmt: skip
         latency.plot(contexts, [1e3 * point["seconds"][key] for point in size["streaming"]], "o", color=colour,
                      label=f"{key}: measured")  # fmt: skip
         number = 4 if results["dtype"] == "float32" else 2
@@ -409,19 +433,20 @@ def plot(results: dict, path: Path) -> None:
     for axis in (step, latency, cache):
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper right" if axis is step else "upper left")
     save(figure, path)
 
 
 def run(arguments) -> int:
     machine = Machine(arguments.device, arguments.dtype, arguments.compile)
     sizes = QUICK if arguments.quick else SIZES
+    arguments.memory = arguments.memory and not arguments.quick
     if arguments.peak:
         name, kind = arguments.peak.split(":")
         size = next(size for size in SIZES if size.name == name)
         print(peak_bytes(machine, size.model if kind == "mod" else dense(size.model), size))
         return 0
-    steps = sum((size.turns + 1) * (1 + len(size.contexts)) + (0 if arguments.quick else 2) for size in sizes) + 2
+    steps = sum((size.turns + 1) * (1 + len(size.contexts)) + (2 if arguments.memory else 0) for size in sizes) + 2
     print(f"{len(sizes)} sizes, about {'half a minute' if arguments.quick else 'six minutes on two CPU cores'}")
     results = {"device": machine.name, "dtype": arguments.dtype, "compile": arguments.compile,
                "torch": torch.__version__, "threads": torch.get_num_threads(), "sizes": {}}  # fmt: skip
@@ -431,7 +456,7 @@ def run(arguments) -> int:
             results["sizes"][size.name] = {
                 "model": asdict(size.model),
                 "training": bench_training(machine, size, bar),
-                "memory": None if arguments.quick else bench_memory(machine, size, bar),
+                "memory": bench_memory(machine, size, bar) if arguments.memory else None,
                 "streaming": bench_streaming(machine, size, bar),
             }
         budget = kv_bytes(dense(sizes[-1].model), 30, 0, torch.finfo(machine.dtype).bits // 8)
@@ -454,6 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
     parser.add_argument("--peak", help="SIZE:mod or SIZE:full; prints the peak memory of its training step in bytes")
     return run_script(run, parser.parse_args(argv), "mod.study.bench")

@@ -1,9 +1,12 @@
 """Train variants of the model over seeds, resumably: finished runs are never repeated, cut-off ones are continued.
 
+A run trains in a folder of its own; what it measured becomes one small file, RESULTS/NAME-SEED.json, with the
+configuration in it. That file is what says that a run is finished, and it is all that the tables need.
+
 All runs of a seed see the same clips in the same order, through the same frozen vision encoder, warmed up once a seed.
 Each run is a process of its own with one thread: two at a time are faster than one with two threads.
 
-    python -m mod.study.sweep OUT --config '{...}'        # one run; mod.study.ablate calls this
+    python -m mod.study.sweep OUT RESULT --config '{...}'     # one run; mod.study.ablate calls this
 """
 
 import json
@@ -20,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mod.checkpoint import load_weights, read_config, read_tensors, to_json, write_tensors, write_text
+from mod.checkpoint import load_weights, read_tensors, to_json, write_tensors, write_text
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
 from mod.data import vocabulary
 from mod.evaluate import teacher_forced
@@ -74,48 +77,63 @@ def answers_by_kind(model: VideoLLM, config: Config) -> dict[str, float]:
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
 
 
-def train_here(out: Path, config: Config, kind: str) -> None:
-    """Train one run in this process; metrics.json, written last, says that it is finished."""
-    file = encoder(config, out.parent)
+def write_result(file: Path, out: Path, config: Config, metrics: dict) -> None:
+    """The file of a finished run: its whole configuration, metrics, and curves from its log."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, to_json({"config": asdict(config), **metrics, "curve": list(curve(out))}) + "\n")
+
+
+def curve(out: Path) -> Iterator[dict]:
+    """Points of a run's log, rounded: LM loss and recall of a step's clips, which are never repeated, and narrations
+    right on validation clips."""
+    for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "train":
+            recall = {layer: round(value, 3) for layer, value in entry["recall"].items()}
+            yield {"step": entry["step"], "lm": round(entry["lm"], 4), "recall": recall}
+        elif entry["kind"] == "eval":
+            yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
+
+
+def train_here(out: Path, file: Path, config: Config, kind: str) -> None:
+    """Train one run in folder `out` in this process, and write its result to `file`."""
+    seen_through = encoder(config, out.parent)
     ready = replace(config, train=replace(config.train, vit_steps=0))
-    model, metrics = train(ready, out, resume=True, build=partial(build, encoder_file=file, kind=kind))
+    model, metrics = train(ready, out, resume=True, build=partial(build, encoder_file=seen_through, kind=kind))
     if metrics is None:
         raise KeyboardInterrupt
-    metrics["kinds"] = answers_by_kind(model, config)
-    write_text(out / "metrics.json", to_json(metrics, indent=1) + "\n")
+    write_result(file, out, config, {**metrics, "kinds": answers_by_kind(model, config)})
 
 
-def train_apart(out: Path, config: Config, kind: str) -> float:
-    """Train one run in a process of its own; returns its seconds. Raises RuntimeError when training fails."""
-    command = [sys.executable, "-m", "mod.study.sweep", str(out), "--config", json.dumps(asdict(config))]
-    started, one_thread = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": "1"}
+def train_apart(out: Path, file: Path, config: Config, kind: str) -> None:
+    """`train_here` in a process of its own, with one thread. Raises RuntimeError when training fails."""
+    command = [sys.executable, "-m", "mod.study.sweep", str(out), str(file), "--config", json.dumps(asdict(config))]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--routers", kind], env=one_thread, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
-    return time.monotonic() - started
 
 
-def finished(out: Path, config: Config) -> bool:
-    """Is the run there? Raises UserError when the folder holds a run with other settings."""
-    if not (out / "config.json").is_file():
+def finished(file: Path, config: Config) -> bool:
+    """Is the run's result there? Raises UserError when it is that of other settings."""
+    if not file.is_file():
         return False
-    held = read_config(out)
-    if replace(held, train=replace(held.train, vit_steps=config.train.vit_steps)) != config:
-        raise UserError(f"{out} holds a run with other settings than today's; move it away and start again")
-    return (out / "metrics.json").is_file()
+    if json.loads(file.read_text(encoding="utf-8"))["config"] != asdict(config):
+        raise UserError(f"{file} is of a run with other settings than today's; move it away and start again")
+    return True
 
 
-def sweep(runs: Path, base: Config, variants: dict[str, Variant], seeds: int, jobs: int) -> None:
+def sweep(runs: Path, results: Path, base: Config, variants: dict[str, Variant], seeds: int, jobs: int) -> None:
     """Train what is not there yet, seed by seed, `jobs` at a time, with an estimate of the time left."""
-    for seed in range(seeds):  # the encoders first, so that no two runs make the same one
-        encoder(configure(base, Variant(""), seed), runs)
     todo = []
     for seed in range(seeds):
         for name, variant in variants.items():
-            out, config = runs / f"{name}-{seed}", configure(base, variant, seed)
-            if not finished(out, config):
-                todo.append((out, config, variant.routers))
+            file, config = results / f"{name}-{seed}.json", configure(base, variant, seed)
+            if not finished(file, config):
+                todo.append((runs / f"{name}-{seed}", file, config, variant.routers))
     print(f"{len(variants)} variants x {seeds} seeds; {len(todo)} runs still to train, {jobs} at a time")
+    for config in {job[2].train.seed: job[2] for job in todo}.values():
+        encoder(configure(base, Variant(""), config.train.seed), runs)  # first, so that no two runs make the same one
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as bar:
         started = time.monotonic()
         waiting = [pool.submit(train_apart, *job) for job in todo]
@@ -126,41 +144,28 @@ def sweep(runs: Path, base: Config, variants: dict[str, Variant], seeds: int, jo
             tqdm.write(f"{number} of {len(todo)} runs, about {left / 60:.0f} minutes left")
 
 
-def collect(runs: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
-    """What finished runs measured: variant -> seed -> metrics, with the curves of recall and quality from the log."""
-    results: dict[str, dict[str, dict]] = {}
+def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
+    """What finished runs measured: variant -> seed -> metrics."""
+    found: dict[str, dict[str, dict]] = {name: {} for name in variants}
     for name, variant in variants.items():
-        results[name] = {}
         for seed in range(seeds):
-            out = runs / f"{name}-{seed}"
-            if finished(out, configure(base, variant, seed)):
-                metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-                metrics["curve"] = list(curve(out))
-                results[name][str(seed)] = metrics
-    return results
-
-
-def curve(out: Path) -> Iterator[dict]:
-    """Points of a run's log: step, and what was measured there, rounded; losses and recall are of a training batch."""
-    for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if entry["kind"] == "train":
-            recall = {layer: round(value, 3) for layer, value in entry["recall"].items()}
-            yield {"step": entry["step"], "lm": round(entry["lm"], 4), "recall": recall}
-        elif entry["kind"] == "eval":
-            yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
+            file = results / f"{name}-{seed}.json"
+            if finished(file, configure(base, variant, seed)):
+                found[name][str(seed)] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def run(arguments) -> int:
     parts = json.loads(arguments.config)
     config = Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
-    train_here(arguments.out, config, arguments.routers)
+    train_here(arguments.out, arguments.result, config, arguments.routers)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="mod.study.sweep", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("result", type=Path, help="file of its result")
     parser.add_argument("--config", required=True, help="the whole configuration as JSON")
     parser.add_argument("--routers", choices=("", "oracle", "taught"), default="", help="routers of a study's own")
     return run_script(run, parser.parse_args(argv), "mod.study.sweep")
