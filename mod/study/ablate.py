@@ -4,6 +4,7 @@
     python -m mod.study.ablate --table 2             # which layers are routed
     python -m mod.study.ablate --table 3             # how tokens are chosen, and how many are kept
     python -m mod.study.ablate --table 4             # ours: what makes the router learn
+    python -m mod.study.ablate --table 5             # ours: where that stops holding
     python -m mod.study.ablate --table 1 --quick     # two seeds of a few steps each, to see that it works
     python -m mod.study.ablate --table 1 --report    # train nothing: write the table from the runs that are finished
 
@@ -16,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,9 +32,29 @@ from mod.data import clip_batch, vocabulary
 from mod.flags import Parser, run_script
 from mod.study.costs import average_text, decoder_flops, dense, kv_bytes
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
-from mod.study.sweep import Variant, collect, sweep
+from mod.study.sweep import Variant, collect, configure, sweep
 from mod.train import step_clips, validation_clips
 from mod.videollm import VideoLLM, stream_loss
+
+# Table 5: the two gates elsewhere, in short runs, since recall is decided early.
+SHORT = {"steps": 80, "eval_clips": 64, "eval_every": 0}
+PLACES = {
+    "here": Variant("as in the other tables"),
+    "r-0.1": Variant("r = 0.1", {"keep_ratio": 0.1}),
+    "r-0.5": Variant("r = 0.5", {"keep_ratio": 0.5}),
+    "depth-2": Variant("2 layers", {"depth": 2}),
+    "depth-8": Variant("8 layers", {"depth": 8}),
+    "tokens-50": Variant("1 + 7×7 tokens a frame", {"image_size": 56, "grid": 7}, train={"batch_size": 8}),
+    "sprites-3": Variant("3 sprites", data={"sprites": 3}),
+    "pretrained": Variant("a trained dense decoder", start="full"),
+}
+
+
+def placed(place: Variant, gate: str) -> Variant:
+    """A place of table 5 with one of the two gates."""
+    model, train = {**place.model, "gate": gate}, {**SHORT, **place.train}
+    return replace(place, title=f"{place.title}: {gate} gate", model=model, train=train)
+
 
 VARIANTS = {
     "mod": Variant("MoD: interleaved, learned, r = 0.2, value gate"),
@@ -56,24 +77,23 @@ VARIANTS = {
     "oracle": Variant("interleaved, oracle: keeps sprites and sparks", {}, "oracle"),
     "all-update": Variant("all layers, the paper's gate", {"layers": "all", "gate": "update"}),
     "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
-}
+} | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
 
-
-@dataclass(frozen=True)
-class Claim:
-    """An ordering that the paper (or our reading of it) states: `better` has the higher `measure` than `worse`."""
-
-    better: str
-    worse: str
-    measure: str
-    source: str
+COLUMNS = ("narration", "free-running narration", "speak", "silence", "questions", "now", "past", "spark", "LM-PPL",
+           "TimeDiff (s)", "Fluency", "steps to quality")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
+    """Rows are names of variants. `claims` are orderings (better, worse, who says so), each judged on all of `judged`:
+    none is picked afterwards."""
+
     title: str
     rows: tuple[str, ...]
-    claims: tuple[Claim, ...]
+    claims: tuple[tuple[str, str, str], ...]
+    judged: tuple[str, ...] = ("narration", "free-running narration", "silence", "questions")
+    columns: tuple[str, ...] = COLUMNS
+    with_costs: bool = True
 
 
 TABLES = {
@@ -81,37 +101,32 @@ TABLES = {
         "Methods",
         ("full", "exit-2", "exit-1", "skip", "pool", "mod"),
         (
-            Claim("mod", "exit-2", "narration", "paper, Table 1"),
-            Claim("mod", "exit-1", "narration", "paper, Table 1"),
-            Claim("mod", "skip", "narration", "paper, Table 1"),
-            Claim("mod", "pool", "narration", "paper, Table 1"),
-            Claim("mod", "pool", "questions", "paper, Table 1"),
-            Claim("mod", "full", "narration", "paper, Table 1: comparable"),
-            Claim("mod", "full", "questions", "paper, Table 1: comparable"),
+            ("mod", "full", "paper: comparable"),
+            ("mod", "exit-2", "paper: drops dramatically"),
+            ("mod", "exit-1", "paper: drops dramatically"),
+            ("mod", "skip", "paper"),
+            ("mod", "pool", "paper"),
         ),
     ),
     2: Table(
         "Which layers are routed",
         ("full", "all", "all-deep", "mod", "interleaved-deep"),
         (
-            Claim("mod", "all", "narration", "paper, Table 2"),
-            Claim("mod", "all", "questions", "paper, Table 2"),
-            Claim("mod", "all-deep", "narration", "paper, Table 2"),
-            Claim("interleaved-deep", "mod", "narration", "fewer layers are routed"),
+            ("mod", "all", "paper: interleaved is the best trade-off"),
+            ("mod", "all-deep", "paper: interleaved is the best trade-off"),
+            ("interleaved-deep", "mod", "paper: more computation, hardly better"),
         ),
     ),
     3: Table(
         "How tokens are chosen, and how many are kept",
         ("full", "random", "uniform", "r-0.1", "mod", "r-0.5", "all-random", "all-uniform", "all"),
         (
-            Claim("mod", "random", "narration", "paper, Table 3"),
-            Claim("mod", "uniform", "narration", "paper, Table 3"),
-            Claim("all", "all-random", "narration", "paper, Table 3, in all layers"),
-            Claim("all", "all-random", "questions", "paper, Table 3, in all layers"),
-            Claim("all", "all-uniform", "narration", "paper, Table 3, in all layers"),
-            Claim("all", "all-uniform", "questions", "paper, Table 3, in all layers"),
-            Claim("mod", "r-0.1", "narration", "more tokens"),
-            Claim("r-0.5", "mod", "narration", "more tokens"),
+            ("mod", "random", "paper"),
+            ("mod", "uniform", "paper"),
+            ("all", "all-random", "the paper's, with no dense layer to help"),
+            ("all", "all-uniform", "the paper's, with no dense layer to help"),
+            ("mod", "r-0.1", "more tokens, more seen"),
+            ("r-0.5", "mod", "more tokens, more seen"),
         ),
     ),
     4: Table(
@@ -119,22 +134,31 @@ TABLES = {
         ("update", "mod", "taught", "random", "uniform", "oracle",
          "all-update", "all", "all-random", "all-uniform", "all-oracle"),
         (
-            Claim("mod", "update", "recall", "ours"),
-            Claim("taught", "update", "recall", "ours"),
-            Claim("mod", "update", "narration", "ours"),
-            Claim("mod", "update", "questions", "ours"),
-            Claim("all", "all-update", "recall", "ours"),
-            Claim("all", "all-update", "narration", "ours"),
-            Claim("all", "all-update", "questions", "ours"),
-            Claim("oracle", "mod", "narration", "ours"),
-            Claim("all-oracle", "all", "narration", "ours"),
+            ("mod", "update", "ours: being read must carry gradient"),
+            ("taught", "update", "ours: so must any other lesson"),
+            ("oracle", "mod", "ours: nothing beats knowing"),
+            ("update", "random", "is the paper's gate better than a lot?"),
+            ("all", "all-update", "ours, with no dense layer to help"),
+            ("all-oracle", "all", "ours, with no dense layer to help"),
+            ("all-update", "all-random", "with no dense layer to help"),
         ),
+        ("recall", "free-running narration", "silence", "questions"),
+        (*COLUMNS, "recall"),
+    ),
+    5: Table(
+        "Where the value gate stops helping the router",
+        tuple(f"{place}-{gate}" for place in PLACES for gate in ("value", "update")),
+        tuple((f"{place}-value", f"{place}-update", "ours") for place in PLACES),
+        ("recall", "narration"),
+        ("recall", "narration", "questions"),
+        with_costs=False,
     ),
 }  # fmt: skip
 MEASURES: dict[str, Callable[[dict], float]] = {  # how a column is read off the result of a run
     "narration": lambda run: run["narration_exact"],
     "free-running narration": lambda run: run["free_running"]["narration_exact"],
     "speak": lambda run: run["speak_accuracy"],
+    "silence": lambda run: run["silence_accuracy"],
     "questions": lambda run: run["question_accuracy"],
     "now": lambda run: run["kinds"]["now"],
     "past": lambda run: run["kinds"]["past"],
@@ -148,10 +172,12 @@ MEASURES: dict[str, Callable[[dict], float]] = {  # how a column is read off the
 GOOD = 0.2  # the fixed quality: LM loss, nats per text label; training clips are never repeated, so they are unseen
 
 
+QUICK = {"steps": 10, "batch_size": 4, "vit_steps": 20, "eval_every": 0, "eval_clips": 8}
+
+
 def quick(base: Config) -> Config:
     """The study in a few steps of small batches: shows that everything works, says nothing about the method."""
-    train = replace(base.train, steps=10, batch_size=4, vit_steps=20, eval_every=0, eval_clips=8)
-    return replace(base, train=train)
+    return replace(base, train=replace(base.train, **QUICK))
 
 
 def steps_to(run: dict, quality: float) -> float:
@@ -166,12 +192,13 @@ def recall(run: dict) -> float:
     return statistics.mean(points) if points else math.nan
 
 
-def costs(base: Config) -> dict[str, dict[str, float]]:
+def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Decoder FLOPs and KV cache of every variant on an average stream, as a share of full computation."""
     frames, text = base.data.frames, average_text(validation_clips(base, 64))
     full = dense(base.model)
     shares = {}
-    for name, variant in VARIANTS.items():
+    for name in names:
+        variant = VARIANTS[name]
         config = replace(base.model, **variant.model)
         if variant.routers == "oracle":
             config = replace(config, select="random")  # no scores to compute
@@ -182,7 +209,7 @@ def costs(base: Config) -> dict[str, dict[str, float]]:
     return shares
 
 
-def step_times(base: Config, names: list[str], turns: int = 7) -> dict[str, float]:
+def step_times(base: Config, names: Sequence[str], turns: int = 7) -> dict[str, float]:
     """Time of a training step (decoder forward, loss, backward) as a share of full computation's, side by side."""
     words, steps = vocabulary(), {}
     for name in dict.fromkeys(["full", *names]):
@@ -210,36 +237,32 @@ def step_times(base: Config, names: list[str], turns: int = 7) -> dict[str, floa
     }
 
 
+def mean_error(known: list[float]) -> tuple[float, float]:
+    """Mean and standard error; no error of a single value."""
+    return statistics.mean(known), statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+
+
 def mean_and_error(numbers: list[float | None]) -> str:
     """mean ± standard error; with the number of runs that count when some have no value."""
     known = [number for number in numbers if number is not None]
     if not known:
         return "-"
-    spread = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.3f}" if len(known) > 1 else ""
-    text = f"{statistics.mean(known):.3f}{spread}"
-    if max(known) > 10:  # steps, not shares
-        text = f"{statistics.mean(known):.0f}" + (
-            f" ± {statistics.stdev(known) / math.sqrt(len(known)):.0f}" if len(known) > 1 else ""
-        )
+    mean, error = mean_error(known)
+    digits = 0 if max(known) > 10 else 3  # steps, or shares
+    text = f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(known) > 1 else "")
     return text if len(known) == len(numbers) else f"{text} ({len(known)} of {len(numbers)})"
 
 
-def judge(values: dict, claim: Claim) -> str:
-    """One line: the ordering claimed, what was measured, and whether it can be told from chance (paired t-test).
-
-    values: variant -> measure -> seed -> value; None, in a file, stands for nan.
-    """
-    one, other = values[claim.better][claim.measure], values[claim.worse][claim.measure]
-    seeds = sorted(set(one) & set(other))
-    seeds = [seed for seed in seeds if one[seed] is not None and other[seed] is not None]
+def judge(one: dict[str, float | None], other: dict[str, float | None]) -> str:
+    """The difference of two variants in one measure, seed by seed: mean ± standard error (p of a paired t-test); bold
+    when p is below 0.05. Both map a seed to its value, None where there is none."""
+    seeds = [seed for seed in sorted(set(one) & set(other)) if one[seed] is not None and other[seed] is not None]
     gaps = [one[seed] - other[seed] for seed in seeds]
-    start = f"| {claim.better} > {claim.worse} | {claim.measure} | {claim.source} |"
     if len(gaps) < 2:
-        return f"{start} - | - | not enough runs |"
+        return "-"
     p = float(ttest_rel([one[s] for s in seeds], [other[s] for s in seeds]).pvalue) if any(gaps) else 1.0
-    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
-    verdict = "not told from chance" if not p < 0.05 else "seen" if mean > 0 else "**the other way round**"
-    return f"{start} {mean:+.3f} ± {error:.3f} | {p:.3f} | {verdict} |"
+    text = f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f} (p {p:.3f})"
+    return f"**{text}**" if p < 0.05 else text
 
 
 def report(number: int, data: dict) -> str:
@@ -247,67 +270,89 @@ def report(number: int, data: dict) -> str:
     table, values = TABLES[number], data["values"]
     seeds = {len(values[name]["narration"]) for name in table.rows}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    measures = [measure for measure in MEASURES if measure != "recall" or number == 4]
+    costs_too = " | FLOPs | KV cache | step time" if table.with_costs else ""
     lines = [
         f"**Table {number}. {table.title}.** Mean ± standard error over {count} seeds, {data['steps']} steps each, on "
-        f"{data['clips']} unseen clips; costs as a share of full computation; quality: an LM loss of {GOOD} nats.",
+        f"{data['clips']} unseen clips; costs as a share of full computation; quality: an LM loss of {GOOD} nats; "
+        "recall: sprite patches kept, mean over routed layers and over training.",
         "",
-        "| | " + " | ".join(measures) + " | FLOPs | KV cache | step time | seeds |",
-        "|---" * (len(measures) + 5) + "|",
+        "| | " + " | ".join(table.columns) + costs_too + " | seeds |",
+        "|---" * (len(table.columns) + 2 + 3 * table.with_costs) + "|",
     ]
     for name in table.rows:
-        cells = [mean_and_error(list(values[name][measure].values())) for measure in measures]
-        cost = data["costs"][name]
-        cells += [f"{cost['flops']:.2f}", f"{cost['kv']:.2f}", f"{data['times'][name]:.2f}"]
+        cells = [mean_and_error(list(values[name][measure].values())) for measure in table.columns]
+        if table.with_costs:
+            cost = data["costs"][name]
+            cells += [f"{cost['flops']:.2f}", f"{cost['kv']:.2f}", f"{data['times'][name]:.2f}"]
         lines.append(
             f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
         )
-    lines += ["", "Orderings, seed by seed (paired t-test; p below 0.05 counts as told from chance):", "",
-              "| ordering | measure | who says so | difference | p | verdict |", "|---|---|---|---|---|---|",
-              *(judge(values, claim) for claim in table.claims)]  # fmt: skip
+    number_of_tests = len(table.claims) * len(table.judged)
+    lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, which chance alone "
+              f"would make about {0.05 * number_of_tests:.0f} of these {number_of_tests}:", "",
+              "| ordering | who says so | " + " | ".join(table.judged) + " |",
+              "|---" * (len(table.judged) + 2) + "|"]  # fmt: skip
+    for better, worse, source in table.claims:
+        gaps = [judge(values[better][measure], values[worse][measure]) for measure in table.judged]
+        lines.append(f"| `{better}` > `{worse}` | {source} | " + " | ".join(gaps) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(number: int, data: dict, results: dict, path: Path) -> None:
-    """Quality against cost with error bars; for table 4, recall over training in place of it."""
-    table = TABLES[number]
-    rows = [name for name in table.rows if results[name]]
-    if number == 4:
-        figure = Figure(figsize=(13, 4.6), layout="constrained")
-        styles = {"update": VERMILION, "mod": BLUE, "taught": GREEN, "random": "grey", "uniform": PURPLE,
-                  "oracle": ORANGE}  # fmt: skip
-        places = (("", "layers 1 and 3"), ("all-", "all layers"))
-        for axis, (prefix, where) in zip(figure.subplots(1, 2), places, strict=True):
-            for name, colour in styles.items():
-                key = prefix + name if prefix + name != "all-mod" else "all"
-                if key not in rows:
-                    continue
-                curves = [
-                    {p["step"]: statistics.mean(p["recall"].values()) for p in run["curve"] if p.get("recall")}
-                    for run in results[key].values()
-                ]
-                steps = sorted(set.intersection(*(set(one) for one in curves)))
-                middle = [statistics.mean(one[step] for one in curves) for step in steps]
-                low, high = ([pick(one[step] for one in curves) for step in steps] for pick in (min, max))
-                axis.plot(steps, middle, color=colour, label=f"{key} ({len(curves)} seeds)")
-                axis.fill_between(steps, low, high, color=colour, alpha=0.12)
-            axis.set(title=f"Routers in {where}: mean and range over seeds", xlabel="training step",
-                     ylabel="sprite patches kept (share)", ylim=(-0.02, 1.05))  # fmt: skip
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-    else:
-        figure = Figure(figsize=(13, 4.8), layout="constrained")
-        colours = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, "grey"]
-        for axis, measure in zip(figure.subplots(1, 2), ("narration", "questions"), strict=True):
-            for place, name in enumerate(rows):
-                known = list(data["values"][name][measure].values())
-                error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
-                axis.errorbar(data["costs"][name]["flops"], statistics.mean(known), error, capsize=3, label=name,
-                              marker="os^vD*XP<>h"[place % 11], color=colours[place % 6])  # fmt: skip
-            axis.set(title=f"{table.title}: {measure}", xlabel="decoder FLOPs (share of full computation)",
-                     ylabel="share right, mean ± standard error over seeds")  # fmt: skip
-            axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+def plot_quality(table: Table, data: dict, path: Path) -> None:
+    """Tables 1 to 3: quality against cost, mean and standard error over seeds."""
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
+    colours = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, "grey"]
+    for axis, measure in zip(figure.subplots(1, 3), ("free-running narration", "silence", "questions"), strict=True):
+        for place, name in enumerate(table.rows):
+            mean, error = mean_error(list(data["values"][name][measure].values()))
+            axis.errorbar(data["costs"][name]["flops"], mean, error, capsize=3, label=name, linestyle="none",
+                          marker="os^vD*XP<>h"[place % 11], color=colours[place % 6])  # fmt: skip
+        axis.set(title=f"{table.title}: {measure}", xlabel="decoder FLOPs (share of full computation)",
+                 ylabel="share right, mean ± standard error over seeds")  # fmt: skip
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(figure, path)
+
+
+def plot_recall(results: dict, path: Path) -> None:
+    """Table 4: the routers' recall over training, mean and range over seeds."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    styles = {"update": VERMILION, "mod": BLUE, "taught": GREEN, "random": "grey", "uniform": PURPLE, "oracle": ORANGE}
+    for axis, everywhere in zip(figure.subplots(1, 2), (False, True), strict=True):
+        for name, colour in styles.items():
+            key = {"mod": "all"}.get(name, f"all-{name}") if everywhere else name
+            if key not in results:
+                continue  # no auxiliary target without a dense layer
+            curves = [
+                {point["step"]: statistics.mean(point["recall"].values()) for point in run["curve"] if "lm" in point}
+                for run in results[key].values()
+            ]
+            steps = sorted(set.intersection(*(set(one) for one in curves)))
+            columns = [[one[step] for one in curves] for step in steps]
+            axis.plot(steps, list(map(statistics.mean, columns)), color=colour, label=f"{key} ({len(curves)} seeds)")
+            axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12)
+        axis.set(title=f"Routers in {'all layers' if everywhere else 'layers 1 and 3'}: mean and range over seeds",
+                 xlabel="training step", ylabel="sprite patches kept (share)", ylim=(-0.02, 1.05))  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_places(data: dict, path: Path) -> None:
+    """Table 5: recall with the two gates, place by place."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for shift, gate, colour, marker in ((-0.12, "value", BLUE, "o"), (0.12, "update", VERMILION, "s")):
+        for row, place in enumerate(PLACES):
+            mean, error = mean_error(list(data["values"][f"{place}-{gate}"]["recall"].values()))
+            axis.errorbar(mean, row + shift, xerr=error, capsize=3, color=colour, marker=marker,
+                          label=f"{gate} gate" if row == 0 else None)  # fmt: skip
+    axis.set_yticks(range(len(PLACES)), [place.title for place in PLACES.values()])
+    axis.invert_yaxis()
+    axis.set(title="What the routers keep, mean over routed layers and training; mean ± standard error over seeds",
+             xlabel="sprite patches kept (share)", xlim=(-0.02, 1.05))  # fmt: skip
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     save(figure, path)
 
 
@@ -319,23 +364,24 @@ def run(arguments) -> int:
     if arguments.quick:
         base, runs, out, seeds = quick(base), Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
     out.mkdir(parents=True, exist_ok=True)
-    variants = {name: VARIANTS[name] for name in table.rows}
+    variants = {name: replace(one, train={}) if arguments.quick else one for name, one in VARIANTS.items()}
     if not arguments.report:
-        sweep(runs, out / "study", base, variants, seeds, arguments.jobs)
-    results = collect(out / "study", base, variants, seeds)
+        sweep(runs, out / "study", base, variants, table.rows, seeds, arguments.jobs)
+    results = collect(out / "study", base, {name: variants[name] for name in table.rows}, seeds)
     missing = [name for name, found in results.items() if not found]
     if missing:
         raise UserError(f"no finished run of {', '.join(missing)} in {out / 'study'}; train first, without --report")
     kept, path = {}, out / f"table{arguments.table}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))["times"]
-    if set(table.rows) - set(kept):
-        kept = step_times(base, list(table.rows))
+    if table.with_costs and set(table.rows) != set(kept):
+        kept = step_times(base, table.rows)
+    configured = [configure(base, variants[name], 0) for name in table.rows]
     data = {
-        "steps": base.train.steps,
-        "clips": base.train.eval_clips,
-        "costs": {name: share for name, share in costs(base).items() if name in table.rows},
-        "times": {name: kept[name] for name in table.rows},
+        "steps": configured[0].train.steps,
+        "clips": configured[0].train.eval_clips,
+        "costs": costs(base, table.rows) if table.with_costs else {},
+        "times": kept,
         "values": {
             name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}
             for name, found in results.items()
@@ -344,7 +390,13 @@ def run(arguments) -> int:
     write_text(path, to_json(data, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))  # what is reported is what is in the file
     write_text(out / f"table{arguments.table}.md", report(arguments.table, data))
-    plot(arguments.table, data, results, out / f"table{arguments.table}.png")
+    picture = out / f"table{arguments.table}.png"
+    if arguments.table == 4:
+        plot_recall(results, picture)
+    elif arguments.table == 5:
+        plot_places(data, picture)
+    else:
+        plot_quality(table, data, picture)
     print(report(arguments.table, data))
     print(f"wrote {out}/table{arguments.table}.md, .json and .png")
     return 0

@@ -9,12 +9,13 @@ Each run is a process of its own with one thread: two at a time are faster than 
     python -m mod.study.sweep OUT RESULT --config '{...}'     # one run; mod.study.ablate calls this
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mod.checkpoint import load_weights, read_tensors, to_json, write_tensors, write_text
+from mod.checkpoint import load_weights, read_tensors, to_json, weights, write_tensors, write_text
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
 from mod.data import vocabulary
 from mod.evaluate import teacher_forced
@@ -37,31 +38,49 @@ QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark"}  # 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: how its model differs from the study's, and who routes: "oracle", "taught", or as it says."""
+    """One row of a table: how its configuration differs from the study's, who routes ("oracle", "taught", or as the
+    configuration says), and, for a pretrained decoder, which variant's trained weights it begins with."""
 
     title: str
     model: dict = field(default_factory=dict)
     routers: str = ""
+    data: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+    start: str = ""
 
 
 def configure(base: Config, variant: Variant, seed: int) -> Config:
-    return replace(base, model=replace(base.model, **variant.model), train=replace(base.train, seed=seed))
+    return Config(
+        model=replace(base.model, **variant.model),
+        data=replace(base.data, **variant.data),
+        train=replace(base.train, **variant.train, seed=seed),
+    )
 
 
 def encoder(config: Config, folder: Path) -> Path:
-    """The file of a seed's frozen vision encoder, warmed up if it is not there yet; the decoder's sizes don't enter."""
-    path = folder / f"encoder-{config.train.seed}.safetensors"
+    """The file of a frozen vision encoder, warmed up if it is not there yet. Variants of a seed share it unless they
+    differ in what it sees or in its own sizes."""
+    own = {name: value for name, value in asdict(config.model).items() if name.startswith(("vit", "image", "patch"))}
+    key = json.dumps([own, asdict(config.data), config.train.vit_steps, config.train.seed])
+    path = folder / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
         torch.manual_seed(config.train.seed)
-        vit = VideoLLM(config.model).vit
+        vit = VideoLLM(replace(config.model, layers="none", depth=1)).vit
         warm_up_vit(vit, config)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, dict(vit.named_parameters()))
     return path
 
 
-def build(model_config: ModelConfig, encoder_file: Path, kind: str) -> VideoLLM:
+def build(model_config: ModelConfig, encoder_file: Path, kind: str, start: Path | None = None) -> VideoLLM:
+    """A model with a trained encoder and, when `start` is given, all weights but the routers' from that dense run."""
     model = routers.build(model_config, kind) if kind else VideoLLM(model_config)
+    if start:
+        trained, own = read_tensors(start)[0], weights(model)
+        new = {name: own[name] for name in own if ".router." in name}
+        load_weights(
+            model, new | {name: trained[name.replace(".block.", ".")] for name in own if name not in new}, start
+        )
     load_weights(model.vit, read_tensors(encoder_file)[0], encoder_file)
     return model
 
@@ -95,21 +114,22 @@ def curve(out: Path) -> Iterator[dict]:
             yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
 
 
-def train_here(out: Path, file: Path, config: Config, kind: str) -> None:
+def train_here(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
     """Train one run in folder `out` in this process, and write its result to `file`."""
-    seen_through = encoder(config, out.parent)
+    make = partial(build, encoder_file=encoder(config, out.parent), kind=kind, start=start)
     ready = replace(config, train=replace(config.train, vit_steps=0))
-    model, metrics = train(ready, out, resume=True, build=partial(build, encoder_file=seen_through, kind=kind))
+    model, metrics = train(ready, out, resume=True, build=make)
     if metrics is None:
         raise KeyboardInterrupt
     write_result(file, out, config, {**metrics, "kinds": answers_by_kind(model, config)})
 
 
-def train_apart(out: Path, file: Path, config: Config, kind: str) -> None:
+def train_apart(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
     """`train_here` in a process of its own, with one thread. Raises RuntimeError when training fails."""
     command = [sys.executable, "-m", "mod.study.sweep", str(out), str(file), "--config", json.dumps(asdict(config))]
+    command += ["--routers", kind, *(["--start", str(start)] if start else [])]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--routers", kind], env=one_thread, capture_output=True, text=True)
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
 
@@ -123,25 +143,36 @@ def finished(file: Path, config: Config) -> bool:
     return True
 
 
-def sweep(runs: Path, results: Path, base: Config, variants: dict[str, Variant], seeds: int, jobs: int) -> None:
-    """Train what is not there yet, seed by seed, `jobs` at a time, with an estimate of the time left."""
-    todo = []
-    for seed in range(seeds):
-        for name, variant in variants.items():
-            file, config = results / f"{name}-{seed}.json", configure(base, variant, seed)
-            if not finished(file, config):
-                todo.append((runs / f"{name}-{seed}", file, config, variant.routers))
-    print(f"{len(variants)} variants x {seeds} seeds; {len(todo)} runs still to train, {jobs} at a time")
-    for config in {job[2].train.seed: job[2] for job in todo}.values():
-        encoder(configure(base, Variant(""), config.train.seed), runs)  # first, so that no two runs make the same one
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as bar:
-        started = time.monotonic()
-        waiting = [pool.submit(train_apart, *job) for job in todo]
-        for number, one in enumerate(as_completed(waiting), start=1):
-            one.result()
-            bar.update()
-            left = (time.monotonic() - started) / number * (len(todo) - number)
-            tqdm.write(f"{number} of {len(todo)} runs, about {left / 60:.0f} minutes left")
+def sweep(
+    runs: Path, results: Path, base: Config, variants: dict[str, Variant], names: Sequence[str], seeds: int, jobs: int
+) -> None:
+    """Train what is not there yet of the named variants, seed by seed, with an estimate of the time left; before them
+    the encoders, so that no two runs make the same one, and the runs that others start from."""
+
+    def job(name: str, seed: int) -> tuple:
+        variant = variants[name]
+        start = runs / f"{variant.start}-{seed}" / "model.safetensors" if variant.start else None
+        out, file = runs / f"{name}-{seed}", results / f"{name}-{seed}.json"
+        return out, file, configure(base, variant, seed), variant.routers, start
+
+    wanted = [(name, seed) for seed in range(seeds) for name in names]
+    todo = [(name, seed) for name, seed in wanted if not finished(*job(name, seed)[1:3])]
+    starts = dict.fromkeys((variants[name].start, seed) for name, seed in todo if variants[name].start)
+    first = [start for start in starts if not (job(*start)[0] / "model.safetensors").is_file()]
+    todo = [one for one in todo if one not in first]
+    number = len(first) + len(todo)
+    print(f"{len(names)} variants x {seeds} seeds; {number} runs still to train, {jobs} at a time", flush=True)
+    for one in [*first, *todo]:
+        encoder(job(*one)[2], runs)
+    began, done = time.monotonic(), 0
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=number, unit="run", disable=None) as bar:
+        for batch in (first, todo):
+            for one in as_completed([pool.submit(train_apart, *job(*each)) for each in batch]):
+                one.result()
+                done += 1
+                bar.update()
+                left = (time.monotonic() - began) / done * (number - done)
+                tqdm.write(f"{done} of {number} runs, about {left / 60:.0f} minutes left")
 
 
 def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
@@ -158,7 +189,7 @@ def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: in
 def run(arguments) -> int:
     parts = json.loads(arguments.config)
     config = Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
-    train_here(arguments.out, arguments.result, config, arguments.routers)
+    train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start)
     return 0
 
 
@@ -167,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("result", type=Path, help="file of its result")
     parser.add_argument("--config", required=True, help="the whole configuration as JSON")
+    parser.add_argument("--start", type=Path, help="weights of a dense run to begin with")
     parser.add_argument("--routers", choices=("", "oracle", "taught"), default="", help="routers of a study's own")
     return run_script(run, parser.parse_args(argv), "mod.study.sweep")
 
