@@ -9,7 +9,12 @@ import pytest
 
 import stream_tiny
 import train_tiny
+from mod.config import PRESETS
+from mod.study.ablate import MEASURES, TABLES, VARIANTS
+from mod.study.ablate import report as table_report
+from mod.study.bench import report as bench_report
 from mod.study.seeds import table
+from mod.study.sweep import collect
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +54,27 @@ def test_the_results_table_is_what_the_study_wrote():
     shown = README.split("<!-- results/seeds.md -->\n")[1].split("<!-- end -->")[0]
     assert shown == table(results)
     assert all(len(runs) >= 5 for runs in results.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("table*.md")) + sorted((ROOT / "results").glob("bench*.md")), ids=lambda path: path.name)
+def test_tables_are_what_their_json_files_say_and_what_the_readme_shows(path):
+    data = json.loads(path.with_suffix(".json").read_text())
+    written = bench_report(data) if path.name.startswith("bench") else table_report(int(path.stem.removeprefix("table")), data)
+    assert path.read_text() == written
+    assert README.split(f"<!-- results/{path.name} -->\n")[1].split("<!-- end -->")[0] == written
+    assert f"(results/{path.stem}.png)" in README and path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("table*.json")), ids=lambda path: path.name)
+def test_tables_are_what_the_runs_measured(path):
+    """Every number in a table's file is read off results/study, and every run there has the configuration of today."""
+    number, values = int(path.stem.removeprefix("table")), json.loads(path.read_text())["values"]
+    found = collect(ROOT / "results/study", PRESETS["study"], {name: VARIANTS[name] for name in TABLES[number].rows}, 5)
+    assert {name: set(seeds) for name, seeds in found.items()} == {name: set(rows["narration"]) for name, rows in values.items()}
+    for name, seeds in found.items():
+        for measure, read in MEASURES.items():
+            for seed, run in seeds.items():
+                assert values[name][measure][seed] == pytest.approx(read(run), nan_ok=True) or values[name][measure][seed] is None
 
 
 def test_every_command_in_the_readme_parses():

@@ -79,8 +79,8 @@ VARIANTS = {
     "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
 } | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
 
-COLUMNS = ("narration", "free-running narration", "speak", "silence", "questions", "now", "past", "spark", "LM-PPL",
-           "TimeDiff (s)", "Fluency", "steps to quality")  # fmt: skip
+COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "silence",
+           "questions", "past", "spark", "steps to quality")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ MEASURES: dict[str, Callable[[dict], float]] = {  # how a column is read off the
     "LM-PPL": lambda run: run["lm_ppl"],
     "TimeDiff (s)": lambda run: run["time_diff"],
     "Fluency": lambda run: run["fluency"],
+    "LM-Correctness": lambda run: run["lm_correctness"],
     "steps to quality": lambda run: steps_to(run, GOOD),
     "recall": lambda run: recall(run),
 }
