@@ -5,6 +5,7 @@ python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
 python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
 python stream_tiny.py --save stream.png                      # a picture of what each routed layer kept
 python stream_tiny.py --json                                 # one JSON object a line, for programs
+python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
 """
 
 import argparse
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 
 from mod.checkpoint import load_weights, read_config, read_tensors
-from mod.config import Config, UserError
+from mod.config import Config, ModelConfig, UserError
 from mod.data import make_clip, vocabulary
 from mod.flags import Parser, run_script
 from mod.layout import Vocabulary
+from mod.real.llm import continue_text, find, load_llm, read_llm_config
+from mod.real.tokenizer import TextTokenizer
 from mod.stream import MAX_WORDS, Stream
 from mod.study.costs import dense, kv_bytes, layer_tokens
 from mod.study.plots import plot_stream
@@ -52,10 +55,37 @@ def build_parser() -> Parser:
         type=float,
         help="speak when the probability of silence is below it; the run's if not given",
     )
+    parser.add_argument("--llm", help="folder or hub name of a Llama-type checkpoint; with --text")
+    parser.add_argument("--text", help="continue this text with the language model of --llm, greedily, without video")
+    parser.add_argument("--max-tokens", type=int, default=20, help="length of the continuation of --text")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights of --llm")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--save", type=Path, help="write a picture of the stream, e.g. stream.png")
     return parser
+
+
+def go_on(arguments) -> int:
+    """Continue a text with a real language model, so that anyone can see that its weights are loaded right."""
+    if arguments.llm is None or arguments.text is None:
+        raise UserError("--llm and --text go together; got only one of them")
+    if arguments.max_tokens < 1:
+        raise UserError(f"--max-tokens must be at least 1, got {arguments.max_tokens}")
+    device, folder = pick_device(arguments.device, arguments.dtype), find(arguments.llm)
+    config = replace(read_llm_config(folder, ModelConfig()), layers="none")
+    tokenizer = TextTokenizer(folder)
+    ids = tokenizer.prompt(arguments.text)
+    if not ids:
+        raise UserError("--text got an empty text, expected some words")
+    if max(ids) >= config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer makes the id {max(ids)}, but vocab_size is {config.vocab_size}")
+    decoder = load_llm(folder, config, getattr(torch, arguments.dtype), device)
+    new = continue_text(decoder, ids, arguments.max_tokens, tokenizer.stop)
+    if arguments.json:
+        print(json.dumps({"text": arguments.text, "continuation": tokenizer.decode(new), "ids": ids, "new_ids": new}))
+    else:
+        print(tokenizer.decode([*ids, *new]))
+    return 0
 
 
 @dataclass
@@ -140,6 +170,8 @@ class Printer:
 
 
 def run(arguments) -> int:
+    if arguments.llm is not None or arguments.text is not None:
+        return go_on(arguments)
     device = pick_device(arguments.device)
     model, config = load(arguments.checkpoint, device)
     words, fps = vocabulary(), config.data.fps

@@ -6,6 +6,9 @@ the MoD block (decoder.py) gathers some tokens, asks the same block for the same
 Read next: vit.py
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,15 +32,37 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
-    """Rotary position embedding in the half-rotation layout: entry i turns with entry i + E/2, by pos * base^(-2i/E).
+class Rope(NamedTuple):
+    """How fast each pair of entries turns: by base^(-2i/E) a position; Llama 3.1 slows the slow ones down further.
+
+    A pair that turns less than `low` times within `context` positions is slowed by `factor`, one that turns more than
+    `high` times is left alone, and in between the two are blended. Factor 1 is plain RoPE.
+    """
+
+    base: float = 10000.0
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    context: int = 8192
+
+    def frequency(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Radians a position, (E/2,), for heads of width E = size."""
+        plain = self.base ** -(torch.arange(0, size, 2, device=device, dtype=dtype) / size)
+        if self.factor == 1:
+            return plain
+        turns = self.context * plain / (2 * math.pi)
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return keep * plain + (1 - keep) * plain / self.factor
+
+
+def rotate(x: Tensor, pos: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding in the half-rotation layout: entry i turns with entry i + E/2, by pos * frequency[i].
 
     x (B, H, T, E), pos (B, T) -> (B, H, T, E). The score of a query at position p and a key at position s then
     depends on p - s alone, so tokens that skip a layer leave gaps but never move the others.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = base ** -(torch.arange(0, x.shape[-1], 2, device=x.device, dtype=wide) / x.shape[-1])
-    angle = rearrange(pos.to(wide), "b t -> b 1 t 1") * frequency
+    angle = rearrange(pos.to(wide), "b t -> b 1 t 1") * rope.frequency(x.shape[-1], x.device, wide)
     cos, sin = angle.cos(), angle.sin()
     # (first, second) -> (first * cos - second * sin, second * cos + first * sin); rolling by E/2 swaps the halves.
     turned, swapped = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -53,11 +78,11 @@ class Attention(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, *,
-                 qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False, rope_base: float = 10000.0,
+                 qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False, rope: Rope | None = None,
                  norm_eps: float = 1e-5):  # fmt: skip
         super().__init__()
         self.head_dim = head_dim or dim // heads
-        self.rope_base = rope_base
+        self.rope = rope or Rope()
         kv_heads = kv_heads or heads
         self.q = nn.Linear(dim, heads * self.head_dim, bias=qkv_bias)
         self.k = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias)
@@ -83,7 +108,7 @@ class Attention(nn.Module):
         if value_gate is not None:
             v = v * rearrange(value_gate, "b s -> b 1 s 1").to(v.dtype)
         if pos is not None:
-            q, k = rotate(q, pos, self.rope_base), rotate(k, pos, self.rope_base)
+            q, k = rotate(q, pos, self.rope), rotate(k, pos, self.rope)
 
         # Square and in order of time: the mask k_pos <= q_pos is the lower triangle, which SDPA need not be given.
         # With a past it is not square, and is_causal would align it wrongly: the mask comes from the positions.

@@ -112,6 +112,10 @@ class ModelConfig:
     head_dim: int = flag(32, "width of one head, even because RoPE rotates pairs")
     ffn_hidden: int = flag(256, "hidden width of SwiGLU")
     rope_base: float = flag(10000.0, "RoPE base; larger turns slower and reaches further")
+    rope_factor: float = flag(1.0, "Llama 3.1 scaling of RoPE: how much the slow pairs are slowed; 1 is none")
+    rope_low: float = flag(1.0, "a pair with fewer turns within rope_context is slow")
+    rope_high: float = flag(4.0, "a pair with more turns within rope_context is left alone")
+    rope_context: int = flag(8192, "context that the unscaled RoPE was trained for")
     norm_eps: float = flag(1e-5, "RMSNorm epsilon")
     qk_norm: bool = flag(
         True, "RMSNorm on queries and keys, as Qwen3; decisive at tiny scale"
@@ -134,6 +138,11 @@ class ModelConfig:
             value = getattr(self, each.name)
             _require(type(value) is not int or value >= 1, f"{each.name} must be at least 1, got {value}")
         _require(self.rope_base > 0 and self.norm_eps > 0, "rope_base and norm_eps must be positive")
+        _require(
+            self.rope_factor >= 1 and self.rope_low < self.rope_high,
+            f"rope_factor must be at least 1 and rope_low below rope_high, got {self.rope_factor}, {self.rope_low}, "
+            f"{self.rope_high}",
+        )
         _require(
             self.image_size >= self.patch_size,
             f"image_size {self.image_size} is smaller than patch_size {self.patch_size}",

@@ -222,8 +222,9 @@ class Scene:
             draw(frame, sprite.shape, COLOURS[sprite.colour], top, left)
         if self.spark:
             colour, row, column = self.spark
-            top, left = (cell * c + (cell - SPARK) // 2 for c in (row, column))
-            frame[:, top : top + SPARK, left : left + SPARK] = np.asarray(SPARKS[colour])[:, None, None]
+            size = min(SPARK, cell)
+            top, left = (cell * c + (cell - size) // 2 for c in (row, column))
+            frame[:, top : top + size, left : left + size] = np.asarray(SPARKS[colour])[:, None, None]
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
         """(P, 6) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.block import PAD, Attention, Block, RMSNorm
+from mod.block import PAD, Attention, Block, RMSNorm, Rope
 from mod.config import ModelConfig
 from mod.router import ROUTERS, Router
 
@@ -32,8 +32,9 @@ class SwiGLU(nn.Module):
 
 
 def dense_block(config: ModelConfig) -> Block:
+    rope = Rope(config.rope_base, config.rope_factor, config.rope_low, config.rope_high, config.rope_context)
     attention = Attention(config.dim, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                          qk_norm=config.qk_norm, rope_base=config.rope_base, norm_eps=config.norm_eps)  # fmt: skip
+                          qk_norm=config.qk_norm, rope=rope, norm_eps=config.norm_eps)  # fmt: skip
     mlp = SwiGLU(config.dim, config.ffn_hidden)
     return Block(attention, mlp, RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps))
 

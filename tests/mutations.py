@@ -171,14 +171,14 @@ MUTATIONS = [
         "activations of the scored tokens forgotten", "mod/study/costs.py", '"router": scored * (config.dim + (1 if value else 0))', '"router": 0', "tests/test_costs.py",
     ),
     (
-        "an auxiliary lesson turned round", "mod/study/routers.py", "gradient + LESSON", "gradient - LESSON", "tests/test_study.py",
+        "an auxiliary lesson turned round", "mod/study/routers.py", "gradient + LESSON", "gradient - LESSON", "tests/test_study.py::TestRouters",
     ),
     (
-        "finished runs are trained again", "mod/study/sweep.py", "if not finished(out, config):", "if True:", "tests/test_study.py",
+        "finished runs are trained again", "mod/study/sweep.py", "if not same(job(*one)[1], identity(*job(*one)[2:]))", "if True", "tests/test_study.py::TestSweep",
     ),
     (
         "an ordering judged without pairing its seeds", "mod/study/ablate.py", "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds])",
-        "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds[::-1]])", "tests/test_study.py",
+        "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds[::-1]])", "tests/test_study.py::TestTables",
     ),
     (
         "it is any sprite, not the one last spoken of", "mod/data.py", "it = self.topic", "it = self.sprites[0] if self.sprites else self.topic",
@@ -195,7 +195,7 @@ def survives(number: int) -> bool:
     title, name, right, wrong, tests, *more = MUTATIONS[number]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("mod", "tests"):
+        for part in ("mod", "tests", "results"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for script in ("train_tiny.py", "stream_tiny.py"):
             shutil.copy(ROOT / script, copy)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.block import PAD, Attention, RMSNorm, rotate
+from mod.block import PAD, Attention, RMSNorm, Rope, rotate
 from mod.cache import LayerCache
 
 
@@ -19,7 +19,7 @@ def plain_attention(attention, x, pos):
         qh = attention.q_norm(q[:, head * size : (head + 1) * size])
         kh = attention.k_norm(k[:, group * size : (group + 1) * size])
         vh = v[:, group * size : (group + 1) * size]
-        qh, kh = (plain_rotate(t, pos, attention.rope_base) for t in (qh, kh))
+        qh, kh = (plain_rotate(t, pos, attention.rope.base) for t in (qh, kh))
         scores = qh @ kh.T / size**0.5
         scores = scores.masked_fill(pos[None, :] > pos[:, None], -torch.inf)
         outs.append(scores.softmax(-1) @ vh)
@@ -37,7 +37,7 @@ def plain_rotate(x, pos, base):
 
 
 def make_attention(qk_norm=True, qkv_bias=True):
-    attention = Attention(24, 4, 2, 6, qkv_bias=qkv_bias, qk_norm=qk_norm, rope_base=100.0).double()
+    attention = Attention(24, 4, 2, 6, qkv_bias=qkv_bias, qk_norm=qk_norm, rope=Rope(100.0)).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention
@@ -74,7 +74,7 @@ def test_rope_scores_depend_on_distance_alone(shift, p, s):
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
 
     def score(a, b):
-        return (rotate(q, torch.tensor([[a]]), 1e4) * rotate(k, torch.tensor([[b]]), 1e4)).sum()
+        return (rotate(q, torch.tensor([[a]]), Rope()) * rotate(k, torch.tensor([[b]]), Rope())).sum()
 
     torch.testing.assert_close(score(p, s), score(p + shift, s + shift), rtol=0, atol=1e-9)
 

@@ -1,5 +1,6 @@
 """The synthetic stream: reproducible, disjoint splits, and what is said is true."""
 
+import hashlib
 import time
 
 import numpy as np
@@ -130,10 +131,11 @@ def test_the_last_spark_is_the_answer_and_never_hides_a_sprite(index):
     assert not any(word in SPARKS for text in narrated for word in text.split())
 
 
-def test_harder_settings_leave_the_default_clips_as_they_are():
-    """Nothing is drawn by lot for what is switched off."""
-    one, two = clip(5), clip(5, data=DataConfig(drift=0.0, sparks=0.0))
-    assert one.said == two.said and np.array_equal(one.frames, two.frames) and "which spark ?" not in one.truth[0]
+def test_default_clips_are_what_they_always_were():
+    """Pinned: what is switched off draws nothing by lot, so that runs of before can be repeated."""
+    some = clip(5, "validation")
+    digest = hashlib.sha256((some.frames * 1000).round().astype(np.int32).tobytes() + repr(some.said).encode()).hexdigest()
+    assert digest[:16] == "323deb9c406c1318"
 
 
 @given(st.integers(0, 10**4))

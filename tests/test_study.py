@@ -16,7 +16,7 @@ from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
 from mod.study import ablate, bench, routers, sweep
 from mod.study.ablate import MEASURES, TABLES, VARIANTS, judge, mean_and_error, report, steps_to
-from mod.study.sweep import Variant, collect, configure, finished, train_here
+from mod.study.sweep import Variant, collect, configure, identity, same, train_here
 from tests.helpers import as_batch, loud, offline, routed, small_config
 from tests.test_block import plain_rotate
 
@@ -62,8 +62,8 @@ class TestRouters:
         got, q, k = torch.zeros(9, dtype=torch.float64), attention.q(x[0]), attention.k(x[0])
         for head in range(heads):
             group = head // 2
-            qh = plain_rotate(attention.q_norm(q[:, head * size : (head + 1) * size]), pos, attention.rope_base)
-            kh = plain_rotate(attention.k_norm(k[:, group * size : (group + 1) * size]), pos, attention.rope_base)
+            qh = plain_rotate(attention.q_norm(q[:, head * size : (head + 1) * size]), pos, attention.rope.base)
+            kh = plain_rotate(attention.k_norm(k[:, group * size : (group + 1) * size]), pos, attention.rope.base)
             weights = (qh @ kh.T / size**0.5).masked_fill(pos[None] > pos[:, None], -torch.inf).softmax(-1)
             got += weights[frame[0] < 0].sum(0) / heads
         torch.testing.assert_close(routers.attention_from_text(attention, x, pos[None], frame)[0], got)
@@ -137,8 +137,14 @@ class TestSweep:
 
     def test_a_run_with_other_settings_is_refused(self, runs):
         other = replace(MINI, train=replace(MINI.train, lr=0.5))
+        for config, kind in ((configure(other, VARIANTS["mod"], 0), ""), (configure(MINI, VARIANTS["mod"], 0), "oracle")):
+            for file in (runs / "mod-0.json", runs / "runs" / "mod" / "identity.json"):
+                with pytest.raises(ValueError, match="is of a run with other settings"):
+                    same(file, identity(config, kind, None))
+            with pytest.raises(ValueError, match="is of a run with other settings"):
+                train_here(runs / "runs" / "mod", runs / "new.json", config, kind)
         with pytest.raises(ValueError, match="is of a run with other settings"):
-            finished(runs / "mod-0.json", configure(other, VARIANTS["mod"], 0))
+            same(runs / "mod-0.json", identity(configure(MINI, VARIANTS["mod"], 0), "", Path("full-0/model.safetensors")))
 
     def test_variants_of_a_seed_share_the_encoder(self, runs):
         file = sweep.encoder(configure(MINI, VARIANTS["mod"], 0), runs / "runs")
@@ -160,9 +166,21 @@ class TestSweep:
     def test_a_run_in_a_process_of_its_own(self, tmp_path):
         config, file = configure(MINI, Variant(""), 0), tmp_path / "mod-0.json"
         sweep.train_apart(tmp_path / "run", file, config, "")
-        assert finished(file, config)
-        with pytest.raises(RuntimeError, match="ended with"):
+        assert same(file, identity(config, "", None))
+        with pytest.raises(ValueError, match="--routers"):
             sweep.train_apart(tmp_path / "bad", tmp_path / "bad-0.json", config, "nobody")
+
+    def test_a_failed_run_ends_the_sweep_before_the_next(self, runs, monkeypatch):
+        begun = []
+
+        def fails(out, file, *rest):
+            begun.append(file.name)
+            raise RuntimeError("diverged")
+
+        monkeypatch.setattr(sweep, "train_apart", fails)
+        with pytest.raises(RuntimeError, match="diverged"):
+            sweep.sweep(runs / "runs", runs, MINI, VARIANTS, ("full", "pool", "skip", "all", "random"), seeds=1, jobs=1)
+        assert len(begun) < 5
 
 
 class TestTables:
@@ -177,10 +195,11 @@ class TestTables:
     def test_differences_are_judged_by_a_paired_test(self):
         values = self.values()
         mod, full = values["mod"], values["full"]
-        assert judge(mod["narration"], full["narration"]).startswith("**+0.100 ± 0.000 (p 0.000)")
-        assert judge(full["narration"], mod["narration"]).startswith("**-0.100")
-        assert judge(mod["questions"], full["questions"]) == "+0.000 ± 0.000 (p 1.000)"
+        assert judge(mod["narration"], full["narration"]) == "**+0.100 ± 0.000 (p 0.000)**"
+        assert judge(full["narration"], mod["narration"]) == "**-0.100 ± 0.000 (p 0.000, reversed)**"
+        assert judge(mod["now"], full["now"]) == "+0.000 ± 0.000", "no p when all seeds differ alike"
         assert judge(mod["narration"], {"0": 0.5, "1": None}) == "-"
+        assert judge(mod["narration"], {"0": 0.5, "1": 0.4}) == "+0.455 ± 0.055", "no p for two seeds"
 
     def test_the_test_statistic_is_the_textbooks(self):
         """t of paired differences by hand: mean / (deviation / sqrt(n)), against the tabulated 5% value for n = 5."""
@@ -199,7 +218,7 @@ class TestTables:
 
     def test_steps_to_a_quality(self):
         run = {"curve": [{"step": 20, "lm": 0.5}, {"step": 40, "lm": 0.2}, {"step": 60, "lm": 0.3}, {"step": 80, "lm": 0.1}]}
-        assert steps_to(run, 0.25) == 40 and steps_to(run, 0.1) == 80 and math.isnan(steps_to(run, 0.01))
+        assert steps_to(run, 0.35) == 40 and steps_to(run, 0.2) == 80 and math.isnan(steps_to(run, 0.01))
 
     def test_a_table_shows_every_row_and_ordering(self):
         data = {"steps": 3, "clips": 4, "values": self.values(), "times": dict.fromkeys(VARIANTS, 0.5),

@@ -30,6 +30,7 @@ from mod.checkpoint import to_json, write_text
 from mod.config import PRESETS, Config, UserError
 from mod.data import clip_batch, vocabulary
 from mod.flags import Parser, run_script
+from mod.study import routers
 from mod.study.costs import average_text, decoder_flops, dense, kv_bytes
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
 from mod.study.sweep import Variant, collect, configure, sweep
@@ -39,7 +40,7 @@ from mod.videollm import VideoLLM, stream_loss
 # Table 5: the two gates elsewhere, in short runs, since recall is decided early.
 SHORT = {"steps": 80, "eval_clips": 64, "eval_every": 0}
 PLACES = {
-    "here": Variant("as in the other tables"),
+    "here": Variant("the setting of the other tables"),
     "r-0.1": Variant("r = 0.1", {"keep_ratio": 0.1}),
     "r-0.5": Variant("r = 0.5", {"keep_ratio": 0.5}),
     "depth-2": Variant("2 layers", {"depth": 2}),
@@ -79,19 +80,19 @@ VARIANTS = {
     "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
 } | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
 
-COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "silence",
-           "questions", "past", "spark", "steps to quality")  # fmt: skip
+COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "speak",
+           "silence", "now", "past", "spark", "steps to quality")  # fmt: skip
+JUDGED = ("narration", "free-running narration", "speak", "silence", "now", "past", "spark")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows are names of variants. `claims` are orderings (better, worse, who says so), each judged on all of `judged`:
-    none is picked afterwards."""
+    """Rows are names of variants; `claims` are orderings (better, worse, who says so), judged on all of `judged`."""
 
     title: str
     rows: tuple[str, ...]
     claims: tuple[tuple[str, str, str], ...]
-    judged: tuple[str, ...] = ("narration", "free-running narration", "silence", "questions")
+    judged: tuple[str, ...] = JUDGED
     columns: tuple[str, ...] = COLUMNS
     with_costs: bool = True
 
@@ -142,7 +143,7 @@ TABLES = {
             ("all-oracle", "all", "ours, with no dense layer to help"),
             ("all-update", "all-random", "with no dense layer to help"),
         ),
-        ("recall", "free-running narration", "silence", "questions"),
+        ("recall", *JUDGED),
         (*COLUMNS, "recall"),
     ),
     5: Table(
@@ -182,9 +183,12 @@ def quick(base: Config) -> Config:
 
 
 def steps_to(run: dict, quality: float) -> float:
-    """The first logged step at which the LM loss was as low as this; nan if never (it needs more steps)."""
-    good = [point["step"] for point in run["curve"] if point.get("lm", math.inf) <= quality]
-    return good[0] if good else math.nan
+    """The first logged step at which the LM loss, mean of two logged steps, was as low as this; nan if never."""
+    points = [point for point in run["curve"] if "lm" in point]
+    for before, point in zip(points, points[1:], strict=False):
+        if (before["lm"] + point["lm"]) / 2 <= quality:
+            return point["step"]
+    return math.nan
 
 
 def recall(run: dict) -> float:
@@ -211,12 +215,14 @@ def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def step_times(base: Config, names: Sequence[str], turns: int = 7) -> dict[str, float]:
-    """Time of a training step (decoder forward, loss, backward) as a share of full computation's, side by side."""
+    """Time of a training step as a share of full computation's, side by side: connector and decoder forward, loss,
+    backward; the frozen encoder and the optimizer, alike for all, are left out."""
     words, steps = vocabulary(), {}
     for name in dict.fromkeys(["full", *names]):
         config = replace(base, model=replace(base.model, **VARIANTS[name].model))
         torch.manual_seed(0)
-        model = VideoLLM(config.model)
+        kind = VARIANTS[name].routers
+        model = routers.build(config.model, kind) if kind else VideoLLM(config.model)
         batch = clip_batch(words, step_clips(config, 0), config.model.frame_tokens)
         with torch.no_grad():
             features = model.vit(batch.pixels)
@@ -256,14 +262,18 @@ def mean_and_error(numbers: list[float | None]) -> str:
 
 def judge(one: dict[str, float | None], other: dict[str, float | None]) -> str:
     """The difference of two variants in one measure, seed by seed: mean ± standard error (p of a paired t-test); bold
-    when p is below 0.05. Both map a seed to its value, None where there is none."""
+    when p is below 0.05, and then "reversed" when it is negative. Both map a seed to its value, or to None. No p is
+    given for fewer than three seeds, nor when all differ alike, as at a ceiling."""
     seeds = [seed for seed in sorted(set(one) & set(other)) if one[seed] is not None and other[seed] is not None]
     gaps = [one[seed] - other[seed] for seed in seeds]
     if len(gaps) < 2:
         return "-"
-    p = float(ttest_rel([one[s] for s in seeds], [other[s] for s in seeds]).pvalue) if any(gaps) else 1.0
-    text = f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f} (p {p:.3f})"
-    return f"**{text}**" if p < 0.05 else text
+    mean, error = mean_error(gaps)
+    text = f"{mean:+.3f} ± {error:.3f}"
+    if len(gaps) < 3 or error < 1e-9:
+        return text
+    p = float(ttest_rel([one[s] for s in seeds], [other[s] for s in seeds]).pvalue)
+    return f"**{text} (p {p:.3f}{', reversed' if mean < 0 else ''})**" if p < 0.05 else f"{text} (p {p:.2f})"
 
 
 def report(number: int, data: dict) -> str:
@@ -272,10 +282,13 @@ def report(number: int, data: dict) -> str:
     seeds = {len(values[name]["narration"]) for name in table.rows}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     costs_too = " | FLOPs | KV cache | step time" if table.with_costs else ""
+    legend = "; costs as a share of full computation" if table.with_costs else ""
+    legend += f"; quality: an LM loss of {GOOD} nats" if "steps to quality" in table.columns else ""
+    if "recall" in table.columns:
+        legend += "; recall: sprite patches kept, mean over routed layers and training"
     lines = [
         f"**Table {number}. {table.title}.** Mean ± standard error over {count} seeds, {data['steps']} steps each, on "
-        f"{data['clips']} unseen clips; costs as a share of full computation; quality: an LM loss of {GOOD} nats; "
-        "recall: sprite patches kept, mean over routed layers and over training.",
+        f"{data['clips']} validation clips{legend}.",
         "",
         "| | " + " | ".join(table.columns) + costs_too + " | seeds |",
         "|---" * (len(table.columns) + 2 + 3 * table.with_costs) + "|",
@@ -289,8 +302,8 @@ def report(number: int, data: dict) -> str:
             f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
         )
     number_of_tests = len(table.claims) * len(table.judged)
-    lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, which chance alone "
-              f"would make about {0.05 * number_of_tests:.0f} of these {number_of_tests}:", "",
+    lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, as chance alone "
+              f"makes about {0.05 * number_of_tests:.0f} of these {number_of_tests}; not bold is not a proof of equality:", "",
               "| ordering | who says so | " + " | ".join(table.judged) + " |",
               "|---" * (len(table.judged) + 2) + "|"]  # fmt: skip
     for better, worse, source in table.claims:
@@ -303,7 +316,7 @@ def plot_quality(table: Table, data: dict, path: Path) -> None:
     """Tables 1 to 3: quality against cost, mean and standard error over seeds."""
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     colours = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, "grey"]
-    for axis, measure in zip(figure.subplots(1, 3), ("free-running narration", "silence", "questions"), strict=True):
+    for axis, measure in zip(figure.subplots(1, 3), ("free-running narration", "silence", "spark"), strict=True):
         for place, name in enumerate(table.rows):
             mean, error = mean_error(list(data["values"][name][measure].values()))
             axis.errorbar(data["costs"][name]["flops"], mean, error, capsize=3, label=name, linestyle="none",

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -110,12 +111,15 @@ class Machine:
         return time.perf_counter() - started
 
 
-def side_by_side(machine: Machine, actions: dict, turns: int, bar: tqdm) -> dict[str, list[float]]:
-    """Seconds of every action in every turn, the actions alternating; a first turn, not counted, warms up."""
+def side_by_side(machine: Machine, actions: dict, turns: int, bar: tqdm, undo: dict | None = None) -> dict:
+    """Seconds of every action in every turn, the actions alternating; a first turn, not counted, warms up. What
+    `undo` holds for an action is done after it, untimed."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(turns + 1):
         for name, action in actions.items():
             seconds = machine.clock(action)
+            if undo:
+                undo[name]()
             if turn:
                 times[name].append(seconds)
         bar.update()
@@ -171,20 +175,17 @@ def llama_step(machine: Machine, decoder: Decoder, size: Size):
     if peer is None:
         return None
     peer.to(machine.device, machine.dtype).train()
-    ours = training_step(machine, decoder, size)
-    x, pos, frame = machine.stream(size.model, size.rows, size.frames, TEXT)
     head = decoder.logits
 
     class Peer(torch.nn.Module):
         config = size.model
 
         def forward(self, x, pos, frame):
-            return peer(inputs_embeds=x, position_ids=pos, use_cache=False).last_hidden_state
+            return peer(inputs_embeds=x, use_cache=False).last_hidden_state  # its positions are 0, 1, ... as ours
 
         def logits(self, hidden):
             return head(hidden)
 
-    del ours, x, pos, frame
     return training_step(machine, Peer(), size)
 
 
@@ -217,13 +218,12 @@ def peak_bytes(machine: Machine, config: ModelConfig, size: Size) -> int:
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     step = training_step(machine, decoder, size)
+    training_step(machine, decoder, replace(size, frames=1, rows=1))()  # libraries allocate on first use
     if machine.device == "cuda":
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - rest
-    # A tiny step first: libraries allocate on first use.
-    training_step(machine, decoder, replace(size, frames=1, rows=1))()
     rest = memory("VmRSS", forget_peak=True)
     step()
     return memory("VmHWM") - rest
@@ -249,11 +249,13 @@ def bench_memory(machine: Machine, size: Size, bar: tqdm) -> dict:
     for name in ("mod", "full"):
         command = [sys.executable, "-m", "mod.study.bench", "--peak", f"{size.name}:{name}", "--device", machine.device]
         command += ["--dtype", str(machine.dtype).removeprefix("torch."), *(["--compile"] if machine.compile else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(done.stderr.strip().splitlines()[-1])
         peaks[name] = int(done.stdout.split()[-1])
         bar.update()
-    number = torch.finfo(machine.dtype).bits // 8
-    saved = {name: size.rows * activation_bytes(config, size.frames, TEXT, number)
+    # The formula is float32's: in bfloat16 norms and rotations still keep some of their numbers in float32.
+    saved = {name: size.rows * activation_bytes(config, size.frames, TEXT)
              for name, config in (("mod", size.model), ("full", dense(size.model)))}  # fmt: skip
     return {
         "peak_bytes": peaks,
@@ -278,6 +280,12 @@ class Live:
         self.decoder(self.x, place, self.frame + self.seen, cache=self.cache)
         self.seen += 1
 
+    def undo(self) -> None:
+        """Forget the last frame, so that the context of every turn is the same."""
+        self.seen -= 1
+        self.cache.rewind([torch.full_like(layer.length, kept * self.seen)
+                           for layer, kept in zip(self.cache.layers, self.config.kept, strict=True)])  # fmt: skip
+
     @torch.inference_mode()
     def skip_to(self, frames: int) -> None:
         """Fill the cache as if so many frames had passed; what is in it does not matter to the clock."""
@@ -290,7 +298,7 @@ class Live:
 
 
 class PeerLive:
-    """transformers' Llama with its dynamic cache; the same two methods."""
+    """transformers' Llama with its dynamic cache; the same methods."""
 
     def __init__(self, machine: Machine, config: ModelConfig):
         self.machine, self.config, self.seen, self.cache = machine, config, 0, None
@@ -302,6 +310,10 @@ class PeerLive:
         place = self.pos + self.seen * self.config.frame_tokens
         self.model(inputs_embeds=self.x, position_ids=place, past_key_values=self.cache, use_cache=True)
         self.seen += 1
+
+    def undo(self) -> None:
+        self.seen -= 1
+        self.cache.crop(self.seen * self.config.frame_tokens)
 
     @torch.inference_mode()
     def skip_to(self, frames: int) -> None:
@@ -319,14 +331,14 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
     full, points = dense(size.model), []
     for context in size.contexts:
         frames = context // size.model.frame_tokens
-        most = frames + size.turns + 1
-        live = {"mod": Live(machine, size.model, most), "full": Live(machine, full, most)}
-        if size.name != "tiny" and not machine.compile and llama(size.model) is not None:
+        live = {"mod": Live(machine, size.model, frames + 1), "full": Live(machine, full, frames + 1)}
+        if size.name != "tiny" and not machine.compile and find_spec("transformers"):
             live["transformers"] = PeerLive(machine, size.model)
         for one in live.values():
             one.skip_to(frames)
         held = {name: live[name].cache.bytes() for name in ("mod", "full")}
-        times = side_by_side(machine, {name: one.step for name, one in live.items()}, size.turns, bar)
+        steps, undo = ({name: getattr(one, what) for name, one in live.items()} for what in ("step", "undo"))
+        times = side_by_side(machine, steps, size.turns, bar, undo)
         flops = {"mod": frame_flops(size.model, frames, 0), "full": frame_flops(full, frames, 0)}
         point = {
             "context": frames * size.model.frame_tokens,
@@ -341,22 +353,20 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
             assert held[name] == kv_bytes(config, frames, 0, number), "not the formula's"
         if "transformers" in times:
             point["transformers_to_mod"] = ratio(times, "transformers", "mod")
+            point["transformers_to_full"] = ratio(times, "transformers", "full")
         points.append(point)
     return points
 
 
 def fill(machine: Machine, size: Size, budget: int, bar: tqdm) -> dict:
-    """Fill a cache of `budget` bytes frame by frame until it says that it is full; frames that went in."""
+    """Stream frames until one more would exceed `budget` bytes of keys and values; frames that went in."""
     number, frames = torch.finfo(machine.dtype).bits // 8, {}
     for name, config in (("mod", size.model), ("full", dense(size.model))):
-        predicted = frames_that_fit(config, budget, 0, number)
-        live = Live(machine, config, predicted)
-        try:
-            while True:
-                live.step()
-        except UserError:
-            frames[name] = live.seen
-        assert frames[name] == predicted and live.cache.bytes() <= budget
+        live = Live(machine, config, 2 * frames_that_fit(config, budget, 0, number))
+        while live.cache.bytes() <= budget:
+            live.step()
+        frames[name] = live.seen - 1
+        assert frames[name] == frames_that_fit(config, budget, 0, number), "not the formula's"
         bar.update()
     return {"budget_bytes": budget, "frames": frames, "ratio": frames["mod"] / frames["full"]}
 
@@ -376,24 +386,25 @@ def report(results: dict) -> str:
             f"{peak} | {peer} |"
         )
     lines += ["", "| decoder | context, tokens | time of one more frame | its FLOPs | KV bytes | "
-              "transformers' Llama / MoD |", "|---|---|---|---|---|---|"]  # fmt: skip
+              "transformers' dense Llama, dynamic cache: its time / full | its time / MoD |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, size in results["sizes"].items():
         for point in size["streaming"]:
-            peer = f"{point['transformers_to_mod']:.2f}" if "transformers_to_mod" in point else "-"
+            peers = [
+                f"{point[key]:.2f}" if key in point else "-" for key in ("transformers_to_full", "transformers_to_mod")
+            ]
             kv = point["kv_bytes"]["mod"] / point["kv_bytes"]["full"]
             lines.append(
                 f"| {name} | {point['context']:,} | {point['time_ratio']:.2f} | {point['flop_ratio']:.2f} | "
-                f"{kv:.3f} | {peer} |"
+                f"{kv:.3f} | {' | '.join(peers)} |"
             )
     points = list(results["sizes"].values())[-1]["streaming"]
     bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
     lines += ["", f"Latency grows with what is attended to and with nothing else: at most {bend['mod']} (MoD) and "
               f"{bend['full']} (full) off a straight line in the context."]  # fmt: skip
-    if results["filled"]:
-        filled = results["filled"]
-        mib, frames = filled["budget_bytes"] / 2**20, filled["frames"]
-        held = f"{frames['mod']} frames with MoD, {frames['full']} with full computation"
-        lines += ["", f"A cache of {mib:.0f} MiB holds {held}: {filled['ratio']:.2f} times as many."]
+    mib, frames = results["filled"]["budget_bytes"] / 2**20, results["filled"]["frames"]
+    held = f"{frames['mod']} frames with MoD, {frames['full']} with full computation"
+    lines += ["", f"A cache of {mib:.0f} MiB holds {held}: {results['filled']['ratio']:.2f} times as many."]
     return "\n".join(lines) + "\n"
 
 
@@ -452,6 +463,7 @@ def run(arguments) -> int:
                "torch": torch.__version__, "threads": torch.get_num_threads(), "sizes": {}}  # fmt: skip
     with tqdm(total=steps, unit="turn", disable=None) as bar:
         for size in sizes:
+            torch.compiler.reset()  # compiled code of another size counts towards the limit of recompilations
             bar.set_description(size.name)
             results["sizes"][size.name] = {
                 "model": asdict(size.model),
@@ -462,7 +474,10 @@ def run(arguments) -> int:
         budget = kv_bytes(dense(sizes[-1].model), 30, 0, torch.finfo(machine.dtype).bits // 8)
         results["filled"] = fill(machine, sizes[-1], budget, bar)
     if not arguments.quick:
-        name = f"bench-{arguments.device}" + ("-compiled" if arguments.compile else "")
+        name = f"bench-{arguments.device}"
+        name += (f"-{arguments.dtype}" if arguments.device == "cuda" else "") + (
+            "-compiled" if arguments.compile else ""
+        )
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_text(arguments.out / f"{name}.json", to_json(results, indent=1) + "\n")
         write_text(arguments.out / f"{name}.md", report(results))

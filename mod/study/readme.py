@@ -1,6 +1,6 @@
 """Copy the tables of results/ into the README, between `<!-- results/NAME.md -->` and `<!-- end -->`.
 
-    python -m mod.study.readme        # after a study has written new tables; tests/test_readme.py sees a stale one
+python -m mod.study.readme        # after a study has written new tables; tests/test_readme.py sees a stale one
 """
 
 import re

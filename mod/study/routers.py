@@ -77,7 +77,7 @@ def attention_from_text(attention, x: Tensor, pos: Tensor, frame: Tensor) -> Ten
     """x (B, T, D) as an Attention sees it -> (B, T): the attention each token gets, mean over heads, sum over text."""
     q = attention.q_norm(rearrange(attention.q(x), "b t (h e) -> b h t e", e=attention.head_dim))
     k = attention.k_norm(rearrange(attention.k(x), "b t (g e) -> b g t e", e=attention.head_dim))
-    q, k = rotate(q, pos, attention.rope_base), rotate(k, pos, attention.rope_base)
+    q, k = rotate(q, pos, attention.rope), rotate(k, pos, attention.rope)
     q = rearrange(q, "b (g r) t e -> b g r t e", g=k.shape[1])
     scores = torch.einsum("b g r t e, b g s e -> b g r t s", q, k) / attention.head_dim**0.5
     unseen = rearrange(pos, "b s -> b 1 s") > rearrange(pos, "b t -> b t 1")

@@ -96,10 +96,33 @@ def answers_by_kind(model: VideoLLM, config: Config) -> dict[str, float]:
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
 
 
-def write_result(file: Path, out: Path, config: Config, metrics: dict) -> None:
-    """The file of a finished run: its whole configuration, metrics, and curves from its log."""
+def parse(parts: dict) -> Config:
+    """`asdict(config)` back to a Config; a field that did not exist then has its default."""
+    return Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
+
+
+def identity(config: Config, kind: str, start: Path | None) -> dict:
+    """All that makes a run what it is."""
+    return {"config": asdict(config), "routers": kind, "start": start.parent.name if start else ""}
+
+
+def same(path: Path, wanted: dict) -> bool:
+    """Is the file there? Raises UserError when it is that of another run. A setting that did not exist when it was
+    written has its default."""
+    if not path.is_file():
+        return False
+    held = json.loads(path.read_text(encoding="utf-8"))
+    if parse(held["config"]) != parse(wanted["config"]) or any(
+        held[key] != wanted[key] for key in ("routers", "start")
+    ):
+        raise UserError(f"{path} is of a run with other settings than today's; move it and its run's folder away")
+    return True
+
+
+def write_result(file: Path, out: Path, about: dict, metrics: dict) -> None:
+    """The file of a finished run: what it was, metrics, and curves from its log."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, to_json({"config": asdict(config), **metrics, "curve": list(curve(out))}) + "\n")
+    write_text(file, to_json({**about, **metrics, "curve": list(curve(out))}) + "\n")
 
 
 def curve(out: Path) -> Iterator[dict]:
@@ -116,31 +139,31 @@ def curve(out: Path) -> Iterator[dict]:
 
 def train_here(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
     """Train one run in folder `out` in this process, and write its result to `file`."""
+    about, note = identity(config, kind, start), out / "identity.json"
+    if not same(note, about):
+        if (out / "state.safetensors").exists():
+            raise UserError(f"{out} holds a run that is not known; move it away and start again")
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(note, to_json(about) + "\n")
     make = partial(build, encoder_file=encoder(config, out.parent), kind=kind, start=start)
     ready = replace(config, train=replace(config.train, vit_steps=0))
     model, metrics = train(ready, out, resume=True, build=make)
     if metrics is None:
         raise KeyboardInterrupt
-    write_result(file, out, config, {**metrics, "kinds": answers_by_kind(model, config)})
+    if not same(file, about):  # a run that was repeated for others to start from leaves its result as it is
+        write_result(file, out, about, {**metrics, "kinds": answers_by_kind(model, config)})
 
 
 def train_apart(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
-    """`train_here` in a process of its own, with one thread. Raises RuntimeError when training fails."""
+    """`train_here` in a process of its own, with one thread. Raises UserError, or RuntimeError, when it fails."""
     command = [sys.executable, "-m", "mod.study.sweep", str(out), str(file), "--config", json.dumps(asdict(config))]
     command += ["--routers", kind, *(["--start", str(start)] if start else [])]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
-
-
-def finished(file: Path, config: Config) -> bool:
-    """Is the run's result there? Raises UserError when it is that of other settings."""
-    if not file.is_file():
-        return False
-    if json.loads(file.read_text(encoding="utf-8"))["config"] != asdict(config):
-        raise UserError(f"{file} is of a run with other settings than today's; move it away and start again")
-    return True
 
 
 def sweep(
@@ -156,7 +179,7 @@ def sweep(
         return out, file, configure(base, variant, seed), variant.routers, start
 
     wanted = [(name, seed) for seed in range(seeds) for name in names]
-    todo = [(name, seed) for name, seed in wanted if not finished(*job(name, seed)[1:3])]
+    todo = [one for one in wanted if not same(job(*one)[1], identity(*job(*one)[2:]))]
     starts = dict.fromkeys((variants[name].start, seed) for name, seed in todo if variants[name].start)
     first = [start for start in starts if not (job(*start)[0] / "model.safetensors").is_file()]
     todo = [one for one in todo if one not in first]
@@ -167,12 +190,17 @@ def sweep(
     began, done = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=number, unit="run", disable=None) as bar:
         for batch in (first, todo):
-            for one in as_completed([pool.submit(train_apart, *job(*each)) for each in batch]):
-                one.result()
-                done += 1
-                bar.update()
-                left = (time.monotonic() - began) / done * (number - done)
-                tqdm.write(f"{done} of {number} runs, about {left / 60:.0f} minutes left")
+            waiting = [pool.submit(train_apart, *job(*each)) for each in batch]
+            try:
+                for one in as_completed(waiting):
+                    one.result()
+                    done += 1
+                    bar.update()
+                    left = (time.monotonic() - began) / done * (number - done)
+                    tqdm.write(f"{done} of {number} runs, about {left / 60:.0f} minutes left")
+            except BaseException:  # a run failed, or Ctrl-C: start no other; those that run end or are interrupted too
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
@@ -181,14 +209,14 @@ def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: in
     for name, variant in variants.items():
         for seed in range(seeds):
             file = results / f"{name}-{seed}.json"
-            if finished(file, configure(base, variant, seed)):
+            start = Path(f"{variant.start}-{seed}/model.safetensors") if variant.start else None
+            if same(file, identity(configure(base, variant, seed), variant.routers, start)):
                 found[name][str(seed)] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def run(arguments) -> int:
-    parts = json.loads(arguments.config)
-    config = Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
+    config = parse(json.loads(arguments.config))
     train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start)
     return 0
 

@@ -1,0 +1,1 @@
+"""Real checkpoints and videos. The method (mod/*.py) imports nothing from here."""

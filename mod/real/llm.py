@@ -1,0 +1,227 @@
+"""Language models from Hugging Face folders: Llama 2 and 3.x, SmolLM2, TinyLlama, Qwen2/2.5, Qwen3.
+
+A folder holds config.json, in the old (4.x) or new (5.x) spelling, and model.safetensors, alone or in shards with an
+index. The decoder is made without memory of its own and filled tensor by tensor, so the peak stays near one copy.
+What our decoder cannot compute is refused by the name of the key that asks for it; nothing is ignored in silence.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mod.cache import KVCache
+from mod.config import ModelConfig, UserError
+from mod.decoder import Decoder
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+# Our name of each part of a layer, and Hugging Face's.
+LAYER = {
+    "norm1": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "norm2": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+SINGLE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+
+
+def find(name: str) -> Path:
+    """The folder of a checkpoint: a folder, or a hub name, which `huggingface_hub` downloads when it is installed."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"no folder {name}; expected one that holds config.json and model.safetensors, or a hub name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        message = f"{name} is no folder; to download it as a hub name: pip install huggingface_hub"
+        raise UserError(message) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # whatever the network or the hub says
+        raise UserError(f"{name} could not be downloaded ({type(error).__name__}); pass a folder instead") from error
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError when the file is missing or no JSON object."""
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}; expected the folder of a Hugging Face checkpoint") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no JSON ({error}); download it again") from error
+    if not isinstance(parts, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return parts
+
+
+def rope_fields(parts: dict, path: Path) -> dict:
+    """RoPE's settings, wherever this spelling keeps them."""
+    new = parts.get("rope_parameters") or {}
+    scaling = new or parts.get("rope_scaling") or {}
+    base = new.get("rope_theta", scaling.get("rope_theta", parts.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{path}: rope_type is {kind!r}, expected default or llama3; use another checkpoint")
+    if any(parts.get(key, 1.0) not in (1.0, None) for key in ("partial_rotary_factor",)):
+        raise UserError(f"{path}: partial_rotary_factor is {parts['partial_rotary_factor']}, expected 1")
+    fields = {"rope_base": float(base)}
+    if kind == "llama3":
+        names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+                 "rope_context": "original_max_position_embeddings"}  # fmt: skip
+        missing = [key for key in names.values() if key not in scaling]
+        if missing:
+            raise UserError(f"{path}: rope_type llama3 lacks {missing[0]}; download it again")
+        fields |= {ours: scaling[theirs] for ours, theirs in names.items()}
+        fields = {name: int(value) if name == "rope_context" else float(value) for name, value in fields.items()}
+    return fields
+
+
+def read_llm_config(folder: Path, base: ModelConfig) -> ModelConfig:
+    """`base` with the decoder's sizes from a checkpoint's config.json; vision and routing stay as in `base`.
+
+    Raises UserError naming the key that our decoder cannot represent, or that is missing.
+    """
+    path = folder / "config.json"
+    parts = read_json(path)
+    family = parts.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type is {family!r}, expected {', '.join(FAMILIES)}; use another checkpoint")
+
+    def refuse(key: str, why: str) -> None:
+        raise UserError(f"{path}: {key} is {parts[key]!r}, but our decoder has {why}; use another checkpoint")
+
+    for key in ("quantization_config", "num_experts", "num_local_experts"):
+        if parts.get(key):
+            refuse(key, "no quantised weights" if key == "quantization_config" else "no experts")
+    for key in ("attention_bias", "mlp_bias"):
+        if parts.get(key):
+            refuse(key, "no such biases")
+    # Qwen2 files name a window that is switched off.
+    if parts.get("sliding_window") and parts.get("use_sliding_window", family == "llama"):
+        refuse("sliding_window", "no sliding window")
+    if any(kind != "full_attention" for kind in parts.get("layer_types") or ()):
+        refuse("layer_types", "full attention only")
+    if parts.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "silu only")
+    needed = {"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
+              "ffn_hidden": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}  # fmt: skip
+    missing = [key for key in needed.values() if parts.get(key) is None]
+    if missing:
+        raise UserError(f"{path} lacks {missing[0]}; expected a whole Hugging Face config.json")
+    sizes = {ours: parts[theirs] for ours, theirs in needed.items()}
+    return replace(
+        base,
+        **sizes,
+        **rope_fields(parts, path),
+        kv_heads=parts.get("num_key_value_heads") or sizes["heads"],
+        head_dim=parts.get("head_dim") or sizes["dim"] // sizes["heads"],
+        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2",
+        tie_embeddings=bool(parts.get("tie_word_embeddings", False)),
+    )
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of every tensor of the checkpoint -> the file that holds it. Raises UserError when a file is missing."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
+        absent = sorted({str(file) for file in files.values() if not file.is_file()})
+        if absent:
+            raise UserError(f"{index} names {absent[0]}, which is missing; download it again")
+        return files
+    if not single.is_file():
+        raise UserError(f"no model.safetensors and no model.safetensors.index.json in {folder}; download the weights")
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path: Path):
+    """An open safetensors file. Raises UserError when it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); download it again") from error
+
+
+def hub_name(name: str) -> str:
+    """Our decoder's name of a parameter -> Hugging Face's."""
+    if name in SINGLE:
+        return SINGLE[name]
+    _, number, part = name.replace(".block.", ".").split(".", 2)
+    module, _, kind = part.rpartition(".")
+    return f"model.layers.{number}.{LAYER[module]}.{kind}"
+
+
+def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+    """A Decoder with the checkpoint's weights; routers, which no checkpoint has, start at zero scores' weight one.
+
+    config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
+    another shape than the configuration says.
+    """
+    with torch.device("meta"):  # shapes without memory
+        decoder = Decoder(config)
+    files = tensor_files(folder)
+    if config.tie_embeddings:
+        files.pop("lm_head.weight", None)
+    wanted = {hub_name(name): name for name, _ in decoder.named_parameters() if ".router." not in name}
+    if missing := sorted(set(wanted) - set(files)):
+        raise UserError(f"{folder} lacks the tensor {missing[0]}, which its config.json asks for; download it again")
+    if extra := sorted(name for name in set(files) - set(wanted) if not name.endswith("rotary_emb.inv_freq")):
+        raise UserError(f"{folder} holds the tensor {extra[0]}, which our decoder has no place for; use another one")
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as file:
+            for theirs in file.keys():  # noqa: SIM118 (no dict)
+                if theirs in wanted:
+                    place(decoder, wanted[theirs], file.get_tensor(theirs).to(device, dtype), f"{path}: {theirs}")
+    if config.tie_embeddings:
+        decoder.head.weight = decoder.embed.weight
+    for name, parameter in list(decoder.named_parameters()):
+        if ".router." in name:
+            place(decoder, name, torch.zeros(parameter.shape, dtype=dtype, device=device), name)
+    return decoder
+
+
+def place(decoder: nn.Module, name: str, tensor: Tensor, source: str) -> None:
+    """Put a tensor where a parameter is. Raises UserError when its shape is another."""
+    module_name, _, own = name.rpartition(".")
+    module = decoder.get_submodule(module_name)
+    if getattr(module, own).shape != tensor.shape:
+        got, expected = tuple(tensor.shape), tuple(getattr(module, own).shape)
+        raise UserError(f"{source} is {got}, but its config.json says {expected}; download it again")
+    setattr(module, own, nn.Parameter(tensor))
+
+
+@torch.inference_mode()
+def continue_text(decoder: Decoder, ids: list[int], most: int, stop: set[int]) -> list[int]:
+    """Greedy continuation of a text, token by token through a cache: up to `most` ids, ending before one of `stop`."""
+    weight = decoder.embed.weight
+    cache = KVCache(decoder.config, frames=0, text=len(ids) + most, dtype=weight.dtype, device=weight.device)
+    new, chunk, position = [], ids, 0
+    while len(new) < most:
+        text = torch.tensor([chunk], device=weight.device)
+        pos = position + torch.arange(len(chunk), device=weight.device)[None]
+        hidden = decoder(decoder.embed(text), pos, torch.full_like(text, -1), cache=cache)
+        best = int(decoder.logits(hidden[0, -1]).argmax())
+        if best in stop:
+            break
+        position += len(chunk)
+        new.append(best)
+        chunk = [best]
+    return new
