@@ -301,9 +301,9 @@ def report(number: int, data: dict) -> str:
         lines.append(
             f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
         )
-    number_of_tests = len(table.claims) * len(table.judged)
+    tests = len(table.claims) * len(table.judged)
     lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, as chance alone "
-              f"makes about {0.05 * number_of_tests:.0f} of these {number_of_tests}; not bold is not a proof of equality:", "",
+              f"makes about {0.05 * tests:.0f} of these {tests}; not bold is not a proof of equality:", "",
               "| ordering | who says so | " + " | ".join(table.judged) + " |",
               "|---" * (len(table.judged) + 2) + "|"]  # fmt: skip
     for better, worse, source in table.claims:
