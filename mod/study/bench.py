@@ -313,7 +313,7 @@ class PeerLive:
 
     def undo(self) -> None:
         self.seen -= 1
-        self.cache.crop(self.seen * self.config.frame_tokens)
+        self.cache.crop(-self.config.frame_tokens)
 
     @torch.inference_mode()
     def skip_to(self, frames: int) -> None:

@@ -1,0 +1,90 @@
+"""LoRA: nothing changes at step 0, merging is exact, and only what should train does."""
+
+import pytest
+import torch
+
+from mod.real.lora import add_lora, changes, load_adapters, save_adapters
+from tests.helpers import as_batch, offline, small_model
+
+TALK = (3, [])
+
+
+def adapted(seed: int = 0, rank: int = 3, alpha: float = 6.0, loud: bool = True):
+    model = small_model(seed)
+    model.vit.requires_grad_(False)
+    add_lora(model.decoder, rank, alpha)
+    if loud:
+        for _, change in changes(model):
+            torch.nn.init.normal_(change.b, std=0.3)
+    return model
+
+
+def test_at_step_0_nothing_changes():
+    plain, model = small_model(), adapted(loud=False)
+    plain.vit.requires_grad_(False)  # frozen or not, attention picks another kernel
+    batch = as_batch(model.config, [TALK])
+    assert torch.equal(offline(model, batch), offline(plain, batch))
+
+
+def test_every_linear_layer_of_the_blocks_has_one_and_routers_none():
+    model = adapted()
+    names = {name for name, _ in changes(model)}
+    assert len(names) == 4 * 7 and not any("router" in name for name in names)
+    assert {name.rsplit(".", 1)[1] for name in names} == {"q", "k", "v", "out", "gate", "up", "down"}
+
+
+def test_the_change_is_scale_times_b_times_a():
+    [(_, change), *_] = changes(adapted(rank=2, alpha=8.0))
+    x = torch.randn(5, change.a.shape[1], dtype=torch.float64)
+    expected = change.base(x) + 4.0 * (x @ change.a.T) @ change.b.T
+    torch.testing.assert_close(change(x), expected)
+
+
+def test_merged_equals_unmerged_and_unmerging_is_bitwise():
+    model = adapted()
+    batch, before = as_batch(model.config, [TALK]), {name: change.base.weight.clone() for name, change in changes(model)}
+    apart = offline(model, batch)
+    for _, change in changes(model):
+        change.merge()
+        change.merge()  # a second time does nothing
+    assert any(not torch.equal(change.base.weight, before[name]) for name, change in changes(model))
+    torch.testing.assert_close(offline(model, batch), apart, rtol=1e-10, atol=1e-10)
+    for name, change in changes(model):
+        change.unmerge()
+        assert torch.equal(change.base.weight, before[name])
+    assert torch.equal(offline(model, batch), apart)
+
+
+def test_adapters_connector_and_routers_train_and_nothing_else():
+    model = adapted()
+    offline(model, as_batch(model.config, [TALK])).logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        trains = name.startswith("connector") or ".router." in name or name.endswith((".a", ".b"))
+        assert (parameter.grad is not None) == trains, name
+
+
+def test_adapters_alone_restore_the_model(tmp_path):
+    model, other = adapted(), adapted(seed=0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    save_adapters(tmp_path / "adapters.safetensors", model)
+    load_adapters(tmp_path / "adapters.safetensors", other)
+    batch = as_batch(model.config, [TALK])
+    assert torch.equal(offline(model, batch), offline(other, batch))
+    small = (tmp_path / "adapters.safetensors").stat().st_size
+    assert small < sum(parameter.numel() * 8 for parameter in model.parameters())
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    save_adapters(tmp_path / "adapters.safetensors", adapted(rank=3))
+    with pytest.raises(ValueError, match="is .* expected|alpha / rank differs"):
+        load_adapters(tmp_path / "adapters.safetensors", adapted(rank=2, alpha=4.0))
+    with pytest.raises(ValueError, match="adapters of another model"):
+        load_adapters(tmp_path / "adapters.safetensors", adapted(rank=3, alpha=1.0))
+    for rank in (0, 100):
+        with pytest.raises(ValueError, match="LoRA rank got"):
+            add_lora(small_model().decoder, rank, 1.0)
+
+
