@@ -70,7 +70,7 @@ def test_tables_are_what_the_runs_measured(path):
     """Every number in a table's file is read off results/study, and every run there has the configuration of today."""
     number, values = int(path.stem.removeprefix("table")), json.loads(path.read_text())["values"]
     found = collect(ROOT / "results/study", PRESETS["study"], {name: VARIANTS[name] for name in TABLES[number].rows}, 5)
-    assert {name: set(seeds) for name, seeds in found.items()} == {name: set(rows["narration"]) for name, rows in values.items()}
+    assert {name: set(seeds) for name, seeds in found.items() if seeds} == {name: set(rows["narration"]) for name, rows in values.items()}
     for name, seeds in found.items():
         for measure, read in MEASURES.items():
             for seed, run in seeds.items():

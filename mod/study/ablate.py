@@ -277,9 +277,10 @@ def judge(one: dict[str, float | None], other: dict[str, float | None]) -> str:
 
 
 def report(number: int, data: dict) -> str:
-    """The table in Markdown, from what is in its JSON file."""
+    """The table in Markdown, from what is in its JSON file; variants without a finished run are named and left out."""
     table, values = TABLES[number], data["values"]
-    seeds = {len(values[name]["narration"]) for name in table.rows}
+    rows = [name for name in table.rows if name in values]
+    seeds = {len(values[name]["narration"]) for name in rows}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     costs_too = " | FLOPs | KV cache | step time" if table.with_costs else ""
     legend = "; costs as a share of full computation" if table.with_costs else ""
@@ -293,7 +294,7 @@ def report(number: int, data: dict) -> str:
         "| | " + " | ".join(table.columns) + costs_too + " | seeds |",
         "|---" * (len(table.columns) + 2 + 3 * table.with_costs) + "|",
     ]
-    for name in table.rows:
+    for name in rows:
         cells = [mean_and_error(list(values[name][measure].values())) for measure in table.columns]
         if table.with_costs:
             cost = data["costs"][name]
@@ -301,14 +302,17 @@ def report(number: int, data: dict) -> str:
         lines.append(
             f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
         )
-    tests = len(table.claims) * len(table.judged)
+    claims = [claim for claim in table.claims if claim[0] in values and claim[1] in values]
+    tests = len(claims) * len(table.judged)
     lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, as chance alone "
               f"makes about {0.05 * tests:.0f} of these {tests}; not bold is not a proof of equality:", "",
               "| ordering | who says so | " + " | ".join(table.judged) + " |",
               "|---" * (len(table.judged) + 2) + "|"]  # fmt: skip
-    for better, worse, source in table.claims:
+    for better, worse, source in claims:
         gaps = [judge(values[better][measure], values[worse][measure]) for measure in table.judged]
         lines.append(f"| `{better}` > `{worse}` | {source} | " + " | ".join(gaps) + " |")
+    if waiting := [name for name in table.rows if name not in values]:
+        lines += ["", f"Not run yet: {', '.join(waiting)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -317,14 +321,16 @@ def plot_quality(table: Table, data: dict, path: Path) -> None:
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     colours = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, "grey"]
     for axis, measure in zip(figure.subplots(1, 3), ("free-running narration", "silence", "spark"), strict=True):
-        for place, name in enumerate(table.rows):
+        for place, name in enumerate(name for name in table.rows if name in data["values"]):
             mean, error = mean_error(list(data["values"][name][measure].values()))
-            axis.errorbar(data["costs"][name]["flops"], mean, error, capsize=3, label=name, linestyle="none",
+            aside = 0.008 * (place % 3 - 1)  # so that variants of equal cost do not hide each other
+            axis.errorbar(data["costs"][name]["flops"] + aside, mean, error, capsize=3, label=name, linestyle="none",
                           marker="os^vD*XP<>h"[place % 11], color=colours[place % 6])  # fmt: skip
-        axis.set(title=f"{table.title}: {measure}", xlabel="decoder FLOPs (share of full computation)",
+        axis.set(title=measure, xlabel="decoder FLOPs (share of full computation)",
                  ylabel="share right, mean ± standard error over seeds")  # fmt: skip
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(f"{table.title} (variants of equal cost are drawn side by side)")
     save(figure, path)
 
 
@@ -336,7 +342,7 @@ def plot_recall(results: dict, path: Path) -> None:
         for name, colour in styles.items():
             key = {"mod": "all"}.get(name, f"all-{name}") if everywhere else name
             if key not in results:
-                continue  # no auxiliary target without a dense layer
+                continue  # not run yet, or no auxiliary target without a dense layer
             curves = [
                 {point["step"]: statistics.mean(point["recall"].values()) for point in run["curve"] if "lm" in point}
                 for run in results[key].values()
@@ -358,6 +364,8 @@ def plot_places(data: dict, path: Path) -> None:
     axis = figure.subplots()
     for shift, gate, colour, marker in ((-0.12, "value", BLUE, "o"), (0.12, "update", VERMILION, "s")):
         for row, place in enumerate(PLACES):
+            if f"{place}-{gate}" not in data["values"]:
+                continue
             mean, error = mean_error(list(data["values"][f"{place}-{gate}"]["recall"].values()))
             axis.errorbar(mean, row + shift, xerr=error, capsize=3, color=colour, marker=marker,
                           label=f"{gate} gate" if row == 0 else None)  # fmt: skip
@@ -382,19 +390,20 @@ def run(arguments) -> int:
     if not arguments.report:
         sweep(runs, out / "study", base, variants, table.rows, seeds, arguments.jobs)
     results = collect(out / "study", base, {name: variants[name] for name in table.rows}, seeds)
-    missing = [name for name, found in results.items() if not found]
-    if missing:
-        raise UserError(f"no finished run of {', '.join(missing)} in {out / 'study'}; train first, without --report")
+    results = {name: found for name, found in results.items() if found}
+    if not results:
+        raise UserError(f"no finished run of this table in {out / 'study'}; train first, without --report")
+    rows = list(results)
     kept, path = {}, out / f"table{arguments.table}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))["times"]
-    if table.with_costs and set(table.rows) != set(kept):
-        kept = step_times(base, table.rows)
-    configured = [configure(base, variants[name], 0) for name in table.rows]
+    if table.with_costs and set(rows) != set(kept):
+        kept = step_times(base, rows)
+    configured = configure(base, variants[rows[0]], 0)
     data = {
-        "steps": configured[0].train.steps,
-        "clips": configured[0].train.eval_clips,
-        "costs": costs(base, table.rows) if table.with_costs else {},
+        "steps": configured.train.steps,
+        "clips": configured.train.eval_clips,
+        "costs": costs(base, rows) if table.with_costs else {},
         "times": kept,
         "values": {
             name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}

@@ -1,6 +1,6 @@
 """What it really costs: MoD and full computation measured side by side, each figure beside what its formula promises.
 
-    python -m mod.study.bench                     # CPU: some minutes; writes results/bench-cpu.json, .md, .png
+    python -m mod.study.bench                     # one CPU core, some minutes; writes results/bench-cpu.json, .md, .png
     python -m mod.study.bench --quick             # small sizes only, under a minute, writes nothing
     python -m mod.study.bench --device cuda --dtype bfloat16 --compile
 
@@ -374,7 +374,7 @@ def fill(machine: Machine, size: Size, budget: int, bar: tqdm) -> dict:
 def report(results: dict) -> str:
     """The results as Markdown tables."""
     lines = [f"{results['device']}, {results['dtype']}{', compiled' if results['compile'] else ''}, "
-             f"torch {results['torch']}, {results['threads']} threads. Ratios are MoD / full computation.", "",
+             f"torch {results['torch']}, threads: {results['threads']}. Ratios are MoD / full computation.", "",
              "| decoder | tokens of a step | step time | its FLOPs | peak memory | saved activations (formula) | "
              "our full step / transformers' Llama |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, size in results["sizes"].items():
@@ -449,6 +449,9 @@ def plot(results: dict, path: Path) -> None:
 
 
 def run(arguments) -> int:
+    if arguments.threads < 1:
+        raise UserError(f"threads must be at least 1, got {arguments.threads}")
+    torch.set_num_threads(arguments.threads)
     machine = Machine(arguments.device, arguments.dtype, arguments.compile)
     sizes = QUICK if arguments.quick else SIZES
     arguments.memory = arguments.memory and not arguments.quick
@@ -458,7 +461,7 @@ def run(arguments) -> int:
         print(peak_bytes(machine, size.model if kind == "mod" else dense(size.model), size))
         return 0
     steps = sum((size.turns + 1) * (1 + len(size.contexts)) + (2 if arguments.memory else 0) for size in sizes) + 2
-    print(f"{len(sizes)} sizes, about {'half a minute' if arguments.quick else 'six minutes on two CPU cores'}")
+    print(f"{len(sizes)} sizes, about {'half a minute' if arguments.quick else 'eight minutes on a CPU core'}")
     results = {"device": machine.name, "dtype": arguments.dtype, "compile": arguments.compile,
                "torch": torch.__version__, "threads": torch.get_num_threads(), "sizes": {}}  # fmt: skip
     with tqdm(total=steps, unit="turn", disable=None) as bar:
@@ -494,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
     parser.add_argument("--peak", help="SIZE:mod or SIZE:full; prints the peak memory of its training step in bytes")
