@@ -94,16 +94,17 @@ class TestRouters:
         assert (kept == block.router.lesson.bool()).float().mean() > 0.9
 
 
-class TestSweep:
-    @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory):
-        """One mini run of two variants, trained here."""
-        folder = tmp_path_factory.mktemp("study")
-        for name in ("mod", "oracle"):
-            config = configure(MINI, VARIANTS[name], 0)
-            train_here(folder / "runs" / name, folder / f"{name}-0.json", config, VARIANTS[name].routers)
-        return folder
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One mini run of two variants, trained here."""
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("mod", "oracle"):
+        config = configure(MINI, VARIANTS[name], 0)
+        train_here(folder / "runs" / name, folder / f"{name}-0.json", config, VARIANTS[name].routers)
+    return folder
 
+
+class TestSweep:
     def test_a_finished_run_is_not_repeated(self, runs, monkeypatch):
         before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
         monkeypatch.setattr(sweep, "train_apart", lambda *job: pytest.fail("trained again"))

@@ -305,7 +305,7 @@ def report(number: int, data: dict) -> str:
     claims = [claim for claim in table.claims if claim[0] in values and claim[1] in values]
     tests = len(claims) * len(table.judged)
     lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, as chance alone "
-              f"makes about {0.05 * tests:.0f} of these {tests}; not bold is not a proof of equality:", "",
+              f"makes about {0.05 * tests:.2g} of these {tests}; not bold is not a proof of equality:", "",
               "| ordering | who says so | " + " | ".join(table.judged) + " |",
               "|---" * (len(table.judged) + 2) + "|"]  # fmt: skip
     for better, worse, source in claims:
@@ -394,17 +394,17 @@ def run(arguments) -> int:
     if not results:
         raise UserError(f"no finished run of this table in {out / 'study'}; train first, without --report")
     rows = list(results)
-    kept, path = {}, out / f"table{arguments.table}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))["times"]
-    if table.with_costs and set(rows) != set(kept):
-        kept = step_times(base, rows)
+    path, clock = out / f"table{arguments.table}.json", out / "step-times.json"  # all variants, side by side, once
+    times = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else {}
+    if table.with_costs and not set(rows) <= set(times):
+        times = step_times(base, [name for one in TABLES.values() if one.with_costs for name in one.rows])
+        write_text(clock, to_json(times, indent=1) + "\n")
     configured = configure(base, variants[rows[0]], 0)
     data = {
         "steps": configured.train.steps,
         "clips": configured.train.eval_clips,
         "costs": costs(base, rows) if table.with_costs else {},
-        "times": kept,
+        "times": {name: times[name] for name in rows} if table.with_costs else {},
         "values": {
             name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}
             for name, found in results.items()
@@ -421,6 +421,8 @@ def run(arguments) -> int:
     else:
         plot_quality(table, data, picture)
     print(report(arguments.table, data))
+    if arguments.quick:
+        print("a few steps teach nothing: the numbers above only show that everything runs")
     print(f"wrote {out}/table{arguments.table}.md, .json and .png")
     return 0
 

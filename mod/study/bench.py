@@ -399,9 +399,11 @@ def report(results: dict) -> str:
                 f"{kv:.3f} | {' | '.join(peers)} |"
             )
     points = list(results["sizes"].values())[-1]["streaming"]
-    bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
-    lines += ["", f"Latency grows with what is attended to and with nothing else: at most {bend['mod']} (MoD) and "
-              f"{bend['full']} (full) off a straight line in the context."]  # fmt: skip
+    if len(points) > 2:
+        bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
+        off = f"at most {bend['mod']} (MoD) and {bend['full']} (full)"
+        lines += ["", f"Latency of the largest decoder is a straight line in the context, but for {off}."]
+        lines += ["Each ratio is a median over turns of its own."]
     mib, frames = results["filled"]["budget_bytes"] / 2**20, results["filled"]["frames"]
     held = f"{frames['mod']} frames with MoD, {frames['full']} with full computation"
     lines += ["", f"A cache of {mib:.0f} MiB holds {held}: {results['filled']['ratio']:.2f} times as many."]
@@ -444,7 +446,7 @@ def plot(results: dict, path: Path) -> None:
     for axis in (step, latency, cache):
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7, loc="upper right" if axis is step else "upper left")
+        axis.legend(fontsize=7, loc="upper right" if axis is step else "upper left", markerscale=0.5)
     save(figure, path)
 
 
