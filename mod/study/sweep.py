@@ -65,8 +65,12 @@ def encoder(config: Config, folder: Path) -> Path:
     path = folder / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
         torch.manual_seed(config.train.seed)
-        vit = VideoLLM(replace(config.model, layers="none", depth=1)).vit
+        vit = VideoLLM(replace(ModelConfig(), **own)).vit  # the decoder of the default, whatever the variant's is
+        # Always with two threads: another number adds up in another order, and ends with another encoder.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
         warm_up_vit(vit, config)
+        torch.set_num_threads(threads)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, dict(vit.named_parameters()))
     return path
