@@ -86,6 +86,19 @@ def write_config(folder: Path, config: Config) -> None:
     write_text(folder / "config.json", to_json(asdict(config), indent=2) + "\n")
 
 
+def config_from(parts: dict) -> Config:
+    """`asdict(config)` back to a Config; an entry that is not there has its default.
+
+    Raises UserError, KeyError or TypeError when `parts` is no configuration of this project.
+    """
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    for name, kind in sections.items():
+        unknown = set(parts[name]) - {field.name for field in fields(kind)}
+        if unknown:
+            raise UserError(f"unknown entry {name}.{min(unknown)}")
+    return Config(**{name: kind(**parts[name]) for name, kind in sections.items()})
+
+
 def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises UserError when the folder is no run of this project."""
     path = folder / "config.json"
@@ -94,13 +107,7 @@ def read_config(folder: Path) -> Config:
             f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name a run's folder"
         )
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-        for name, kind in sections.items():
-            unknown = set(parts[name]) - {field.name for field in fields(kind)}
-            if unknown:
-                raise UserError(f"unknown entry {name}.{min(unknown)}")
-        return Config(**{name: kind(**parts[name]) for name, kind in sections.items()})
+        return config_from(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the configuration of a run of this project ({error}); name another folder"

@@ -133,14 +133,18 @@ class Scene:
         self.spark: tuple[str, int, int] | None = None  # colour and cell, in the one frame in which it shows
         self.last_spark = ""  # colour
 
+    @property
+    def taken(self) -> set[tuple[int, int]]:
+        """Cells in which a sprite is."""
+        return {(sprite.row, sprite.column) for sprite in self.sprites}
+
     def place(self, sprite: Sprite) -> None:
         """Put a sprite somewhere else: at another height than before, in a cell that no other sprite is in."""
-        taken = {(other.row, other.column) for other in self.sprites}
         free = [
             (row, column)
             for row in range(CELLS)
             for column in range(CELLS)
-            if row != sprite.row and (row, column) not in taken
+            if row != sprite.row and (row, column) not in self.taken
         ]
         sprite.row, sprite.column = free[self.rng.integers(len(free))]
         sprite.jitter = tuple(self.rng.integers(0, 2, 2))
@@ -181,7 +185,7 @@ class Scene:
     def flash(self) -> None:
         """Let a spark show, perhaps, in a cell without sprite or trail."""
         if self.config.sparks and self.rng.random() < self.config.sparks:
-            taken = {(sprite.row, sprite.column) for sprite in self.sprites} | {sprite.trail for sprite in self.sprites}
+            taken = self.taken | {sprite.trail for sprite in self.sprites}
             free = [(row, column) for row in range(CELLS) for column in range(CELLS) if (row, column) not in taken]
             self.last_spark = list(SPARKS)[self.rng.integers(len(SPARKS))]
             self.spark = (self.last_spark, *free[self.rng.integers(len(free))])
@@ -190,9 +194,8 @@ class Scene:
         """Let sprites, except the one that something just happened to, step one cell aside; nobody speaks of it."""
         for sprite in self.sprites:
             if self.config.drift and sprite is not busy and self.rng.random() < self.config.drift:
-                taken = {(other.row, other.column) for other in self.sprites}
                 beside = [c for c in (sprite.column - 1, sprite.column + 1) if 0 <= c < CELLS]
-                free = [column for column in beside if (sprite.row, column) not in taken]
+                free = [column for column in beside if (sprite.row, column) not in self.taken]
                 if free:
                     sprite.column = free[self.rng.integers(len(free))]
 

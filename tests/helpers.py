@@ -3,6 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
+from mod.block import PAD
+from mod.cache import KVCache
 from mod.config import ModelConfig
 from mod.data import WORDS, vocabulary
 from mod.decoder import MoDBlock
@@ -75,3 +77,39 @@ def as_batch(config: ModelConfig, talks: list[tuple[int, list[Say]]], dtype: tor
 def offline(model: VideoLLM, batch, trace=None) -> torch.Tensor:
     """Logits (B, T, V) of whole streams in one pass."""
     return model.decoder.logits(model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace))
+
+
+def cut_into_chunks(frame: list[int], frame_tokens: int, random) -> list[range]:
+    """Random pieces of a stream that never split a frame."""
+    chunks, start, position = [], 0, 0
+    while position < len(frame):
+        position += frame_tokens if frame[position] >= 0 else 1
+        if random.random() < 0.5 or position == len(frame):
+            chunks.append(range(start, position))
+            start = position
+    return chunks
+
+
+def in_chunks(model: VideoLLM, batch, seen: torch.Tensor, random) -> tuple[torch.Tensor, KVCache]:
+    """One row streamed in random pieces that never split a frame: logits (1, T, V), and the cache after it."""
+    config, dtype = model.config, next(model.parameters()).dtype
+    cache, outs = KVCache(config, frames=len(seen), text=batch.ids.shape[1], dtype=dtype), []
+    for chunk in cut_into_chunks(batch.frame[0].tolist(), config.frame_tokens, random):
+        part = slice(chunk.start, chunk.stop)
+        frames = sorted({int(f) for f in batch.frame[0, part] if f >= 0})
+        hidden = model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], seen[frames], cache=cache)
+        outs.append(model.decoder.logits(hidden))
+    return torch.cat(outs, 1), cache
+
+
+def assert_cache_holds_what_was_kept(cache: KVCache, batch, trace) -> None:
+    """Every layer's entries are the tokens that it kept, at their own positions, in order; the rest is empty."""
+    kept_of = {routing.layer: routing.kept.flatten() for routing in trace}
+    for number, layer in enumerate(cache.layers):
+        keep = torch.ones(batch.ids.shape[1], dtype=torch.bool)
+        if number in kept_of:
+            keep[batch.frame[0] >= 0] = kept_of[number]
+        length = int(layer.length)
+        assert torch.equal(layer.pos[0, :length], batch.pos[0, keep]), "positions of the kept tokens, in order"
+        assert torch.equal(layer.frame[0, :length], batch.frame[0, keep])
+        assert (layer.pos[0, length:] == PAD).all()

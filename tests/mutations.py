@@ -174,7 +174,7 @@ MUTATIONS = [
         "an auxiliary lesson turned round", "mod/study/routers.py", "gradient + LESSON", "gradient - LESSON", "tests/test_study.py::TestRouters",
     ),
     (
-        "finished runs are trained again", "mod/study/sweep.py", "if not same(job(*one)[1], identity(*job(*one)[2:]))", "if True", "tests/test_study.py::TestSweep",
+        "finished runs are trained again", "mod/study/sweep.py", "if not same(job(name, seed)[1], wanted(base, variants[name], seed))", "if True", "tests/test_study.py::TestSweep",
     ),
     (
         "an ordering judged without pairing its seeds", "mod/study/ablate.py", "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds])",

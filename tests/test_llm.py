@@ -15,6 +15,7 @@ from mod.config import ModelConfig
 from mod.decoder import MoDBlock
 from mod.real.llm import continue_text, load_llm, read_llm_config
 from mod.real.tokenizer import TextTokenizer
+from tests.test_scripts import refused
 
 WORDS = ["<s>", "</s>", "<unk>", "User", "Assistant", "the", "capital", "of", "France", "is", "Paris", "red", "disc"]
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -225,9 +226,7 @@ class TestScript:
         self.refused(["--llm", str(tmp_path), "--text", "the capital"], capsys, *parts)
 
     def refused(self, arguments, capsys, *parts):
-        assert stream_tiny.main([*arguments, "--device", "cpu"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and all(part in error for part in parts), error
+        refused(stream_tiny.main, [*arguments, "--device", "cpu"], capsys, *parts)
 
     def test_damaged_and_missing_files_are_named(self, tmp_path, capsys):
         config, head_dim, shards = CONFIGS["qwen3, new spelling"]

@@ -9,14 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mod.block import PAD
-from mod.cache import KVCache
 from mod.config import PATTERNS, ModelConfig
 from mod.decoder import MoDBlock
 from mod.stream import Stream
 from mod.study.costs import layer_tokens
 from mod.videollm import VideoLLM
-from tests.helpers import WORDS_ALL, as_batch, conversations, loud, offline, random_pixels, routed
-from tests.test_stream import cut_into_chunks
+from tests.helpers import (
+    WORDS_ALL,
+    as_batch,
+    assert_cache_holds_what_was_kept,
+    conversations,
+    in_chunks,
+    loud,
+    offline,
+    random_pixels,
+    routed,
+)
 
 DTYPES = st.sampled_from([(torch.float64, 1e-9), (torch.float32, 2e-4)])
 
@@ -113,21 +121,10 @@ def test_streaming_equals_offline_and_every_cache_holds_what_the_formula_says(co
     dtype, tolerance = kind
     model, batch, trace = build(config, dtype, seed), as_batch(config, [talk], dtype), []
     expected, seen = offline(model, batch, trace), model.see(batch.pixels)
-    cache, outs = KVCache(config, frames=talk[0], text=batch.ids.shape[1], dtype=dtype), []
-    for chunk in cut_into_chunks(batch.frame[0].tolist(), config.frame_tokens, random):
-        part = slice(chunk.start, chunk.stop)
-        frames = sorted({int(f) for f in batch.frame[0, part] if f >= 0})
-        hidden = model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], seen[frames], cache=cache)
-        outs.append(model.decoder.logits(hidden))
-    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=tolerance, atol=tolerance)
+    logits, cache = in_chunks(model, batch, seen, random)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert cache.lengths() == layer_tokens(config, talk[0], int((batch.frame < 0).sum()))
-    kept_of = {routing.layer: routing.kept.flatten() for routing in trace}
-    for number, layer in enumerate(cache.layers):
-        keep = torch.ones(batch.ids.shape[1], dtype=torch.bool)
-        if number in kept_of:
-            keep[batch.frame[0] >= 0] = kept_of[number]
-        assert torch.equal(layer.pos[0, : int(layer.length)], batch.pos[0, keep])
-        assert (layer.pos[0, int(layer.length) :] == PAD).all()
+    assert_cache_holds_what_was_kept(cache, batch, trace)
 
 
 @given(configs(), SEEDS, st.lists(st.integers(0, 1), min_size=2, max_size=8))

@@ -5,23 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.cache import KVCache
 from mod.layout import Say, lay_out
 from mod.stream import Stream
-from tests.helpers import WORDS_ALL, as_batch, conversations, offline, random_pixels, small_model
+from tests.helpers import (
+    WORDS_ALL,
+    as_batch,
+    assert_cache_holds_what_was_kept,
+    conversations,
+    in_chunks,
+    offline,
+    random_pixels,
+    small_model,
+)
 
 LAYERS = st.sampled_from(["none", "interleaved", "all", "keep:1,0,0.4,1"])
-
-
-def cut_into_chunks(frame: list[int], frame_tokens: int, random) -> list[range]:
-    """Random pieces of a stream that never split a frame."""
-    chunks, start, position = [], 0, 0
-    while position < len(frame):
-        position += frame_tokens if frame[position] >= 0 else 1
-        if random.random() < 0.5 or position == len(frame):
-            chunks.append(range(start, position))
-            start = position
-    return chunks
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
@@ -33,25 +30,12 @@ def test_any_chunks_equal_the_offline_pass(dtype, tolerance, talk, layers, gate,
     model = small_model(dtype=dtype, layers=layers, gate=gate)
     config, batch, trace = model.config, as_batch(model.config, [talk], dtype), []
     expected, seen = offline(model, batch, trace), model.see(batch.pixels)
-    cache = KVCache(config, frames=talk[0], text=batch.ids.shape[1], dtype=dtype)
-    outs = []
-    for chunk in cut_into_chunks(batch.frame[0].tolist(), config.frame_tokens, random):
-        part = slice(chunk.start, chunk.stop)
-        frames = sorted({int(f) for f in batch.frame[0, part] if f >= 0})
-        hidden = model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], seen[frames], cache=cache)
-        outs.append(model.decoder.logits(hidden))
-    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=tolerance, atol=tolerance)
+    logits, cache = in_chunks(model, batch, seen, random)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
     text = int((batch.frame < 0).sum())
     assert cache.lengths() == [kept * talk[0] + text for kept in config.kept]
-    kept_of = {routing.layer: routing.kept.flatten() for routing in trace}
-    for number, layer in enumerate(cache.layers):
-        keep = torch.ones(batch.ids.shape[1], dtype=torch.bool)
-        if number in kept_of:
-            keep[batch.frame[0] >= 0] = kept_of[number]
-        length = int(layer.length)
-        assert torch.equal(layer.pos[0, :length], batch.pos[0, keep]), "positions of the kept tokens, in order"
-        assert torch.equal(layer.frame[0, :length], batch.frame[0, keep])
+    assert_cache_holds_what_was_kept(cache, batch, trace)
 
 
 @given(talk=conversations(), layers=LAYERS)

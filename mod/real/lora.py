@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mod.checkpoint import read_tensors, write_tensors
 from mod.config import UserError
 from mod.decoder import Decoder
+from mod.router import Router
 
 
 class LoRA(nn.Module):
@@ -60,7 +61,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
     """
     blocks = [module for layer in decoder.layers for module in layer.modules()]
     parents = [(module, name, child) for module in blocks for name, child in module.named_children()
-               if isinstance(child, nn.Linear) and not hasattr(module, "kept")]  # fmt: skip
+               if isinstance(child, nn.Linear) and not isinstance(module, Router)]  # fmt: skip
     smallest = min(min(child.weight.shape) for _, _, child in parents)
     if not 1 <= rank <= smallest:
         raise UserError(f"LoRA rank got {rank}, expected 1 to {smallest}, the smallest side of a linear layer")

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mod.checkpoint import load_weights, read_tensors, to_json, weights, write_tensors, write_text
-from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.checkpoint import config_from, load_weights, read_tensors, to_json, weights, write_tensors, write_text
+from mod.config import Config, ModelConfig, UserError
 from mod.data import vocabulary
 from mod.evaluate import teacher_forced
 from mod.flags import Parser, run_script
@@ -100,24 +100,24 @@ def answers_by_kind(model: VideoLLM, config: Config) -> dict[str, float]:
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
 
 
-def parse(parts: dict) -> Config:
-    """`asdict(config)` back to a Config; a field that did not exist then has its default."""
-    return Config(ModelConfig(**parts["model"]), DataConfig(**parts["data"]), TrainConfig(**parts["train"]))
+def identity(config: Config, kind: str = "", start: str = "") -> dict:
+    """All that makes a run what it is; `start` names the run that it begins with."""
+    return {"config": asdict(config), "routers": kind, "start": start}
 
 
-def identity(config: Config, kind: str, start: Path | None) -> dict:
-    """All that makes a run what it is."""
-    return {"config": asdict(config), "routers": kind, "start": start.parent.name if start else ""}
+def wanted(base: Config, variant: Variant, seed: int) -> dict:
+    """The identity of a variant's run."""
+    return identity(configure(base, variant, seed), variant.routers, variant.start and f"{variant.start}-{seed}")
 
 
-def same(path: Path, wanted: dict) -> bool:
+def same(path: Path, about: dict) -> bool:
     """Is the file there? Raises UserError when it is that of another run. A setting that did not exist when it was
     written has its default."""
     if not path.is_file():
         return False
     held = json.loads(path.read_text(encoding="utf-8"))
-    if parse(held["config"]) != parse(wanted["config"]) or any(
-        held[key] != wanted[key] for key in ("routers", "start")
+    if config_from(held["config"]) != config_from(about["config"]) or any(
+        held[key] != about[key] for key in ("routers", "start")
     ):
         raise UserError(f"{path} is of a run with other settings than today's; move it and its run's folder away")
     return True
@@ -143,7 +143,7 @@ def curve(out: Path) -> Iterator[dict]:
 
 def train_here(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
     """Train one run in folder `out` in this process, and write its result to `file`."""
-    about, note = identity(config, kind, start), out / "identity.json"
+    about, note = identity(config, kind, start.parent.name if start else ""), out / "identity.json"
     if not same(note, about):
         if (out / "state.safetensors").exists():
             raise UserError(f"{out} holds a run that is not known; move it away and start again")
@@ -182,8 +182,8 @@ def sweep(
         out, file = runs / f"{name}-{seed}", results / f"{name}-{seed}.json"
         return out, file, configure(base, variant, seed), variant.routers, start
 
-    wanted = [(name, seed) for seed in range(seeds) for name in names]
-    todo = [one for one in wanted if not same(job(*one)[1], identity(*job(*one)[2:]))]
+    asked = [(name, seed) for seed in range(seeds) for name in names]
+    todo = [(name, seed) for name, seed in asked if not same(job(name, seed)[1], wanted(base, variants[name], seed))]
     starts = dict.fromkeys((variants[name].start, seed) for name, seed in todo if variants[name].start)
     first = [start for start in starts if not (job(*start)[0] / "model.safetensors").is_file()]
     todo = [one for one in todo if one not in first]
@@ -213,14 +213,13 @@ def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: in
     for name, variant in variants.items():
         for seed in range(seeds):
             file = results / f"{name}-{seed}.json"
-            start = Path(f"{variant.start}-{seed}/model.safetensors") if variant.start else None
-            if same(file, identity(configure(base, variant, seed), variant.routers, start)):
+            if same(file, wanted(base, variant, seed)):
                 found[name][str(seed)] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def run(arguments) -> int:
-    config = parse(json.loads(arguments.config))
+    config = config_from(json.loads(arguments.config))
     train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start)
     return 0
 
