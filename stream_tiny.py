@@ -5,6 +5,7 @@ python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
 python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
 python stream_tiny.py --save stream.png                      # a picture of what each routed layer kept
 python stream_tiny.py --json                                 # one JSON object a line, for programs
+python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
 python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
 """
 
@@ -13,24 +14,30 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mod.checkpoint import load_weights, read_config, read_tensors
 from mod.config import Config, ModelConfig, UserError
-from mod.data import make_clip, vocabulary
+from mod.data import Clip, make_clip
 from mod.flags import Parser, run_script
-from mod.layout import Vocabulary
+from mod.layout import Vocabulary, user_ids
 from mod.real.llm import continue_text, find, load_llm, read_llm_config
+from mod.real.parts import assemble, read_words
 from mod.real.tokenizer import TextTokenizer
-from mod.stream import MAX_WORDS, Stream
+from mod.real.video import Video
+from mod.stream import Stream
 from mod.study.costs import dense, kv_bytes, layer_tokens
 from mod.study.plots import plot_stream
 from mod.train import pick_device
 from mod.videollm import VideoLLM
 
+ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more
 MOST_PICTURED = 100  # frames; a picture of more could not be looked at
 
 
@@ -42,7 +49,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/tiny"), help="folder of a trained run")
     parser.add_argument("--seed", type=int, default=0, help="which video; these are never trained on")
-    parser.add_argument("--frames", type=int, help="length of the video; the run's clip length if not given")
+    parser.add_argument(
+        "--frames", type=int, help="length of the stream; the run's clip length if not given, or the whole --video"
+    )
+    parser.add_argument("--video", help="stream this file instead; - is standard input, /dev/video0 a camera")
+    parser.add_argument("--fps", type=float, help="frames to look at in a second of --video; the run's if not given")
     parser.add_argument(
         "--ask",
         action="append",
@@ -58,7 +69,7 @@ def build_parser() -> Parser:
     parser.add_argument("--llm", help="folder or hub name of a Llama-type checkpoint; with --text")
     parser.add_argument("--text", help="continue this text with the language model of --llm, greedily, without video")
     parser.add_argument("--max-tokens", type=int, default=20, help="length of the continuation of --text")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights of --llm")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--save", type=Path, help="write a picture of the stream, e.g. stream.png")
@@ -97,7 +108,9 @@ class Question:
 def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
     """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds."""
     when, colon, text = ask.partition(":")
-    when, text = when.strip(), " ".join(text.lower().replace("?", " ? ").split())
+    when, text = when.strip(), text.strip()
+    if isinstance(words, Vocabulary):
+        text = " ".join(text.lower().replace("?", " ? ").split())
     expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame) or "2.5s:where is it ?" (seconds)'
     try:
         frame = math.floor(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
@@ -125,31 +138,32 @@ def check_picture(path: Path, frames: int) -> None:
         raise UserError(f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
 
 
-def load(folder: Path, device: torch.device) -> tuple[VideoLLM, Config]:
-    """A trained run. Raises UserError when it is missing, damaged or another project's."""
+def load(folder: Path, device: torch.device, dtype: str) -> tuple[VideoLLM, Vocabulary | TextTokenizer, Config]:
+    """A trained run: model, words, configuration. Raises UserError when it is missing, damaged or another project's."""
     config = read_config(folder)
-    model = VideoLLM(config.model)
     path = folder / "model.safetensors"
     if not path.is_file() and (folder / "state.safetensors").is_file():
         raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
+    model = assemble(replace(config, train=replace(config.train, dtype=dtype)), device)
     load_weights(model, read_tensors(path)[0], path)
-    return model.to(device).eval(), config
+    return model.to(getattr(torch, dtype)).eval(), read_words(config), config
 
 
 class Printer:
-    """Prints what happens, for people or for programs, and counts what was right."""
+    """Prints what happens, for people or for programs, and counts what was right, where the truth is known."""
 
-    def __init__(self, stream: Stream, fps: float, as_json: bool):
-        self.stream, self.fps, self.as_json = stream, fps, as_json
+    def __init__(self, stream: Stream, fps: float, as_json: bool, knows_truth: bool):
+        self.stream, self.fps, self.as_json, self.knows_truth = stream, fps, as_json, knows_truth
         self.right = {"narrations": [], "silent frames": [], "answers": []}
         if not as_json:
-            print(f"{'frame':>5} {'time':>7}   {'said':<34} truth")
+            print(f"{'frame':>5} {'time':>7}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
 
     def event(
         self, frame: int, role: str, text: str | None, truth: str | None = None, *, judge: str | None = None
     ) -> None:
         """One line. `judge` names the count that this line belongs to; right means equal to the truth."""
-        if judge and truth != "?":
+        judged = self.knows_truth and truth != "?"
+        if judge and judged:
             self.right[judge].append(text == truth)
         if self.as_json:
             role = "silence" if text is None else role
@@ -164,62 +178,104 @@ class Printer:
         elif role == "user":
             print(f"{'':>5} {'':>7}   user: {text}", flush=True)
         else:
-            mark = "" if text == truth or truth == "?" else "   <- differs"
+            mark = "   <- differs" if judged and text != truth else ""
             label = f"{frame:>5} {frame / self.fps:>5.1f} s" if judge != "answers" else f"{'':>5} {'':>7}"
-            print(f"{label}   {text or '.':<34} {truth or '.'}{mark}", flush=True)
+            known = (truth or ".") if self.knows_truth else ""
+            print(f"{label}   {text or '.':<34} {known}{mark}".rstrip(), flush=True)
+
+
+def open_video(arguments, config: Config) -> tuple[Video, int]:
+    """The video that was asked for, and how many of its frames to stream at most."""
+    video = Video(arguments.video, config.data.fps if arguments.fps is None else arguments.fps, config.model.image_size)
+    # A length is an estimate: room for a few frames more costs little, being cut off would cost them.
+    return video, arguments.frames or (video.about_frames + 2 if video.about_frames else ENDLESS)
 
 
 def run(arguments) -> int:
     if arguments.llm is not None or arguments.text is not None:
         return go_on(arguments)
-    device = pick_device(arguments.device)
-    model, config = load(arguments.checkpoint, device)
-    words, fps = vocabulary(), config.data.fps
+    if arguments.fps is not None and arguments.video is None:
+        raise UserError("--fps is for --video; a synthetic stream has its run's")
+    device = pick_device(arguments.device, arguments.dtype)
+    model, words, config = load(arguments.checkpoint, device, arguments.dtype)
     frames = config.data.frames if arguments.frames is None else arguments.frames
     if frames < 1 or arguments.seed < 0:
         raise UserError(f"frames must be at least 1 and seed not negative, got {frames} and {arguments.seed}")
+    if arguments.video is None:
+        clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
+        return watch(arguments, model, words, config, clip.frames, frames, config.data.fps, clip)
+    video, frames = open_video(arguments, config)
+    with video:
+        return watch(arguments, model, words, config, video, frames, float(video.fps))
+
+
+def watch(
+    arguments,
+    model: VideoLLM,
+    words: Vocabulary | TextTokenizer,
+    config: Config,
+    pictures: Iterable[np.ndarray],
+    frames: int,
+    fps: float,
+    clip: Clip | None = None,
+) -> int:
+    """Stream at most `frames` pictures (3, side, side), ask what is to be asked, print what happens; `clip` knows the
+    truth of a synthetic stream."""
     if arguments.save:
         check_picture(arguments.save, frames)
     questions = [parse_ask(ask, frames, fps, words) for ask in arguments.ask]
-    clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
     threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
-
+    most = config.train.max_words + 2
+    text = 1 + (frames + len(questions)) * most + sum(len(user_ids(words, question.text)) for question in questions)
     trace: list = []
-    text = (
-        1 + (frames + len(questions)) * (MAX_WORDS + 2) + sum(len(question.text.split()) + 1 for question in questions)
+    stream = Stream(
+        model,
+        words,
+        frames=frames,
+        text=text,
+        threshold=threshold,
+        max_words=config.train.max_words,
+        trace=trace if arguments.save else None,
     )
-    stream = Stream(model, words, frames=frames, text=text, threshold=threshold, trace=trace)
-    printer = Printer(stream, fps, arguments.json)
-    spoken, captions, pictures = 0.0, [], []
-    for t in range(frames):
-        pixels = torch.from_numpy(clip.frames[t : t + 1])
+    printer = Printer(stream, fps, arguments.json, clip is not None)
+    spoken, captions, seen, decided = 0.0, [], [], []
+    for t, picture in enumerate(islice(pictures, frames)):
         already, started = len(trace), time.perf_counter()
-        [said] = stream.frame(pixels)
+        [said] = stream.frame(torch.as_tensor(picture)[None])
         spoken += time.perf_counter() - started
         # The frame's own routing comes first; the words after it are text and are never routed.
-        pictures += [routing for routing in trace[already:] if len(routing.kept)]
-        truth = next((say.text for say in clip.said if say.frame == t), None)
+        decided += [routing for routing in trace[already:] if len(routing.kept)]
+        truth = next((say.text for say in clip.said if say.frame == t), None) if clip else None
         printer.event(t, "assistant", said, truth, judge="silent frames" if truth is None else "narrations")
         captions.append((said or "").replace(" ", "\n"))
         for question in (question for question in questions if question.frame == t):
             stream.hear([question.text])
             printer.event(t, "user", question.text)
             [answer] = stream.respond([True])
-            known = clip.truth[t].get(question.text, "?")
-            printer.event(t, "assistant", answer, known, judge="answers")
+            printer.event(t, "assistant", answer, clip and clip.truth[t].get(question.text, "?"), judge="answers")
             captions[-1] += f"\nQ: {question.text}\nA: {answer}"
+        if arguments.save:
+            seen.append(picture)
+    shown = stream.frames
     if arguments.save:
-        plot_stream(arguments.save, clip.frames, pictures, captions, [t / fps for t in range(frames)], config.model)
+        plot_stream(arguments.save, np.stack(seen), decided, captions, [t / fps for t in range(shown)], config.model)
     if arguments.json:
         return 0
-    scores = ", ".join(f"{sum(flags)} of {len(flags)} {name}" for name, flags in printer.right.items() if flags)
     fed = sum(frame < 0 for _, frame in stream.fed[0])
     full = dense(config.model)
-    print(f"\nright: {scores}")
-    print(f"speed: {frames / spoken:.0f} frames a second on {device}, answers to questions not counted")
-    held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, frames, fed)))
+    print()
+    if clip:
+        scores = ", ".join(f"{sum(flags)} of {len(flags)} {name}" for name, flags in printer.right.items() if flags)
+        print(f"right: {scores}")
+    elif pictures.skipped:
+        print(f"skipped {pictures.skipped} damaged packets or pictures")
+    if late := [question for question in questions if question.frame >= shown]:
+        print(f"never asked, because the video ended first: {', '.join(question.text for question in late)}")
+    print(f"speed: {shown / spoken:.0f} frames a second on {stream.device}, answers to questions not counted")
+    held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, shown, fed)))
+    number = torch.finfo(getattr(torch, arguments.dtype)).bits // 8
     print(f"cache: {held} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes")
-    print(f" full: {whole} entries with full computation, {kv_bytes(full, frames, fed):,} bytes")
+    print(f" full: {whole} entries with full computation, {kv_bytes(full, shown, fed, number):,} bytes")
     if arguments.save:
         print(f"wrote {arguments.save}")
     return 0

@@ -4,18 +4,28 @@ python train_tiny.py                                   # the default: vision tok
 python train_tiny.py --layers none --out runs/full     # full computation, to compare
 python train_tiny.py --gate update --out runs/update   # the paper's gate; watch the router's recall
 python train_tiny.py --resume                          # go on after Ctrl-C or a crash
+python train_tiny.py --preset paper                    # the paper's model: what it takes, and how to train it
+python train_tiny.py --llm FOLDER --vision FOLDER --data streams.jsonl --out runs/real    # real weights and videos
+torchrun --nproc-per-node 2 train_tiny.py              # several processes share each batch
 """
 
+import os
 import sys
-from dataclasses import asdict, fields
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 
 from mod.checkpoint import read_config, to_json, write_text
-from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.config import PRESETS, Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
 from mod.flags import Parser, add_fields, given, merge, run_script
-from mod.study.costs import average_text, dense, kv_bytes, ratios
+from mod.parallel import join, leave, meet, rank
+from mod.real.parts import assemble, is_real, read_words, with_real_sizes
+from mod.real.source import real_source
+from mod.real.vision import frame_tokens_grid
+from mod.study.costs import average_text, ratios
+from mod.study.plan import print_costs, print_paper, print_parameters, print_settings
 from mod.study.plots import plot_curve
-from mod.train import estimate_seconds, train, validation_clips
+from mod.train import Source, estimate_seconds, pick_device, synthetic, train
 from mod.videollm import VideoLLM
 
 RUN_FILES = (
@@ -43,8 +53,10 @@ def build_parser() -> Parser:
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="continue the run in --out")
     fate.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    for title, kind in (("model", ModelConfig), ("data", DataConfig), ("training", TrainConfig)):
+    sections = {"model": ModelConfig, "data": DataConfig, "training": TrainConfig, "real parts": RealConfig}
+    for title, kind in sections.items():
         add_fields(parser, title, kind)
+    parser.add_argument("--frame-tokens", help="another way to say --grid: 1+7x7 is --grid 7")
     return parser
 
 
@@ -56,10 +68,10 @@ def choose_config(arguments) -> Config:
             raise UserError(
                 f"{out} already holds a run; pass --resume to continue it, --overwrite to replace it, or another --out"
             )
-        return merge(PRESETS[arguments.preset], arguments)
+        return with_real_sizes(merge(PRESETS[arguments.preset], arguments), given(arguments, ModelConfig))
     saved = read_config(out)
-    config = merge(saved, arguments)
-    for part in ("model", "data"):
+    config = with_real_sizes(merge(saved, arguments), given(arguments, ModelConfig))
+    for part in ("model", "data", "real"):
         for field in fields(getattr(saved, part)):
             before, now = (getattr(getattr(whole, part), field.name) for whole in (saved, config))
             if before != now:
@@ -75,25 +87,21 @@ def choose_config(arguments) -> Config:
     return config
 
 
-def print_plan(config: Config, out: Path) -> None:
+def open_parts(config: Config) -> tuple[VideoLLM | None, Source]:
+    """The model, where parts of it are real (None: train builds the tiny one), and where clips come from."""
+    words, model = read_words(config), None
+    if is_real(config):
+        device = join(pick_device(config.train.device, config.train.dtype))
+        model = assemble(config, device)
+    return model, real_source(config, words, model) if config.real.data else synthetic(config, words)
+
+
+def print_plan(config: Config, out: Path, frames: int, text: int, seconds: float) -> None:
     """What will be trained, how large it is, what it will cost beside full computation, and about how long it takes."""
-    for part in ("model", "data", "train"):
-        print(f"{part:>6}: " + ", ".join(f"{name} {value}" for name, value in asdict(getattr(config, part)).items()))
-    model = VideoLLM(config.model)
-    print("\nparameters")
-    parts = {"vision encoder": model.vit, "connector": model.connector, "decoder": model.decoder}
-    for name, module in parts.items():
-        print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>10,}")
-    print(f"  {'all':<15}{sum(p.numel() for p in model.parameters()):>10,}")
-    frames, text = config.data.frames, average_text(validation_clips(config, 64))
-    share, full = ratios(config.model, frames, text), dense(config.model)
-    mod_bytes, full_bytes = kv_bytes(config.model, frames, text), kv_bytes(full, frames, text)
-    stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
-    print(f"\npredicted cost of a stream of {stream}, against full computation")
-    print(f"  keep ratio of each layer      {', '.join(f'{ratio:g}' for ratio in config.model.keep)}")
-    print(f"  decoder FLOPs                 {share['flop_ratio']:.3f} of full")
-    print(f"  KV cache                      {share['kv_ratio']:.3f} of full ({mod_bytes:,} of {full_bytes:,} bytes)")
-    minutes = max(1, round(estimate_seconds(config) / 60)) if config.train.steps else 1
+    print_settings(config)
+    print_parameters(config)
+    print_costs(config, frames, text)
+    minutes = max(1, round(seconds / 60))
     print(f"\ntraining {config.train.steps} steps into {out}: about {minutes} min here; Ctrl-C saves and stops\n")
 
 
@@ -108,22 +116,44 @@ def print_table(metrics: dict) -> None:
 
 
 def run(arguments) -> int:
+    if arguments.frame_tokens:
+        arguments.grid = frame_tokens_grid(arguments.frame_tokens)
     config = choose_config(arguments)
-    print_plan(config, arguments.out)
-    if arguments.overwrite:
+    if arguments.preset == "paper" and not arguments.resume and not is_real(config):
+        print_paper(config)
+        return 0
+    try:
+        join(pick_device(config.train.device, config.train.dtype))
+        with redirect_stdout(open(os.devnull, "w")) if rank() else nullcontext():  # the first process speaks for all
+            return train_run(config, arguments)
+    finally:
+        leave()
+
+
+def train_run(config: Config, arguments) -> int:
+    out = arguments.out
+    model, source = open_parts(config)
+    clips = source.validation(64)
+    frames, text = round(sum(len(clip.frames) for clip in clips) / len(clips)), average_text(clips, source.words)
+    seconds = estimate_seconds(config, model, source) if config.train.steps else 0
+    print_plan(config, out, frames, text, seconds)
+    meet()  # before the first process writes what others look for
+    if arguments.overwrite and rank() == 0:
         for name in RUN_FILES:
-            (arguments.out / name).unlink(missing_ok=True)
-    _, metrics = train(config, arguments.out, resume=arguments.resume)
+            (out / name).unlink(missing_ok=True)
+    build = VideoLLM if model is None else lambda _: model
+    _, metrics = train(config, out, arguments.resume, build, source)
     if metrics is None:
         return 130
-    metrics |= ratios(config.model, config.data.frames, average_text(validation_clips(config, 64)))
-    write_text(arguments.out / "metrics.json", to_json(metrics, indent=2) + "\n")
-    plot_curve(arguments.out)
+    metrics |= ratios(config.model, frames, text)
+    write_text(out / "metrics.json", to_json(metrics, indent=2) + "\n")
+    if rank() == 0:
+        plot_curve(out)
     print_table(metrics)
     cost = f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation"
     print(f"{cost}, {metrics['seconds']:.0f} seconds")
-    where = "" if arguments.out == Path("runs/tiny") else f" --checkpoint {arguments.out}"
-    print(f"\nwrote {arguments.out}; now watch it: python stream_tiny.py{where}")
+    where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"
+    print(f"\nwrote {out}; now watch it: python stream_tiny.py{where}")
     return 0
 
 

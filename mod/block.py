@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # A padded token stands at the end of time: no real query is late enough to see it, so no other mask is needed.
 PAD = 2**30
@@ -129,9 +130,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = norm1, attention
         self.norm2, self.mlp = norm2, mlp
+        self.recompute = False  # activation checkpointing: keep the input alone, compute again on the way back
 
     def update(self, x: Tensor, pos: Tensor | None = None, frame: Tensor | None = None, **attend) -> Tensor:
         """Everything the block adds to x, (B, T, D) -> (B, T, D). Keywords go to `Attention.forward`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._update, x, pos, frame, use_reentrant=False, **attend)
+        return self._update(x, pos, frame, **attend)
+
+    def _update(self, x: Tensor, pos: Tensor | None, frame: Tensor | None, **attend) -> Tensor:
         attended = self.attention(self.norm1(x), pos, frame, **attend)
         return attended + self.mlp(self.norm2(x + attended))
 

@@ -48,8 +48,8 @@ class LayerCache:
             )
         rows, columns = real.nonzero(as_tuple=True)
         slots = slots[rows, columns]
-        self.k[rows, :, slots] = k[rows, :, columns]
-        self.v[rows, :, slots] = v[rows, :, columns]
+        self.k[rows, :, slots] = k[rows, :, columns].to(self.k.dtype)  # under autocast they come in another precision
+        self.v[rows, :, slots] = v[rows, :, columns].to(self.v.dtype)
         self.pos[rows, slots], self.frame[rows, slots] = pos[rows, columns], frame[rows, columns]
         self.length = length
         return self.k[:, :, :longest], self.v[:, :, :longest], self.pos[:, :longest]

@@ -1,7 +1,7 @@
 """Files of a run: they survive a crash at any moment, and nothing in them is ever unpickled.
 
     config.json         every size and switch of model, data and training
-    model.safetensors   the weights
+    model.safetensors   the weights; those that a real checkpoint has lent stay where they are
     state.safetensors   weights, optimizers, random state and step in one file, so that no crash can mix two moments
     log.jsonl           one line a logged step    metrics.json, curve.png   when training is done
 
@@ -19,12 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.config import Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
 from mod.optim import Muon
+from mod.parallel import like, rank, whole
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename: readers see the old file or the new one, never half of one."""
+    """Write to a temporary name, then rename: readers see the old file or the new one, never half of one.
+
+    Of several processes that train together the first alone writes.
+    """
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -41,9 +47,15 @@ def to_json(value, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None, alone: bool = True
+) -> None:
+    """As `write_text`; with `alone` False every process writes, each its own file. Split tensors are put together."""
+    together = {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+    if rank() and alone:
+        return
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
+    save_file(together, temporary, metadata=note)
     os.replace(temporary, path)
 
 
@@ -61,8 +73,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters once: a tied output layer is the embedding and is left out."""
-    return dict(model.named_parameters())
+    """All parameters once: a tied output layer is the embedding and is left out, as is what a checkpoint has lent."""
+    borrowed = getattr(model, "borrowed", ())
+    return {name: parameter for name, parameter in model.named_parameters() if name not in borrowed}
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
@@ -79,7 +92,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
             raise UserError(f"{source} holds the unknown tensor {name}; it belongs to another model")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -91,7 +104,8 @@ def config_from(parts: dict) -> Config:
 
     Raises UserError, KeyError or TypeError when `parts` is no configuration of this project.
     """
-    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "real": RealConfig}
+    parts = {"real": {}, **parts}  # runs from before there were real parts
     for name, kind in sections.items():
         unknown = set(parts[name]) - {field.name for field in fields(kind)}
         if unknown:
@@ -170,7 +184,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
                 raise UserError(f"{path} was written by another optimizer ({name}); resume with the run's own settings")
             for key in remembers:
                 if (tensor := tensors.get(f"optimizer/{name}/{key}")) is not None:
-                    optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+                    optimizer.state[parameter][key] = tensor if key == "step" else like(tensor, parameter)
     if keys:
         raise UserError(f"{path} was written by another optimizer ({min(keys)}); resume with the run's own settings")
     torch.set_rng_state(random)

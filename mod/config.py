@@ -1,6 +1,6 @@
-"""Every size and switch of the model, the data and the training, with named presets.
+"""Every size and switch of the model, the data, the training and the real parts, with named presets.
 
-Three frozen dataclasses. A wrong value is refused here, in one sentence, before anything is built.
+Four frozen dataclasses. A wrong value is refused here, in one sentence, before anything is built.
 The one representation of "who skips what" is `ModelConfig.keep`: a keep ratio for each layer. The dense model is
 (1, 1, 1, 1), MoD is (1, r, 1, r), early exit is (1, 1, 0, 0), skipping every other layer is (1, 0, 1, 0).
 
@@ -236,19 +236,22 @@ class TrainConfig:
         0.0, "AdamW's learning rate for the vision encoder after its warm-up; 0 freezes it, as the paper does"
     )
     threshold: float = flag(0.5, "speak when the probability of silence is below it, in evaluation")
+    max_words: int = flag(12, "a longer response is cut there, in tokens")
     eval_every: int = flag(100, "steps between validations; 0 validates at the end only")
     eval_clips: int = flag(256, "validation clips at the end; a quarter of them during training")
     save_every: int = flag(100, "steps between training states, for --resume")
     device: str = flag("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("float32", "bfloat16 uses autocast, on a CUDA GPU", ("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the decoder")
+    recompute: bool = flag(False, "activation checkpointing: compute each decoder block again on the way back")
+    fsdp: bool = flag(False, "under torchrun, split the weights over the processes (FSDP2) instead of copying them")
 
     def __post_init__(self):
         _check_fields(self)
         _require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         for name in ("steps", "seed", "warmup", "vit_steps", "eval_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("batch_size", "accumulate", "eval_clips", "save_every"):
+        for name in ("batch_size", "accumulate", "eval_clips", "save_every", "max_words"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "adam_lr", "clip"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
@@ -257,6 +260,10 @@ class TrainConfig:
             f"vit_lr and stream_weight must not be negative, got {self.vit_lr}, {self.stream_weight}",
         )
         _require(0 <= self.threshold <= 1, f"threshold is a probability, expected 0 to 1, got {self.threshold}")
+        _require(
+            not self.fsdp or self.optimizer == "adamw",
+            "fsdp splits matrices, which muon needs whole; pass --optimizer adamw",
+        )
         _ = self.stages  # refuses a curriculum that cannot be read
 
     @property
@@ -287,12 +294,50 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class RealConfig:
+    """Real parts in the place of the tiny ones, which stay where a name is empty. mod/real reads them."""
+
+    llm: str = flag("", "folder or hub name of a Llama-type language model; its sizes replace the decoder's")
+    vision: str = flag("", "folder or hub name of a SigLIP vision encoder; its sizes replace the encoder's")
+    data: str = flag("", "streams.jsonl: a video and its conversation a line, cut into pieces of --frames at --fps")
+    holdout: float = flag(0.1, "share of the streams, the last ones, kept for validation; 0 validates on all")
+    features: str = flag("runs/features", "folder in which a frozen encoder's features of real videos are kept")
+    symbols: str = flag("", "the tokenizer's symbols, e.g. 'bos=<s> eos=</s> user=User assistant=Assistant'")
+    train: str = flag(
+        "auto",
+        "the decoder's part in training: everything, low-rank changes, or nothing but the connector (routers always); "
+        "auto is lora with --llm, full without",
+        ("auto", "full", "lora", "connector"),
+    )
+    lora_rank: int = flag(128, "rank of the low-rank changes")
+    lora_alpha: float = flag(256.0, "their scale is alpha / rank")
+
+    def __post_init__(self):
+        _check_fields(self)
+        _require(0 <= self.holdout < 1, f"holdout is a share, expected 0 to below 1, got {self.holdout}")
+        _require(
+            self.lora_rank >= 1 and self.lora_alpha > 0,
+            f"lora_rank and lora_alpha must be positive, got {self.lora_rank} and {self.lora_alpha}",
+        )
+        _require(
+            self.llm or self.train in ("auto", "full"),
+            f"train got {self.train!r}, which needs a trained decoder; name one with --llm or pass --train full",
+        )
+
+    @property
+    def trained(self) -> str:
+        """full, lora or connector."""
+        return self.train if self.train != "auto" else "lora" if self.llm else "full"
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    real: RealConfig = RealConfig()
 
 
 PRESETS = {
@@ -301,5 +346,45 @@ PRESETS = {
     "study": Config(
         data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.7),
         train=TrainConfig(steps=200, eval_every=50, save_every=100),
+    ),
+    # The paper's model: SigLIP-L/16-384, Llama-3-8B, LoRA 128/256, r = 0.2 interleaved, the score as the gate, 2 fps.
+    # Steps and batch are the base paper's two epochs in order of magnitude only: they depend on the data.
+    "paper": Config(
+        ModelConfig(
+            image_size=384,
+            patch_size=16,
+            vit_dim=1024,
+            vit_depth=24,
+            vit_heads=16,
+            vit_hidden=4096,
+            grid=7,
+            vocab_size=128256,
+            dim=4096,
+            depth=32,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            ffn_hidden=14336,
+            rope_base=5e5,
+            qk_norm=False,
+            tie_embeddings=False,
+            gate="update",
+        ),
+        DataConfig(frames=120, fps=2.0),
+        TrainConfig(
+            steps=4000,
+            batch_size=64,
+            accumulate=8,
+            optimizer="adamw",
+            adam_lr=2e-4,
+            warmup=200,
+            vit_steps=0,
+            curriculum="0:120",
+            max_words=100,
+            eval_clips=32,
+            eval_every=0,
+            dtype="bfloat16",
+            recompute=True,
+        ),
     ),
 }

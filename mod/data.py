@@ -13,7 +13,7 @@ Read next: metrics.py
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -76,17 +76,17 @@ class Sprite:
 class Clip:
     """One stream: what is seen, what is said, and the truth that nobody says.
 
-    frames        (F, 3, side, side) float32 in [-1, 1]
+    frames        (F, 3, side, side) float32 in [-1, 1]; of real videos perhaps their features, see `VideoLLM.see`
     said          narrations, questions and answers, in order
     patch_labels  (F, P, 6) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for none;
-                  1 where a trail is; and the colour of a spark
+                  1 where a trail is; and the colour of a spark. None for real videos
     truth         after each frame: every question that makes sense then, and its answer
     """
 
-    frames: np.ndarray
+    frames: np.ndarray | torch.Tensor
     said: list[Say]
-    patch_labels: np.ndarray
-    truth: list[dict[str, str]]
+    patch_labels: np.ndarray | None = None
+    truth: list[dict[str, str]] = field(default_factory=list)
 
 
 @cache
@@ -283,7 +283,7 @@ def clip_layout(words: Vocabulary, clip: Clip, frame_tokens: int) -> Layout:
 
 def clip_pixels(clips: Sequence[Clip]) -> torch.Tensor:
     """Frames of all clips, in order, (F, 3, side, side)."""
-    return torch.cat([torch.from_numpy(clip.frames) for clip in clips])
+    return torch.cat([torch.as_tensor(clip.frames) for clip in clips])
 
 
 def clip_batch(words: Vocabulary, clips: Sequence[Clip], frame_tokens: int) -> Batch:

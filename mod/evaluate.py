@@ -6,16 +6,16 @@ back, frame by frame through a Stream, as in real use; errors may pile up. Only 
 Read next: optim.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
 
 from mod.data import Clip, clip_layout, clip_pixels
 from mod.decoder import Routing
-from mod.layout import NO_LABEL, Layout, Vocabulary, collate
+from mod.layout import NO_LABEL, Layout, Vocabulary, assistant_ids, collate, user_ids
 from mod.metrics import Turn
-from mod.stream import MAX_WORDS, Stream, decides_to_speak
+from mod.stream import Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
 
@@ -36,7 +36,7 @@ def speaks_later(
     later = range(frame + 1, len(clip.frames))
     for t in later:
         probe.image(t, model.config.frame_tokens, words.eos)
-    batch = collate([probe], torch.from_numpy(clip.frames)).to(next(model.parameters()).device)
+    batch = collate([probe], torch.as_tensor(clip.frames)).to(next(model.parameters()).device)
     hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
     return decides_to_speak(model.decoder.logits(hidden[batch.streaming]), words, threshold).tolist()
 
@@ -52,25 +52,32 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
         layouts = [clip_layout(words, clip, model.config.frame_tokens) for clip in some]
         batch = collate(layouts, clip_pixels(some)).to(next(model.parameters()).device)
         hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace)
-        logits = model.decoder.logits(hidden)
-        spoke = decides_to_speak(logits, words, threshold).tolist()
+        labelled = batch.labels != NO_LABEL
+        logits, labels = model.decoder.logits(hidden[labelled]), batch.labels[labelled]
         logp = logits.float().log_softmax(-1)
-        right = (logp.argmax(-1) == batch.labels).tolist()
-        label_logp = rearrange(logp.gather(-1, batch.labels.clamp(min=0)[..., None]), "b t 1 -> b t").tolist()
-        for row, (clip, layout) in enumerate(zip(some, layouts, strict=True)):
+        rated = (
+            zip(  # of every labelled position, row by row: would it speak, is the best token right, the label's logp
+                decides_to_speak(logits, words, threshold).tolist(),
+                (logp.argmax(-1) == labels).tolist(),
+                rearrange(logp.gather(-1, labels[:, None]), "l 1 -> l").tolist(),
+                strict=True,
+            )
+        )
+        for clip, layout in zip(some, layouts, strict=True):
             turns, ends, turn, frame = [], [], Turn("narration"), -1
             for position, label in enumerate(layout.labels):
                 frame = max(frame, layout.frame[position])
+                spoke, right, label_logp = next(rated) if label != NO_LABEL else (None, None, None)
                 if layout.streaming[position]:
-                    turn.spoke.append(spoke[row][position])
+                    turn.spoke.append(spoke)
                     cut = position + 1
                     if label == words.eos:
-                        silent.append(not spoke[row][position])
+                        silent.append(not spoke)
                 elif label == words.assistant:  # the end of a question; that an answer follows is no achievement
                     turn.kind = "answer"
                 elif label != NO_LABEL:
-                    turn.right.append(right[row][position])
-                    turn.logp.append(label_logp[row][position])
+                    turn.right.append(right)
+                    turn.logp.append(label_logp)
                     if label == words.eos:
                         turn.exact = all(turn.right)
                         if turn.timed and not any(turn.spoke):
@@ -94,8 +101,8 @@ class Book:
 
     def close(self, kind: str, frame: int, truth: str, said: str | None, scores: torch.Tensor) -> None:
         """End the open turn: the truth is known, what was said instead, and how likely the truth was, (n, V)."""
-        ids = torch.tensor([*self.words.encode(truth), self.words.eos], device=scores.device)
-        self.turn.kind, self.turn.exact = kind, said == truth
+        ids = torch.tensor(assistant_ids(self.words, truth)[1:], device=scores.device)
+        self.turn.kind, self.turn.exact = kind, said == self.words.decode(ids[:-1].tolist())
         self.turn.right = (scores.argmax(-1) == ids).tolist()
         self.turn.logp = scores[torch.arange(len(ids)), ids].tolist()
         self.turns.append(self.turn)
@@ -103,32 +110,35 @@ class Book:
         self.turn = Turn("narration")
 
 
+def in_step(clips: Sequence[Clip], rows: int) -> Iterator[list[Clip]]:
+    """Groups of at most `rows` clips with the same number of frames."""
+    by_length: dict[int, list[Clip]] = {}
+    for clip in clips:
+        by_length.setdefault(len(clip.frames), []).append(clip)
+    for _, alike in sorted(by_length.items()):
+        for start in range(0, len(alike), rows):
+            yield alike[start : start + rows]
+
+
 @torch.inference_mode()
 def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5,
-                 rows: int = 64) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
-    """Stream the clips with the model's own words as context. The same returns as `teacher_forced`.
+                 rows: int = 64, max_words: int = 12) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
+    """Stream the clips with the model's own words as context. The same returns as `teacher_forced`, short clips first.
 
     A response counts as exact when it is said at the right frame, word for word. Perplexity and correctness rate the
     true response after the model's own history.
     """
     streams, silent = [], []
-    for start in range(0, len(clips), rows):
-        some = clips[start : start + rows]
-        frames = min(len(clip.frames) for clip in some)
-        if any(len(clip.frames) != frames for clip in some):
-            raise ValueError("free-running clips must have the same number of frames; group them by length")
-        asked = max((sum(say.role == "user" for say in clip.said) for clip in some), default=0)
-        # A response is at most MAX_WORDS and two symbols; a question is as long as it is.
-        room = (
-            1
-            + (frames + asked) * (MAX_WORDS + 2)
-            + sum(len(say.text.split()) + 1 for clip in some for say in clip.said)
-        )
-        stream = Stream(model, words, len(some), frames=frames, text=room, threshold=threshold)
+    for some in in_step(clips, rows):
+        frames = len(some[0].frames)
+        # A response is at most max_words and two symbols, after each frame and question; true ones are tried as well.
+        asked = [sum(len(user_ids(words, say.text)) + max_words + 2 for say in clip.said) for clip in some]
+        room = 1 + frames * (max_words + 2) + max(asked)
+        stream = Stream(model, words, len(some), frames=frames, text=room, threshold=threshold, max_words=max_words)
         books = [Book(words) for _ in some]
         for t in range(frames):
             after = [[say for say in clip.said if say.frame == t] for clip in some]
-            speaks = stream.wants_to_speak(stream.see(torch.stack([torch.from_numpy(clip.frames[t]) for clip in some])))
+            speaks = stream.wants_to_speak(stream.see(torch.stack([torch.as_tensor(clip.frames[t]) for clip in some])))
             due = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
             scores = stream.score(due)
             replies = stream.respond(speaks)
@@ -161,8 +171,10 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
 def router_recall(trace: Sequence[Routing], clips: Sequence[Clip], grid: int) -> dict[int, float]:
     """Per routed layer, the share of sprite patches that it keeps; keeping by lot scores kept / N.
 
-    `trace` as `teacher_forced` leaves it for these clips.
+    `trace` as `teacher_forced` leaves it for these clips. Nothing for real videos, whose sprites nobody knows.
     """
+    if any(clip.patch_labels is None for clip in clips):
+        return {}
     sprite = torch.cat([torch.from_numpy(clip.patch_labels[..., 0]) for clip in clips])
     side = int(sprite.shape[1] ** 0.5)
     frame, patch = sprite.nonzero(as_tuple=True)

@@ -50,7 +50,8 @@ def given(arguments: argparse.Namespace, kind: type) -> dict:
 
 def merge(base: Config, arguments: argparse.Namespace) -> Config:
     """`base` with the given flags on top. Raises UserError for a wrong value."""
-    return Config(*(replace(part, **given(arguments, type(part))) for part in (base.model, base.data, base.train)))
+    parts = (base.model, base.data, base.train, base.real)
+    return Config(*(replace(part, **given(arguments, type(part))) for part in parts))
 
 
 def run_script(script, arguments: argparse.Namespace, name: str) -> int:

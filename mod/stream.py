@@ -22,8 +22,6 @@ from mod.config import UserError
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.videollm import VideoLLM
 
-MAX_WORDS = 12
-
 
 def decides_to_speak(logits: Tensor, words: Vocabulary, threshold: float) -> Tensor:
     """Is staying silent (<eos>) less likely than the threshold? Logits (..., V) after a frame -> (...) bool."""
@@ -34,19 +32,19 @@ class Stream:
     """B live streams through one model.
 
     threshold  speak when the probability of <eos> ("stay silent") after a frame is below it, 0 to 1
-    max_words  a longer response is cut there, and still closed with <eos>
+    max_words  a longer response is cut there, in tokens, and still closed with <eos>
     frames, text  room in the cache, per row: frames, and text tokens
     trace      a list that collects the routed layers' decisions, or None
     fed        per row, the (token id, frame) pairs fed so far; vision tokens have id 0, text has frame -1
     """
 
     def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, frames: int, text: int,
-                 threshold: float = 0.5, max_words: int = MAX_WORDS, trace: list | None = None):  # fmt: skip
+                 threshold: float = 0.5, max_words: int = 12, trace: list | None = None):  # fmt: skip
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold is a probability, expected 0 to 1, got {threshold}")
         self.model, self.words, self.rows = model, words, rows
         self.threshold, self.max_words, self.trace = threshold, max_words, trace
-        weight = next(model.parameters())
+        weight = model.decoder.embed.weight
         self.device = weight.device
         self.cache = KVCache(model.config, rows, frames=frames, text=text, dtype=weight.dtype, device=weight.device)
         self.frames = 0
@@ -61,7 +59,7 @@ class Stream:
 
     @torch.inference_mode()
     def feed(self, texts: Sequence[Sequence[int]], pixels: Tensor | None = None) -> Tensor:
-        """Append text (one id list a row, may be empty) and then a frame (B, 3, height, width) to every row.
+        """Append text (one id list a row, may be empty) and then a frame, as `VideoLLM.see` takes it, to every row.
 
         Returns logits (B, T, V), rows padded on the right. Raises UserError, with nothing fed, when the cache is full.
         """

@@ -11,24 +11,27 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
-from mod.config import Config, ModelConfig, UserError
+from mod.config import Config, ModelConfig, TrainConfig, UserError
 from mod.data import CELLS, LABEL_SIZES, SPARK_LABEL, Clip, clip_batch, clip_pixels, make_clip, vocabulary
+from mod.decoder import MoDBlock
 from mod.evaluate import free_running, router_recall, teacher_forced
-from mod.layout import NO_LABEL, Vocabulary
+from mod.layout import NO_LABEL, Batch, Vocabulary
 from mod.metrics import summarize
 from mod.optim import Muon, schedule
+from mod.parallel import join, rank, spread, total, whole, world
 from mod.videollm import VideoLLM, stream_loss
 from mod.vit import ViT
 
@@ -50,27 +53,46 @@ def pick_device(name: str, dtype: str = "float32") -> torch.device:
     return torch.device(name)
 
 
-def prepare(config: Config) -> tuple[torch.device, Vocabulary]:
-    """Where to train, and on which words. Raises UserError when the configuration cannot be trained here."""
-    words = vocabulary()
+@dataclass(frozen=True)
+class Source:
+    """Where clips come from, and the words in which their conversations are written."""
+
+    words: Vocabulary
+    training: Callable[[int], list[Clip]]  # step -> its clips; nothing but the step decides which
+    validation: Callable[[int], list[Clip]]  # a number -> at most so many clips
+
+
+def synthetic(config: Config, words: Vocabulary | None = None) -> Source:
+    return Source(words or vocabulary(), partial(step_clips, config), partial(validation_clips, config))
+
+
+def prepare(config: Config, words: Vocabulary) -> torch.device:
+    """Where to train. Raises UserError when the configuration cannot be trained here."""
     if len(words) > config.model.vocab_size:
         message = f"vocab_size must be at least {len(words)}, the words of the stream, got {config.model.vocab_size}"
         raise UserError(message)
     if config.model.image_size < 4 * CELLS:
         raise UserError(f"image_size must be at least {4 * CELLS} to show a sprite, got {config.model.image_size}")
-    return pick_device(config.train.device, config.train.dtype), words
+    device = join(pick_device(config.train.device, config.train.dtype))
+    smallest = min(number_of_clips(config, step) for step in (0, config.train.steps))
+    if smallest < world() * config.train.accumulate:
+        raise UserError(
+            f"a step's {smallest} clips cannot be shared by {world()} processes in {config.train.accumulate} parts; "
+            "raise --batch-size"
+        )
+    return device
 
 
 def make_optimizers(
     named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float, vit_lr: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers, AdamW for embeddings, norms, biases, routers and patches; AdamW at
-    `vit_lr`, when that is given, for all of the vision encoder."""
+    """Muon for the weight matrices of linear layers, AdamW for embeddings, norms, biases, routers, patches and low-rank
+    changes; AdamW at `vit_lr`, when that is given, for all of the vision encoder."""
     vision = [parameter for name, parameter in named.items() if vit_lr and name.startswith("vit.")]
     matrices, others = [], []
     for name, parameter in named.items():
         if not (vit_lr and name.startswith("vit.")):
-            special = any(part in name for part in ("embed", "router", "position", "decoder.head"))
+            special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
             (matrices if kind == "muon" and parameter.ndim == 2 and not special else others).append(parameter)
     groups = [{"params": others, "lr": adam_lr}] + ([{"params": vision, "lr": vit_lr}] if vision else [])
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -80,6 +102,30 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def trainable(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    return [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+
+
+def freeze(model: VideoLLM, config: Config) -> None:
+    """What is not trained needs no gradient: the vision encoder, unless it has a learning rate."""
+    if not config.train.vit_lr:
+        model.vit.requires_grad_(False)
+
+
+def optimizers_of(model: VideoLLM, settings: TrainConfig, speed: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Optimizers of everything that has a gradient, at `speed` times the learning rates."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rates = settings.lr, settings.adam_lr, settings.vit_lr
+    return make_optimizers(trained, settings.optimizer, *(speed * rate for rate in rates))
+
+
+def set_up(model: VideoLLM, config: Config) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """A model ready for `train_step`: frozen where it should be, and spread over the processes if there are several."""
+    freeze(model, config)
+    lesson = spread(Lesson(model, config.train.stream_weight), list(model.decoder.layers), config.train.fsdp)
+    return lesson, optimizers_of(model, config.train)  # after spreading, which may put split parameters in their place
 
 
 def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
@@ -136,61 +182,87 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
     return right
 
 
+def number_of_clips(config: Config, step: int) -> int:
+    """Shorter clips are batched more, so that every step has as many frames."""
+    longest = config.data.frames
+    return config.train.batch_size * longest // config.train.frames_at(step, longest)
+
+
 def step_clips(config: Config, step: int) -> list[Clip]:
     """The training clips of a step; the numbers of different steps never meet."""
-    longest = config.data.frames
-    frames, most = config.train.frames_at(step, longest), config.train.batch_size * longest
-    number = most // frames
+    longest, first = config.data.frames, step * config.train.batch_size * config.data.frames
     return [
-        make_clip(config.data, config.model, "train", config.train.seed, step * most + i, frames) for i in range(number)
+        make_clip(
+            config.data, config.model, "train", config.train.seed, first + i, config.train.frames_at(step, longest)
+        )
+        for i in range(number_of_clips(config, step))
     ]
 
 
+def half(config: Config, device: torch.device):
+    """Autocast, when the run asks for another precision than float32."""
+    return torch.autocast(device.type, getattr(torch, config.train.dtype), config.train.dtype != "float32")
+
+
+class Lesson(nn.Module):
+    """One forward pass and its loss as a module, which is what PyTorch's engines for many processes wrap."""
+
+    def __init__(self, model: VideoLLM, weight: float):
+        super().__init__()
+        self.model, self.weight = model, weight
+
+    def forward(self, batch: Batch, labels: int, trace: list) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.model(batch.ids, batch.frame, batch.pos, self.model.see(batch.pixels), trace=trace)
+        return stream_loss(self.model, hidden, batch, self.weight, labels)
+
+
 def train_step(
-    model: VideoLLM, optimizers: list[torch.optim.Optimizer], config: Config, words: Vocabulary, step: int
+    lesson: nn.Module, optimizers: list[torch.optim.Optimizer], config: Config, source: Source, step: int
 ) -> dict:
-    """One step. Returns what the log says about it."""
-    device, settings = next(model.parameters()).device, config.train
-    clips = step_clips(config, step)
-    size = -(-len(clips) // settings.accumulate)
-    parts = [clips[start : start + size] for start in range(0, len(clips), size)]
-    batches = [clip_batch(words, part, config.model.frame_tokens) for part in parts]
-    labels = sum(int((batch.labels != NO_LABEL).sum()) for batch in batches)
-    decisions = sum(int(batch.streaming.sum()) for batch in batches)
-    half = torch.autocast(device.type, getattr(torch, settings.dtype)) if settings.dtype != "float32" else nullcontext()
-    total, texts, streams, trace = 0.0, 0.0, 0.0, []
+    """One step of a `Lesson`, or of one that is spread over processes. Returns what the log says about it."""
+    device, settings = next(lesson.parameters()).device, config.train
+    clips = source.training(step)
+    # Every process takes its share of every part; with one process and one part that is all of them, in order.
+    parts = [clips[rank() + world() * part :: world() * settings.accumulate] for part in range(settings.accumulate)]
+    batches = [clip_batch(source.words, part, config.model.frame_tokens) for part in parts]
+    counts = [sum(int((batch.labels != NO_LABEL).sum()) for batch in batches),
+              sum(int(batch.streaming.sum()) for batch in batches),
+              sum(int((batch.pos < PAD).sum()) for batch in batches)]  # fmt: skip
+    labels, decisions, tokens = map(int, total(counts, device))
+    sums, trace = torch.zeros(3, dtype=torch.float64), []
     for batch in batches:
-        batch = batch.to(device)
-        with half:
-            with nullcontext() if settings.vit_lr else torch.no_grad():
-                features = model.vit(batch.pixels)
-            hidden = model(batch.ids, batch.frame, batch.pos, model.connector(features), trace=trace)
-        loss, text, stream = stream_loss(model, hidden, batch, settings.stream_weight, labels)
-        loss.backward()
-        total, texts, streams = total + loss.item(), texts + text.item(), streams + stream.item()
-    norm = nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], settings.clip)
+        with half(config, device):
+            losses = lesson(batch.to(device), labels, trace)
+        (losses[0] * world()).backward()  # the engines take the mean over processes, and the loss is a sum
+        sums += torch.tensor([part.item() for part in losses], dtype=torch.float64)
+    recalls = router_recall(trace, [clip for part in parts for clip in part], config.model.grid)
+    loss, text, stream, *recall = total([*sums.tolist(), *recalls.values()], device)
+    norm = whole(nn.utils.clip_grad_norm_(trainable(optimizers), settings.clip))
     factor = schedule(step, settings.steps, settings.warmup)
     peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
     optimizer_step(optimizers, factor)
     return {
-        "kind": "train", "step": step + 1, "loss": total, "lm": texts / max(1, labels - decisions),
-        "stream": streams / max(1, decisions), "lr": factor * peak, "gnorm": float(norm),
-        "recall": {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()},
-        "tokens": sum(int((batch.pos < PAD).sum()) for batch in batches),
+        "kind": "train", "step": step + 1, "loss": loss, "lm": text / max(1, labels - decisions),
+        "stream": stream / max(1, decisions), "lr": factor * peak, "gnorm": float(norm),
+        "recall": {str(layer): value / world() for layer, value in zip(recalls, recall, strict=True)}, "tokens": tokens,
     }  # fmt: skip
 
 
-def estimate_seconds(config: Config) -> float:
-    """About how long training will take here: a throw-away model's step times the steps, and a tenth for the rest."""
-    device, words = prepare(config)
-    model = VideoLLM(config.model).to(device)
-    optimizers = make_optimizers(
-        dict(model.decoder.named_parameters()), config.train.optimizer, config.train.lr, config.train.adam_lr
-    )
+def estimate_seconds(config: Config, model: VideoLLM | None = None, source: Source | None = None) -> float:
+    """About how long training will take here: a step at learning rate zero times the steps, and a tenth for the rest.
+
+    Of `model`, which stays as it is, or of one that is thrown away.
+    """
+    source = source or synthetic(config)
+    device = prepare(config, source.words)
+    model = model or VideoLLM(config.model).to(device)
+    freeze(model, config)
+    optimizers = optimizers_of(model, config.train, speed=0.0)
     once = replace(config, train=replace(config.train, compile=False))
-    train_step(model, optimizers, once, words, 0)
+    lesson = Lesson(model, config.train.stream_weight)
+    train_step(lesson, optimizers, once, source, 0)
     started = time.monotonic()
-    train_step(model, optimizers, once, words, 1)
+    train_step(lesson, optimizers, once, source, 1)
     return 1.1 * config.train.steps * (time.monotonic() - started) + 10
 
 
@@ -198,16 +270,25 @@ def validation_clips(config: Config, number: int) -> list[Clip]:
     return [make_clip(config.data, config.model, "validation", 0, index) for index in range(number)]
 
 
-def validate(model: VideoLLM, config: Config, words: Vocabulary, number: int, free: bool = False) -> dict:
-    """Metrics on `number` validation clips, teacher-forced, and with `free` also free-running."""
+def validate(model: VideoLLM, config: Config, source: Source, number: int, free: bool = False) -> dict:
+    """Metrics on at most `number` validation clips, teacher-forced, and with `free` also free-running.
+
+    Every process does the same, because a model that is split needs all of them.
+    """
     model.eval()
-    clips, trace = validation_clips(config, number), []
-    turns, silent = teacher_forced(model, words, clips, config.train.threshold, trace=trace)
-    metrics = summarize(turns, silent, config.data.fps)
-    metrics["recall"] = {str(layer): value for layer, value in router_recall(trace, clips, config.model.grid).items()}
-    if free:
-        turns, silent = free_running(model, words, clips, config.train.threshold)
-        metrics["free_running"] = summarize(turns, silent, config.data.fps)
+    settings, clips, trace = config.train, source.validation(number), []
+    with half(config, next(model.parameters()).device):
+        turns, silent = teacher_forced(
+            model, source.words, clips, settings.threshold, rows=2 * settings.batch_size, trace=trace
+        )
+        metrics = summarize(turns, silent, config.data.fps)
+        recall = router_recall(trace, clips, config.model.grid)
+        metrics["recall"] = {str(layer): value for layer, value in recall.items()}
+        if free:
+            turns, silent = free_running(
+                model, source.words, clips, settings.threshold, 4 * settings.batch_size, settings.max_words
+            )
+            metrics["free_running"] = summarize(turns, silent, config.data.fps)
     model.train()
     return metrics
 
@@ -216,7 +297,7 @@ class Log:
     """log.jsonl, the same lines for people above the progress bar, and nothing twice after a resume."""
 
     def __init__(self, path: Path, step: int | None, steps: int):
-        """Keep what an earlier process logged up to `step`, where this one goes on; None begins anew."""
+        """Keep what an earlier run logged up to `step`, where this one goes on; None begins anew."""
         self.path, kept = path, []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
@@ -229,9 +310,10 @@ class Log:
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict, line: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(to_json(entry) + "\n")
-        tqdm.write(line)
+        if rank() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(to_json(entry) + "\n")
+            tqdm.write(line)
 
 
 def train_line(entry: dict, steps: int, speed: float, eta: float) -> str:
@@ -273,24 +355,28 @@ def patient_interrupt():
 
 
 def train(
-    config: Config, out: Path, resume: bool = False, build: Callable[[ModelConfig], VideoLLM] = VideoLLM
+    config: Config,
+    out: Path,
+    resume: bool = False,
+    build: Callable[[ModelConfig], VideoLLM] = VideoLLM,
+    source: Source | None = None,
 ) -> tuple[VideoLLM, dict | None]:
     """Train a run in folder `out`, or go on with the one that is there. `build` makes the model: with a router of your
-    own, or with an encoder that has been trained already (and vit_steps 0).
+    own, or with parts that have been trained already (and vit_steps 0). `source` gives the clips; default synthetic.
 
     Returns the model and its metrics (teacher-forced, free-running, seconds, steps); None for the metrics when Ctrl-C
     ended it early: the state is saved then, and `resume` continues it. Raises UserError, with nothing written, when the
     run in `out` cannot be continued with this configuration, and when training has diverged.
     """
     started, settings = time.monotonic(), config.train
-    device, words = prepare(config)
+    source = source or synthetic(config)
+    device = prepare(config, source.words)
     torch.manual_seed(settings.seed)
     model = build(config.model).to(device)
-    trained = {name: p for name, p in model.named_parameters() if settings.vit_lr or not name.startswith("vit.")}
-    optimizers = make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
 
     step, state = None, out / "state.safetensors"
     if resume and state.is_file():
+        lesson, optimizers = set_up(model, config)
         step, before = read_state(out, model, optimizers)
         if step > settings.steps:
             raise UserError(f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
@@ -308,15 +394,19 @@ def train(
             right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
             line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
             log.write({"kind": "warm-up", "step": 0, "right": right}, line)
+        lesson, optimizers = set_up(model, config)
         write_state(out, model, optimizers, step, time.monotonic() - started)
     if settings.compile:
         model.decoder.compile(dynamic=True)
+    for layer in model.decoder.layers:
+        dense = layer.block if isinstance(layer, MoDBlock) else layer
+        dense.recompute = settings.recompute
     model.train()
-    bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=None)
+    bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if rank() else None)
     with patient_interrupt() as stop, bar:
         mark, mark_step, tokens = time.monotonic(), step, 0
         while step < settings.steps:
-            entry = train_step(model, optimizers, config, words, step)
+            entry = train_step(lesson, optimizers, config, source, step)
             step, tokens = step + 1, tokens + entry["tokens"]
             bar.update()
             if not math.isfinite(entry["loss"]):
@@ -329,18 +419,19 @@ def train(
                 log.write(entry, train_line(entry, settings.steps, speed, pace * (settings.steps - step)))
                 mark, mark_step, tokens = time.monotonic(), step, 0
             if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                metrics = validate(model, config, words, max(1, settings.eval_clips // 4))
+                metrics = validate(model, config, source, max(1, settings.eval_clips // 4))
                 log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
                 mark, mark_step, tokens = time.monotonic(), step, 0
-            if stop or step % settings.save_every == 0 or step == settings.steps:
+            [stopping] = total([float(bool(stop))], device)  # one process stops: all do, at the same step
+            if stopping or step % settings.save_every == 0 or step == settings.steps:
                 write_state(out, model, optimizers, step, time.monotonic() - started)
-            if stop:
+            if stopping:
                 break
     if step < settings.steps:
         tqdm.write(f"stopped at step {step} of {settings.steps}; continue with --resume")
         return model, None
     write_tensors(out / "model.safetensors", weights(model))
-    metrics = validate(model, config, words, settings.eval_clips, free=True)
+    metrics = validate(model, config, source, settings.eval_clips, free=True)
     log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
     metrics |= {"seconds": time.monotonic() - started, "steps": step, "seed": settings.seed,
                 "params": sum(p.numel() for p in model.parameters())}  # fmt: skip

@@ -23,6 +23,7 @@ class VideoLLM(nn.Module):
         self.vit = ViT(config)
         self.connector = MLP(config.vit_dim, config.dim, config.dim)  # two layers, from vision width to decoder width
         self.decoder = Decoder(config)
+        self.borrowed: set[str] = set()  # parameters that stay in a checkpoint's own files: never trained, never saved
         self.apply(self._init)
 
     @staticmethod
@@ -37,9 +38,13 @@ class VideoLLM(nn.Module):
         if isinstance(module, LayerExpert):
             nn.init.normal_(module.w.weight, std=0.02)
 
-    def see(self, pixels: Tensor) -> Tensor:
-        """Frames (F, 3, height, width) in [-1, 1] -> token vectors (F, N, D) of the decoder."""
-        return self.connector(self.vit(pixels))
+    def see(self, frames: Tensor) -> Tensor:
+        """Frames (F, 3, height, width) in [-1, 1] -> token vectors (F, N, D) of the decoder.
+
+        Or their features (F, N, vit_dim), where the frozen encoder has run before.
+        """
+        features = frames if frames.ndim == 3 else self.vit(frames.to(self.vit.position.dtype))
+        return self.connector(features.to(self.connector.fc1.weight.dtype))
 
     def embed(self, ids: Tensor, frame: Tensor, seen: Tensor) -> Tensor:
         """Text ids (B, T) and seen frames (F, N, D), merged into one stream (B, T, D) where frame (B, T) says."""

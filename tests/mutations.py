@@ -129,7 +129,7 @@ MUTATIONS = [
         "the optimizer's memory is not restored", "mod/checkpoint.py", "optimizer.state[parameter][key] = tensor if", "_ = tensor if", "tests/test_train.py",
     ),
     (
-        "accumulated parts weighted alike, whatever their labels", "mod/train.py", "settings.stream_weight, labels)", "settings.stream_weight, None)",
+        "accumulated parts weighted alike, whatever their labels", "mod/train.py", "self.weight, labels)", "self.weight, None)",
         "tests/test_train.py",
     ),
     (
@@ -156,8 +156,8 @@ MUTATIONS = [
         "self.k[0 * rows, :, slots] = k[rows, :, columns]", "tests/test_stream.py",
     ),
     (
-        "gradients clipped after the step, that is, never", "mod/train.py", "norm = nn.utils.clip_grad_norm_(",
-        "norm, _ = torch.ones(()), list(", "tests/test_train.py", ('["params"]], settings.clip)', '["params"]])'),
+        "gradients clipped after the step, that is, never", "mod/train.py", "norm = whole(nn.utils.clip_grad_norm_(trainable(optimizers), settings.clip))",
+        "norm = torch.ones(())", "tests/test_train.py",
     ),
     (
         "the router sees where a token stands in the batch, not in its frame", "mod/router.py", 'tokens = rearrange(tokens, "(f n) d -> f n d", n=self.frame_tokens)',

@@ -15,7 +15,7 @@ def adapted(seed: int = 0, rank: int = 3, alpha: float = 6.0, loud: bool = True)
     add_lora(model.decoder, rank, alpha)
     if loud:
         for _, change in changes(model):
-            torch.nn.init.normal_(change.b, std=0.3)
+            torch.nn.init.normal_(change.lora_b, std=0.3)
     return model
 
 
@@ -35,8 +35,8 @@ def test_every_linear_layer_of_the_blocks_has_one_and_routers_none():
 
 def test_the_change_is_scale_times_b_times_a():
     [(_, change), *_] = changes(adapted(rank=2, alpha=8.0))
-    x = torch.randn(5, change.a.shape[1], dtype=torch.float64)
-    expected = change.base(x) + 4.0 * (x @ change.a.T) @ change.b.T
+    x = torch.randn(5, change.lora_a.shape[1], dtype=torch.float64)
+    expected = change.base(x) + 4.0 * (x @ change.lora_a.T) @ change.lora_b.T
     torch.testing.assert_close(change(x), expected)
 
 
@@ -59,7 +59,7 @@ def test_adapters_connector_and_routers_train_and_nothing_else():
     model = adapted()
     offline(model, as_batch(model.config, [TALK])).logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
-        trains = name.startswith("connector") or ".router." in name or name.endswith((".a", ".b"))
+        trains = name.startswith("connector") or ".router." in name or "lora_" in name
         assert (parameter.grad is not None) == trains, name
 
 

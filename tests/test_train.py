@@ -19,7 +19,7 @@ from mod.evaluate import teacher_forced
 from mod.layout import NO_LABEL
 from mod.metrics import summarize
 from mod.optim import Muon, orthogonalize, schedule
-from mod.train import make_optimizers, step_clips, train, train_step
+from mod.train import Lesson, Source, make_optimizers, step_clips, synthetic, train, train_step
 from mod.videollm import VideoLLM, stream_loss
 from tests.helpers import as_batch, small_config, small_model
 
@@ -124,7 +124,7 @@ def test_state_round_trip(tmp_path):
 
 def test_accumulation_equals_one_large_batch():
     """Parts are weighted by their labels, so that how a batch is split changes nothing but rounding."""
-    words, steps = vocabulary(), []
+    steps = []
     for accumulate in (1, 3):
         config = replace(TINY, train=replace(TINY.train, batch_size=5, accumulate=accumulate, optimizer="adamw", clip=1e9))
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_accumulation_equals_one_large_batch():
         optimizers = [torch.optim.SGD(model.decoder.parameters(), lr=1.0)]
         optimizers[0].param_groups[0]["peak"] = 1.0
         model.vit.forward = lambda pixels, old=model.vit.forward: old(pixels.double())
-        steps.append((train_step(model, optimizers, config, words, 0), weights(model)))
+        steps.append((train_step(Lesson(model, 1.0), optimizers, config, synthetic(config), 0), weights(model)))
     assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-6)
     for name, tensor in steps[0][1].items():
         torch.testing.assert_close(tensor, steps[1][1][name], rtol=1e-5, atol=1e-7)
@@ -151,7 +151,7 @@ def test_gradients_are_clipped_before_the_step(monkeypatch):
         norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
 
     monkeypatch.setattr(module, "optimizer_step", spy)
-    entry = train_step(model, optimizers, config, vocabulary(), 0)
+    entry = train_step(Lesson(model, 1.0), optimizers, config, synthetic(config), 0)
     assert norms == [pytest.approx(0.01, rel=1e-3)] and entry["gnorm"] > 0.01
 
 
@@ -179,15 +179,9 @@ def test_it_learns_four_clips_by_heart(layers):
     model, words = VideoLLM(config.model), vocabulary()
     optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 3e-3)
     unfrozen = replace(config, train=replace(config.train, steps=150, vit_lr=1.0, batch_size=4))
-    import mod.train as module
-
     clips = [make_clip(config.data, config.model, "train", 0, index) for index in range(4)]
-    before = module.step_clips
-    module.step_clips = lambda *_: clips
-    try:
-        losses = [train_step(model, optimizers, unfrozen, words, step)["loss"] for step in range(150)]
-    finally:
-        module.step_clips = before
+    source, lesson = Source(words, lambda step: clips, lambda number: clips), Lesson(model, 1.0)
+    losses = [train_step(lesson, optimizers, unfrozen, source, step)["loss"] for step in range(150)]
     assert losses[0] > 2.0 and losses[-1] < 0.05, (losses[0], losses[-1])
     turns, silent = teacher_forced(model, words, clips)
     summary = summarize(turns, silent, 2.0)
@@ -196,10 +190,10 @@ def test_it_learns_four_clips_by_heart(layers):
 
 def test_frozen_encoder_does_not_move():
     torch.manual_seed(0)
-    model, words = VideoLLM(TINY.model), vocabulary()
+    model = VideoLLM(TINY.model)
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("vit.")}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    train_step(model, make_optimizers(trained, "muon", 0.02, 1e-3), TINY, words, 0)
+    train_step(Lesson(model, 1.0), make_optimizers(trained, "muon", 0.02, 1e-3), TINY, synthetic(TINY), 0)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("vit."), name
 

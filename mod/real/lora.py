@@ -3,17 +3,15 @@
     y = W x + (alpha / rank) * B A x         A (rank, in) random, B (out, rank) zero: at step 0 nothing changes
 
 The base paper's setting is rank 128, alpha 256, on every linear layer of the language model; connector and routers are
-trained in full.
+trained in full. What is trained is all that a run saves: `VideoLLM.borrowed` names the rest.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mod.checkpoint import read_tensors, write_tensors
 from mod.config import UserError
 from mod.decoder import Decoder
 from mod.router import Router
@@ -26,9 +24,9 @@ class LoRA(nn.Module):
         super().__init__()
         weight = base.weight
         self.base, self.scale = base.requires_grad_(False), alpha / rank
-        self.a = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=weight.dtype, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.lora_a = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=weight.dtype, device=weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.before: Tensor | None = None  # the weight as it was, while the change is merged into it
 
     @property
@@ -37,14 +35,14 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y if self.before is not None else y + self.scale * ((x @ self.a.mT) @ self.b.mT)
+        return y if self.before is not None else y + self.scale * ((x @ self.lora_a.mT) @ self.lora_b.mT)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the change into the weight: the forward pass then costs what it did without LoRA."""
         if self.before is None:
             self.before = self.base.weight.clone()
-            self.base.weight += self.scale * (self.b @ self.a)
+            self.base.weight += self.scale * (self.lora_b @ self.lora_a)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -55,12 +53,11 @@ class LoRA(nn.Module):
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
-    """Freeze a decoder except its routers, and give every linear layer of its blocks a change to train.
+    """Freeze a decoder except its routers, and give every linear layer, the output layer included, a change to train.
 
     Raises UserError for a rank that is not positive or that no layer has room for.
     """
-    blocks = [module for layer in decoder.layers for module in layer.modules()]
-    parents = [(module, name, child) for module in blocks for name, child in module.named_children()
+    parents = [(module, name, child) for module in decoder.modules() for name, child in module.named_children()
                if isinstance(child, nn.Linear) and not isinstance(module, Router)]  # fmt: skip
     smallest = min(min(child.weight.shape) for _, _, child in parents)
     if not 1 <= rank <= smallest:
@@ -73,25 +70,3 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
 
 def changes(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRA))
-
-
-def save_adapters(path: Path, model: nn.Module) -> None:
-    """What was trained, alone: adapters, and every other parameter that has a gradient (connector, routers)."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    write_tensors(path, trained, {name: str(module.scale) for name, module in changes(model)})
-
-
-@torch.no_grad()
-def load_adapters(path: Path, model: nn.Module) -> None:
-    """The reverse of `save_adapters`. Raises UserError when the file is another model's."""
-    tensors, notes = read_tensors(path)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = {name: str(module.scale) for name, module in changes(model)}
-    if set(tensors) != set(trained) or notes != scales:
-        odd = sorted(set(tensors) ^ set(trained)) or ["alpha / rank"]
-        raise UserError(f"{path} holds the adapters of another model ({odd[0]} differs); name another file")
-    for name, parameter in trained.items():
-        if tensors[name].shape != parameter.shape:
-            got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise UserError(f"{path}: {name} is {got}, expected {expected}; it belongs to another model")
-        parameter.copy_(tensors[name])

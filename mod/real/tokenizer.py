@@ -12,14 +12,23 @@ from mod.config import UserError
 from mod.real.llm import read_json
 
 
+def parse_symbols(text: str) -> dict[str, str]:
+    """ "bos=<s> eos=</s>" -> {"bos": "<s>", "eos": "</s>"}. Raises UserError for anything else."""
+    pairs = [part.partition("=") for part in text.split()]
+    if any(kind not in ("bos", "eos", "user", "assistant") or not value for kind, _, value in pairs):
+        raise UserError(f"symbols got {text!r}, expected KIND=TEXT with the kinds bos, eos, user, assistant")
+    return {kind: value for kind, _, value in pairs}
+
+
 class TextTokenizer:
     """tokenizer.json through the `tokenizers` package.
 
-    symbols: what stands for bos, eos (silence), user and assistant; by default what the checkpoint's files name, and
-    the words "User" and "Assistant". `stop` holds every id that ends a text, which may be several.
+    symbols: what stands for bos, eos (silence), user and assistant, as "eos=</s> user=User"; by default what the
+    checkpoint's files name, and the words "User" and "Assistant". A token may be named as the vocabulary spells it.
+    `stop` holds every id that ends a text, which may be several.
     """
 
-    def __init__(self, folder: Path, symbols: dict[str, str] | None = None):
+    def __init__(self, folder: Path, symbols: str = ""):
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -31,7 +40,7 @@ class TextTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{path} is damaged or no tokenizer ({error}); download it again") from error
-        self.folder, self.symbols = folder, symbols or {}
+        self.folder, self.symbols = folder, parse_symbols(symbols)
         named = self._named_ids()
         self.stop: set[int] = named["eos"]
         self.bos = self._symbol("bos", named["bos"] or named["eos"])
@@ -55,14 +64,14 @@ class TextTokenizer:
         text = self.symbols.get(kind, "" if ids else default)
         if not text:
             if not ids:
-                raise UserError(f"{self.folder} names no {kind} token; name one: --symbol {kind}=TEXT")
+                raise UserError(f"{self.folder} names no {kind} token; name one: --symbols {kind}=TEXT")
             return min(ids)
         single = self.tokenizer.token_to_id(text)
         encoded = [single] if single is not None else self.encode(text)
         if len(encoded) != 1:
             tokens = [self.tokenizer.id_to_token(token) for token in encoded]
             message = f"the {kind} symbol {text!r} is {len(encoded)} tokens of {self.folder} ({' '.join(tokens)})"
-            raise UserError(f"{message}, expected one; name another: --symbol {kind}=TEXT")
+            raise UserError(f"{message}, expected one; name another: --symbols {kind}=TEXT")
         return encoded[0]
 
     def __len__(self) -> int:

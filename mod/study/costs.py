@@ -6,9 +6,12 @@ and other elementwise work are left out. tests/test_costs.py holds the formulas 
 tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mod.config import ModelConfig
+from mod.data import Clip, clip_layout, vocabulary
+from mod.layout import Vocabulary
 
 DECODER = ("router", "projections", "attention", "ffn")  # the parts that the choice of layers changes
 
@@ -129,9 +132,7 @@ def ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
     }
 
 
-def average_text(clips) -> int:
+def average_text(clips: Sequence[Clip], words: Vocabulary | None = None) -> int:
     """Mean number of text tokens of a clip's stream, <bos> and turn symbols included."""
-    lengths = [
-        1 + sum(len(say.text.split()) + (2 if say.role == "assistant" else 1) for say in clip.said) for clip in clips
-    ]
-    return round(sum(lengths) / len(lengths))
+    layouts = [clip_layout(words or vocabulary(), clip, 1) for clip in clips]
+    return round(sum(frame < 0 for layout in layouts for frame in layout.frame) / len(layouts))

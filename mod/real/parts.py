@@ -1,0 +1,99 @@
+"""Put a model together from real parts, tiny ones where no real one is named, and say what of it is trained.
+
+Inserting MoD into a trained decoder disturbs nothing: routers start with zero weights, so with the value gate every
+kept token has weight one, text is never touched, and with keep ratio 1 the decoder is what it was.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mod.config import Config, ModelConfig, UserError
+from mod.data import vocabulary
+from mod.decoder import Decoder
+from mod.layout import Vocabulary
+from mod.real.llm import find, load_llm, read_llm_config
+from mod.real.lora import add_lora
+from mod.real.tokenizer import TextTokenizer
+from mod.real.vision import load_vision, read_vision_config
+from mod.videollm import VideoLLM
+from mod.vit import MLP, ViT
+
+
+def with_real_sizes(config: Config, given: dict) -> Config:
+    """`config` with the sizes of the checkpoints that it names, whose folders are found (or downloaded) here.
+
+    `given` holds the model's flags. Raises UserError when one of them contradicts a checkpoint.
+    """
+    real, model = config.real, config.model
+    if real.llm:
+        real = replace(real, llm=str(find(real.llm).resolve()))
+        model = read_llm_config(Path(real.llm), model)
+    if real.vision:
+        real = replace(real, vision=str(find(real.vision).resolve()))
+        model = read_vision_config(Path(real.vision), model, given.get("image_size"))
+    for name, value in given.items():
+        if (held := asdict(model)[name]) != value:
+            raise UserError(f"{name} got {value}, but the checkpoint has {held}; leave --{name.replace('_', '-')} out")
+    # A real encoder needs no warm-up.
+    train = replace(config.train, vit_steps=0) if real.vision else config.train
+    return replace(config, model=model, real=real, train=train)
+
+
+def read_words(config: Config) -> Vocabulary | TextTokenizer:
+    """The language model's tokenizer, or the tiny vocabulary. Raises UserError when it does not fit the embedding."""
+    if not config.real.llm:
+        return vocabulary()
+    words = TextTokenizer(Path(config.real.llm), config.real.symbols)
+    if len(words) > config.model.vocab_size:
+        message = f"{config.real.llm}: its tokenizer has {len(words)} tokens, but vocab_size is"
+        raise UserError(f"{message} {config.model.vocab_size}; use the checkpoint's own tokenizer")
+    return words
+
+
+def assemble(config: Config, device: torch.device) -> VideoLLM:
+    """The model of a run, ready for training: loaded, its routers and low-rank changes in place, the rest frozen.
+
+    What is trained is in float32, what is not in the run's dtype. Raises UserError when a checkpoint does not fit.
+    """
+    torch.manual_seed(config.train.seed)
+    sizes, real, dtype = config.model, config.real, getattr(torch, config.train.dtype)
+
+    def tiny(part: nn.Module) -> nn.Module:
+        return part.apply(VideoLLM._init).to(device)
+
+    with torch.device("meta"):  # a model without memory, so that no part is ever held twice
+        model = VideoLLM(sizes)
+    if real.vision:
+        model.vit = ViT(sizes)
+        load_vision(Path(real.vision), model.vit)
+        model.vit.to(device, torch.float32 if config.train.vit_lr else dtype)
+    else:
+        model.vit = tiny(ViT(sizes))
+    model.connector = tiny(MLP(sizes.vit_dim, sizes.dim, sizes.dim))
+    model.decoder = load_llm(Path(real.llm), sizes, dtype, device) if real.llm else tiny(Decoder(sizes))
+    if real.trained == "lora":
+        add_lora(model.decoder, real.lora_rank, real.lora_alpha)
+    elif real.trained == "connector":
+        for name, parameter in model.decoder.named_parameters():
+            parameter.requires_grad_(".router." in name)
+    if real.vision and not config.train.vit_lr:
+        model.vit.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        else:
+            model.borrowed.add(name)
+    return model
+
+
+def is_real(config: Config) -> bool:
+    return bool(config.real.llm or config.real.vision)
+
+
+def sizes_only(sizes: ModelConfig) -> VideoLLM:
+    """A model without memory: for counting."""
+    with torch.device("meta"):
+        return VideoLLM(sizes)

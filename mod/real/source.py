@@ -1,0 +1,141 @@
+"""Clips from real videos: a streams.jsonl becomes pieces of at most --frames frames, each a stream of its own.
+
+A frozen real encoder sees every video once: its features are kept on disk, named by all that decides them, and training
+reads only the piece that it needs. An encoder that is trained sees the pictures, decoded again in every step.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from mod.checkpoint import write_tensors
+from mod.config import Config
+from mod.data import Clip
+from mod.layout import Say, Vocabulary
+from mod.parallel import meet, rank, world
+from mod.real.streams import Conversation, pieces, placed, read_streams
+from mod.real.video import Video
+from mod.train import Source
+from mod.videollm import VideoLLM
+
+AT_ONCE = 16  # frames through the encoder
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a stream: `frames` frames of a video from frame `first` on, and what is said in them."""
+
+    video: Path
+    first: int
+    frames: int
+    said: list[Say]
+
+
+def features_file(video: Path, config: Config) -> Path:
+    """Where a video's features are kept: the name changes with the video, the encoder and how frames are made."""
+    held = [video.resolve(), *sorted(Path(config.real.vision).glob("*.safetensors"))]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in held]
+    model = config.model
+    key = json.dumps([stamps, config.data.fps, model.image_size, model.patch_size, model.grid, config.train.dtype])
+    return Path(config.real.features) / f"{video.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def video_frames(video: Path, config: Config) -> Iterator[np.ndarray]:
+    """Frames (3, side, side) in [-1, 1]; afterwards it is told how much of the video was damaged."""
+    with Video(str(video), config.data.fps, config.model.image_size) as frames:
+        yield from frames
+        if frames.skipped:
+            tqdm.write(f"{video}: skipped {frames.skipped} damaged packets or pictures")
+
+
+@torch.inference_mode()
+def encode(frames: Iterator[np.ndarray], model: VideoLLM) -> Tensor:
+    """Features (F, N, vit_dim) of all frames, in the encoder's precision, on the CPU."""
+    weight = model.vit.position
+    batches = (torch.from_numpy(np.stack(some)).to(weight.device, weight.dtype) for some in in_batches(frames, AT_ONCE))
+    return torch.cat([model.vit(batch).cpu() for batch in batches])
+
+
+def in_batches(frames: Iterator, size: int) -> Iterator[list]:
+    while some := list(islice(frames, size)):
+        yield some
+
+
+def keep_features(videos: list[Path], config: Config, model: VideoLLM) -> None:
+    """Compute what is not on disk yet; of several processes each takes its share of the videos."""
+    missing = [video for video in videos if not features_file(video, config).is_file()]
+    if missing and rank() == 0:
+        tqdm.write(f"{len(missing)} of {len(videos)} videos to encode once, into {config.real.features}")
+    Path(config.real.features).mkdir(parents=True, exist_ok=True)
+    share = missing[rank() :: world()]
+    for video in tqdm(share, desc="features", unit="video", leave=False, disable=True if rank() else None):
+        features = encode(video_frames(video, config), model)
+        write_tensors(features_file(video, config), {"features": features}, alone=False)
+    meet()
+
+
+def count_frames(video: Path, config: Config, frozen: bool) -> int:
+    if not frozen:
+        return sum(1 for _ in video_frames(video, config))
+    with safe_open(features_file(video, config), framework="pt") as file:
+        return file.get_slice("features").get_shape()[0]
+
+
+def read_piece(piece: Piece, config: Config, frozen: bool) -> Clip:
+    """A piece as a clip: with features, or with pictures."""
+    last = piece.first + piece.frames
+    if not frozen:
+        frames = np.stack(list(islice(video_frames(piece.video, config), piece.first, last)))
+    else:
+        with safe_open(features_file(piece.video, config), framework="pt") as file:
+            frames = file.get_slice("features")[piece.first : last]
+    return Clip(frames, piece.said)
+
+
+def cut(conversations: list[Conversation], config: Config, frozen: bool) -> list[Piece]:
+    cuts = []
+    for talk in conversations:
+        number = count_frames(talk.video, config, frozen)
+        said = placed(talk, config.data.fps, number)
+        cuts += [Piece(talk.video, *piece) for piece in pieces(said, number, config.data.frames)]
+    return cuts
+
+
+def real_source(config: Config, words: Vocabulary, model: VideoLLM | None) -> Source:
+    """Training and validation clips of `config.real.data`. The last streams of the file, `holdout` of them, validate.
+
+    model is asked for the features when its encoder is a real one that is not trained. Raises UserError for anything
+    wrong with the file, a video, or a word that the vocabulary lacks.
+    """
+    talks = read_streams(Path(config.real.data))
+    for talk in talks:
+        for turn in talk.turns:
+            words.encode(turn.content)
+    frozen = bool(config.real.vision) and not config.train.vit_lr
+    if frozen:
+        keep_features(list(dict.fromkeys(talk.video for talk in talks)), config, model)
+    held = min(len(talks) - 1, max(1, round(config.real.holdout * len(talks)))) if config.real.holdout else 0
+    training = cut(talks[: len(talks) - held], config, frozen)
+    validation = cut(talks[len(talks) - held :], config, frozen) if held else training
+    of = "others than" if held else "the same as"
+    tqdm.write(f"{len(training)} pieces of {len(talks) - held} streams to train on; validation on {of} these")
+
+    def at(place: int) -> Piece:
+        """Pieces in an order that is drawn anew every time that all have been seen; the place alone decides it."""
+        epoch, index = divmod(place, len(training))
+        return training[np.random.default_rng([config.train.seed, epoch]).permutation(len(training))[index]]
+
+    def clips(step: int) -> list[Clip]:
+        first = step * config.train.batch_size
+        return [read_piece(at(first + i), config, frozen) for i in range(config.train.batch_size)]
+
+    return Source(words, clips, lambda number: [read_piece(piece, config, frozen) for piece in validation[:number]])
