@@ -12,12 +12,12 @@ torchrun --nproc-per-node 2 train_tiny.py              # several processes share
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from mod.checkpoint import read_config, to_json, write_text
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
-from mod.flags import Parser, add_fields, given, merge, run_script
+from mod.flags import Parser, add_fields, given, run_script
 from mod.parallel import join, leave, meet, rank
 from mod.real.parts import assemble, is_real, read_words, with_real_sizes
 from mod.real.source import real_source
@@ -60,6 +60,14 @@ def build_parser() -> Parser:
     return parser
 
 
+def merge(base: Config, arguments) -> Config:
+    """`base` with the given flags on top, and the sizes of the real parts that are named. Raises UserError."""
+    own = {
+        name: replace(part := getattr(base, name), **given(arguments, type(part))) for name in ("data", "train", "real")
+    }
+    return with_real_sizes(replace(base, **own), given(arguments, ModelConfig))
+
+
 def choose_config(arguments) -> Config:
     """Flag > checkpoint > preset. Raises UserError when the folder's run must not be touched or is another model's."""
     out, held = arguments.out, [name for name in RUN_FILES if (arguments.out / name).exists()]
@@ -68,9 +76,9 @@ def choose_config(arguments) -> Config:
             raise UserError(
                 f"{out} already holds a run; pass --resume to continue it, --overwrite to replace it, or another --out"
             )
-        return with_real_sizes(merge(PRESETS[arguments.preset], arguments), given(arguments, ModelConfig))
+        return merge(PRESETS[arguments.preset], arguments)
     saved = read_config(out)
-    config = with_real_sizes(merge(saved, arguments), given(arguments, ModelConfig))
+    config = merge(saved, arguments)
     for part in ("model", "data", "real"):
         for field in fields(getattr(saved, part)):
             before, now = (getattr(getattr(whole, part), field.name) for whole in (saved, config))
@@ -105,13 +113,14 @@ def print_plan(config: Config, out: Path, frames: int, text: int, seconds: float
     print(f"\ntraining {config.train.steps} steps into {out}: about {minutes} min here; Ctrl-C saves and stops\n")
 
 
-def print_table(metrics: dict) -> None:
+def print_table(metrics: dict, real: bool) -> None:
     print(f"\n{'validation':<20}{'teacher-forced':>15}{'free-running':>15}")
     for name, value in metrics["free_running"].items():
         unit = " s" if name.startswith("time_diff") else "  "
         print(f"{name:<20}{metrics[name]:>13.3f}{unit}{value:>13.3f}{unit}")
     recall = ", ".join(f"layer {layer}: {value:.2f}" for layer, value in metrics["recall"].items()) or "no routed layer"
-    print(f"\nsprite patches kept by the router: {recall}")
+    if not real:
+        print(f"\nsprite patches kept by the router: {recall}")
     print("what each row means: mod/metrics.py; time_diff is better small, lm_ppl is best at 1, the others at 1")
 
 
@@ -149,7 +158,7 @@ def train_run(config: Config, arguments) -> int:
     write_text(out / "metrics.json", to_json(metrics, indent=2) + "\n")
     if rank() == 0:
         plot_curve(out)
-    print_table(metrics)
+    print_table(metrics, bool(config.real.data))
     cost = f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation"
     print(f"{cost}, {metrics['seconds']:.0f} seconds")
     where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"

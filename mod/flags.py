@@ -8,9 +8,9 @@ import argparse
 import difflib
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 
-from mod.config import Config, UserError
+from mod.config import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,12 +46,6 @@ def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
 def given(arguments: argparse.Namespace, kind: type) -> dict:
     """The fields of a dataclass that were given as flags."""
     return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
-
-
-def merge(base: Config, arguments: argparse.Namespace) -> Config:
-    """`base` with the given flags on top. Raises UserError for a wrong value."""
-    parts = (base.model, base.data, base.train, base.real)
-    return Config(*(replace(part, **given(arguments, type(part))) for part in parts))
 
 
 def run_script(script, arguments: argparse.Namespace, name: str) -> int:

@@ -38,7 +38,7 @@ CONFIGS = {  # model: (config.json, in old or new spelling; head width; files)
 }  # fmt: skip
 
 
-def tensors(config: dict, head_dim: int) -> dict[str, torch.Tensor]:
+def tensors(config: dict, head_dim: int, words=WORDS) -> dict[str, torch.Tensor]:
     """Random weights, loud, under Hugging Face's names; norms and biases random as well."""
     torch.manual_seed(1)
     d, heads, kv, hidden = 24, 4, 2, 40
@@ -46,9 +46,9 @@ def tensors(config: dict, head_dim: int) -> dict[str, torch.Tensor]:
     def w(*shape):
         return torch.randn(shape) * (0.5 if len(shape) > 1 else 0.3) + (1.0 if len(shape) == 1 else 0.0)
 
-    made = {"model.embed_tokens.weight": w(len(WORDS), d), "model.norm.weight": w(d)}
+    made = {"model.embed_tokens.weight": w(len(words), d), "model.norm.weight": w(d)}
     if not config.get("tie_word_embeddings"):
-        made["lm_head.weight"] = w(len(WORDS), d)
+        made["lm_head.weight"] = w(len(words), d)
     for layer in range(3):
         at = f"model.layers.{layer}."
         made |= {at + "input_layernorm.weight": w(d), at + "post_attention_layernorm.weight": w(d)}
@@ -62,11 +62,11 @@ def tensors(config: dict, head_dim: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def write_checkpoint(folder, config: dict, head_dim: int, shards: int = 1, **changes):
+def write_checkpoint(folder, config: dict, head_dim: int, shards: int = 1, words=WORDS, **changes):
     """A checkpoint folder as Hugging Face writes it; a layer's tensors may be in different shards."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**SIZES, **config, **changes}))
-    made = tensors(config, head_dim)
+    (folder / "config.json").write_text(json.dumps({**SIZES, "vocab_size": len(words), **config, **changes}))
+    made = tensors(config, head_dim, words)
     if shards == 1:
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
     else:
@@ -74,7 +74,7 @@ def write_checkpoint(folder, config: dict, head_dim: int, shards: int = 1, **cha
         for file in set(where.values()):
             save_file({name: made[name] for name in made if where[name] == file}, folder / file)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -266,12 +266,12 @@ class TestTokenizer:
     def test_symbols_are_single_ids(self, folder):
         tokenizer = TextTokenizer(folder)
         assert (tokenizer.bos, tokenizer.eos, tokenizer.user, tokenizer.assistant) == (0, 1, 3, 4)
-        assert TextTokenizer(folder, {"user": "disc"}).user == 12 and tokenizer.stop == {1}
+        assert TextTokenizer(folder, "user=disc").user == 12 and tokenizer.stop == {1}
         assert tokenizer.decode(tokenizer.encode("the red disc")) == "the red disc"
 
     def test_a_symbol_of_two_tokens_is_refused(self, folder):
-        with pytest.raises(ValueError, match=r"user symbol 'red disc' is 2 tokens of .* \(red disc\), expected one"):
-            TextTokenizer(folder, {"user": "red disc"})
+        with pytest.raises(ValueError, match=r"user symbol 'red-disc' is 3 tokens of .* \(red <unk> disc\), expected one"):
+            TextTokenizer(folder, "user=red-disc")
 
     def test_an_end_may_be_a_list_and_a_missing_one_is_told(self, folder):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))

@@ -93,7 +93,12 @@ def rope_fields(parts: dict, path: Path) -> dict:
 
 
 def read_llm_config(folder: Path, base: ModelConfig) -> ModelConfig:
-    """`base` with the decoder's sizes from a checkpoint's config.json; vision and routing stay as in `base`.
+    """`base` with the decoder's sizes from a checkpoint's config.json; vision and routing stay as in `base`."""
+    return replace(base, **llm_sizes(folder))
+
+
+def llm_sizes(folder: Path) -> dict:
+    """The decoder's fields of ModelConfig, from a checkpoint's config.json.
 
     Raises UserError naming the key that our decoder cannot represent, or that is missing.
     """
@@ -125,16 +130,15 @@ def read_llm_config(folder: Path, base: ModelConfig) -> ModelConfig:
     if missing:
         raise UserError(f"{path} lacks {missing[0]}; expected a whole Hugging Face config.json")
     sizes = {ours: parts[theirs] for ours, theirs in needed.items()}
-    return replace(
-        base,
+    return {
         **sizes,
         **rope_fields(parts, path),
-        kv_heads=parts.get("num_key_value_heads") or sizes["heads"],
-        head_dim=parts.get("head_dim") or sizes["dim"] // sizes["heads"],
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2",
-        tie_embeddings=bool(parts.get("tie_word_embeddings", False)),
-    )
+        "kv_heads": parts.get("num_key_value_heads") or sizes["heads"],
+        "head_dim": parts.get("head_dim") or sizes["dim"] // sizes["heads"],
+        "qk_norm": family == "qwen3",
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": bool(parts.get("tie_word_embeddings", False)),
+    }
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

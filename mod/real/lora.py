@@ -27,7 +27,7 @@ class LoRA(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=weight.dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.before: Tensor | None = None  # the weight as it was, while the change is merged into it
+        self.before: tuple[nn.Parameter, ...] = ()  # the weight as it was, while the change is merged into it
 
     @property
     def weight(self) -> Tensor:
@@ -35,21 +35,21 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y if self.before is not None else y + self.scale * ((x @ self.lora_a.mT) @ self.lora_b.mT)
+        return y if self.before else y + self.scale * ((x @ self.lora_a.mT) @ self.lora_b.mT)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the change into the weight: the forward pass then costs what it did without LoRA."""
-        if self.before is None:
-            self.before = self.base.weight.clone()
-            self.base.weight += self.scale * (self.lora_b @ self.lora_a)
+        if not self.before:
+            self.before = (self.base.weight,)  # kept, not overwritten: an embedding may be tied to it
+            changed = self.base.weight + self.scale * (self.lora_b @ self.lora_a)
+            self.base.weight = nn.Parameter(changed, requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take it out again, bit for bit."""
-        if self.before is not None:
-            self.base.weight.copy_(self.before)
-            self.before = None
+        if self.before:
+            (self.base.weight,), self.before = self.before, ()
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:

@@ -4,7 +4,7 @@ Inserting MoD into a trained decoder disturbs nothing: routers start with zero w
 kept token has weight one, text is never touched, and with keep ratio 1 the decoder is what it was.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,32 +14,37 @@ from mod.config import Config, ModelConfig, UserError
 from mod.data import vocabulary
 from mod.decoder import Decoder
 from mod.layout import Vocabulary
-from mod.real.llm import find, load_llm, read_llm_config
+from mod.real.llm import find, llm_sizes, load_llm
 from mod.real.lora import add_lora
 from mod.real.tokenizer import TextTokenizer
-from mod.real.vision import load_vision, read_vision_config
+from mod.real.vision import load_vision, vision_sizes
 from mod.videollm import VideoLLM
 from mod.vit import MLP, ViT
 
 
 def with_real_sizes(config: Config, given: dict) -> Config:
-    """`config` with the sizes of the checkpoints that it names, whose folders are found (or downloaded) here.
+    """`config` with the sizes of the checkpoints that it names, whose folders are found (or downloaded) here, and with
+    the model's fields that were `given` as flags.
 
-    `given` holds the model's flags. Raises UserError when one of them contradicts a checkpoint.
+    Raises UserError when one of them contradicts a checkpoint.
     """
-    real, model = config.real, config.model
+    real, train, sizes = config.real, config.train, {}
     if real.llm:
         real = replace(real, llm=str(find(real.llm).resolve()))
-        model = read_llm_config(Path(real.llm), model)
+        sizes |= llm_sizes(Path(real.llm))
     if real.vision:
         real = replace(real, vision=str(find(real.vision).resolve()))
-        model = read_vision_config(Path(real.vision), model, given.get("image_size"))
-    for name, value in given.items():
-        if (held := asdict(model)[name]) != value:
-            raise UserError(f"{name} got {value}, but the checkpoint has {held}; leave --{name.replace('_', '-')} out")
-    # A real encoder needs no warm-up.
-    train = replace(config.train, vit_steps=0) if real.vision else config.train
-    return replace(config, model=model, real=real, train=train)
+        sizes |= vision_sizes(Path(real.vision))
+        train = replace(train, vit_steps=0)  # a real encoder needs no warm-up
+    if real.data:
+        real = replace(real, data=str(Path(real.data).resolve()))
+    for name in (set(given) & set(sizes)) - {
+        "image_size"
+    }:  # positions can be interpolated, other sizes are what they are
+        if given[name] != sizes[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{name} got {given[name]}, but the checkpoint has {sizes[name]}; leave {flag} out")
+    return replace(config, model=replace(config.model, **sizes | given), real=real, train=train)
 
 
 def read_words(config: Config) -> Vocabulary | TextTokenizer:

@@ -68,10 +68,11 @@ class TextTokenizer:
             return min(ids)
         single = self.tokenizer.token_to_id(text)
         encoded = [single] if single is not None else self.encode(text)
-        if len(encoded) != 1:
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        if len(encoded) != 1 or (single is None and self.tokenizer.id_to_token(encoded[0]) == unknown):
             tokens = [self.tokenizer.id_to_token(token) for token in encoded]
             message = f"the {kind} symbol {text!r} is {len(encoded)} tokens of {self.folder} ({' '.join(tokens)})"
-            raise UserError(f"{message}, expected one; name another: --symbols {kind}=TEXT")
+            raise UserError(f"{message}, expected one of its own; name another: --symbols {kind}=TEXT")
         return encoded[0]
 
     def __len__(self) -> int:

@@ -39,7 +39,13 @@ def frame_tokens_grid(text: str) -> int:
 
 
 def read_vision_config(folder: Path, base: ModelConfig, image_size: int | None = None) -> ModelConfig:
-    """`base` with the vision encoder's sizes from a checkpoint's config.json; `image_size` in place of the file's.
+    """`base` with the vision encoder's sizes from a checkpoint's config.json; `image_size` in place of the file's."""
+    sizes = vision_sizes(folder)
+    return replace(base, **{**sizes, "image_size": image_size or sizes["image_size"]})
+
+
+def vision_sizes(folder: Path) -> dict:
+    """The vision encoder's fields of ModelConfig, from a checkpoint's config.json.
 
     Raises UserError naming the key that our ViT cannot represent.
     """
@@ -55,15 +61,9 @@ def read_vision_config(folder: Path, base: ModelConfig, image_size: int | None =
             raise UserError(f"{path}: {key} is {parts[key]!r}, but our ViT has {DEFAULTS[key]}; use another checkpoint")
     if parts.get("vision_use_head") is False:
         raise UserError(f"{path}: vision_use_head is False, but the CLS token needs the pooling head")
-    return replace(
-        base,
-        vit_dim=parts["hidden_size"],
-        vit_depth=parts["num_hidden_layers"],
-        vit_heads=parts["num_attention_heads"],
-        vit_hidden=parts["intermediate_size"],
-        patch_size=parts["patch_size"],
-        image_size=image_size or parts["image_size"],
-    )
+    names = {"vit_dim": "hidden_size", "vit_depth": "num_hidden_layers", "vit_heads": "num_attention_heads",
+             "vit_hidden": "intermediate_size", "patch_size": "patch_size", "image_size": "image_size"}  # fmt: skip
+    return {ours: parts[theirs] for ours, theirs in names.items()}
 
 
 def hub_name(name: str) -> str:
