@@ -182,7 +182,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[torch.optim.Opti
             name = names[parameter]
             if keys.pop(name, remembers if step == 0 else set()) - remembers:
                 raise UserError(f"{path} was written by another optimizer ({name}); resume with the run's own settings")
-            for key in remembers:
+            for key in sorted(remembers):  # the same order in every process, which share out split tensors together
                 if (tensor := tensors.get(f"optimizer/{name}/{key}")) is not None:
                     optimizer.state[parameter][key] = tensor if key == "step" else like(tensor, parameter)
     if keys:

@@ -8,11 +8,12 @@ Read next: checkpoint.py
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +67,17 @@ def spread(model: nn.Module, layers: list[nn.Module], split: bool) -> nn.Module:
     for layer in layers:
         fully_shard(layer)
     return fully_shard(model)
+
+
+@contextmanager
+def together(spread_model: nn.Module):
+    """While this lasts, parts of a split model can be called on their own; without it only the whole can."""
+    split = isinstance(spread_model, FSDPModule)
+    if split:
+        spread_model.unshard()
+    yield
+    if split:
+        spread_model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from mod.evaluate import free_running, router_recall, teacher_forced
 from mod.layout import NO_LABEL, Batch, Vocabulary
 from mod.metrics import summarize
 from mod.optim import Muon, schedule
-from mod.parallel import join, rank, spread, total, whole, world
+from mod.parallel import join, rank, spread, together, total, whole, world
 from mod.videollm import VideoLLM, stream_loss
 from mod.vit import ViT
 
@@ -419,7 +419,8 @@ def train(
                 log.write(entry, train_line(entry, settings.steps, speed, pace * (settings.steps - step)))
                 mark, mark_step, tokens = time.monotonic(), step, 0
             if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                metrics = validate(model, config, source, max(1, settings.eval_clips // 4))
+                with together(lesson):
+                    metrics = validate(model, config, source, max(1, settings.eval_clips // 4))
                 log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
                 mark, mark_step, tokens = time.monotonic(), step, 0
             [stopping] = total([float(bool(stop))], device)  # one process stops: all do, at the same step
@@ -431,7 +432,8 @@ def train(
         tqdm.write(f"stopped at step {step} of {settings.steps}; continue with --resume")
         return model, None
     write_tensors(out / "model.safetensors", weights(model))
-    metrics = validate(model, config, source, settings.eval_clips, free=True)
+    with together(lesson):
+        metrics = validate(model, config, source, settings.eval_clips, free=True)
     log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
     metrics |= {"seconds": time.monotonic() - started, "steps": step, "seed": settings.seed,
                 "params": sum(p.numel() for p in model.parameters())}  # fmt: skip
