@@ -15,8 +15,9 @@ from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
 from mod.study import ablate, bench, routers, sweep
-from mod.study.ablate import MEASURES, TABLES, VARIANTS, judge, mean_and_error, report, steps_to
+from mod.study.ablate_report import judge, mean_and_error, report
 from mod.study.sweep import Variant, collect, configure, identity, same, train_here
+from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
 from tests.helpers import as_batch, loud, offline, routed, small_config
 from tests.test_block import plain_rotate
 
