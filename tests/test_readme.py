@@ -11,7 +11,7 @@ import stream_tiny
 import train_tiny
 from mod.config import PRESETS
 from mod.study.ablate_report import report as table_report
-from mod.study.bench import report as bench_report
+from mod.study.bench_report import report as bench_report
 from mod.study.seeds import table
 from mod.study.sweep import collect
 from mod.study.tables import MEASURES, TABLES, VARIANTS

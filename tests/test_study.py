@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
-from mod.study import ablate, bench, routers, sweep
+from mod.study import ablate, bench, bench_report, routers, sweep
 from mod.study.ablate_report import judge, mean_and_error, report
+from mod.study.machine import Machine
 from mod.study.sweep import Variant, collect, configure, identity, same, train_here
 from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
 from tests.helpers import as_batch, loud, offline, routed, small_config
@@ -264,8 +265,8 @@ class TestBench:
 
     def test_results_become_tables_and_a_figure(self, tmp_path):
         results = json.loads((ROOT / "results/bench-cpu.json").read_text())
-        assert (ROOT / "results/bench-cpu.md").read_text() == bench.report(results)
-        bench.plot(results, tmp_path / "bench.png")
+        assert (ROOT / "results/bench-cpu.md").read_text() == bench_report.report(results)
+        bench_report.plot(results, tmp_path / "bench.png")
         assert (tmp_path / "bench.png").stat().st_size > 10_000
 
     def test_mistakes_are_told(self, capsys):
@@ -275,7 +276,7 @@ class TestBench:
             assert bench.main(["--device", "cuda"]) == 2 and "no CUDA GPU" in capsys.readouterr().err
 
     def test_skipping_to_a_context_is_as_long_as_going_there(self):
-        machine = bench.Machine("cpu", "float32", False)
+        machine = Machine()
         config = ModelConfig(depth=2)
         gone, skipped = (bench.Live(machine, config, 4) for _ in range(2))
         for _ in range(3):
