@@ -13,10 +13,8 @@ results/tableN.md, .json and .png; with --quick into runs/study-quick, because a
 """
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +27,8 @@ from mod.data import clip_batch, vocabulary
 from mod.flags import Parser, run_script
 from mod.study import routers
 from mod.study.ablate_report import plot_places, plot_quality, plot_recall, report
-from mod.study.costs import average_text, decoder_flops, dense, kv_bytes
+from mod.study.costs import average_text, ratios
+from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.sweep import Variant, collect, configure, sweep
 from mod.study.tables import MEASURES, TABLES, VARIANTS, Table
 from mod.train import step_clips, validation_clips
@@ -44,50 +43,40 @@ def quick(base: Config) -> Config:
 
 
 def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Decoder FLOPs and KV cache of every variant on an average stream, as a share of full computation."""
-    frames, text = base.data.frames, average_text(validation_clips(base, 64))
-    full = dense(base.model)
-    shares = {}
+    """Decoder FLOPs and KV cache of every variant on an average stream, as a share of the base's full computation."""
+    frames, text, shares = base.data.frames, average_text(validation_clips(base, 64)), {}
     for name in names:
-        variant = VARIANTS[name]
-        config = replace(base.model, **variant.model)
-        if variant.routers == "oracle":
+        config = replace(base.model, **VARIANTS[name].model)
+        if VARIANTS[name].routers == "oracle":
             config = replace(config, select="random")  # no scores to compute
-        shares[name] = {
-            "flops": decoder_flops(config, frames, text) / decoder_flops(full, frames, text),
-            "kv": kv_bytes(config, frames, text) / kv_bytes(full, frames, text),
-        }
+        share = ratios(config, frames, text, base.model)
+        shares[name] = {"flops": share["flop_ratio"], "kv": share["kv_ratio"]}
     return shares
 
 
+def training_step(base: Config, variant: Variant) -> Callable[[], None]:
+    """A function that runs connector and decoder forward, loss and backward once; the frozen encoder and the optimizer,
+    alike for all, are left out."""
+    config = replace(base, model=replace(base.model, **variant.model))
+    torch.manual_seed(0)
+    model = routers.build(config.model, variant.routers) if variant.routers else VideoLLM(config.model)
+    batch = clip_batch(vocabulary(), step_clips(config, 0), config.model.frame_tokens)
+    with torch.no_grad():
+        features = model.vit(batch.pixels)
+
+    def step() -> None:
+        hidden = model(batch.ids, batch.frame, batch.pos, model.connector(features))
+        stream_loss(model, hidden, batch)[0].backward()
+
+    return step
+
+
 def step_times(base: Config, names: Sequence[str], turns: int = 7) -> dict[str, float]:
-    """Time of a training step as a share of full computation's, side by side: connector and decoder forward, loss,
-    backward; the frozen encoder and the optimizer, alike for all, are left out."""
-    words, steps = vocabulary(), {}
-    for name in dict.fromkeys(["full", *names]):
-        config = replace(base, model=replace(base.model, **VARIANTS[name].model))
-        torch.manual_seed(0)
-        kind = VARIANTS[name].routers
-        model = routers.build(config.model, kind) if kind else VideoLLM(config.model)
-        batch = clip_batch(words, step_clips(config, 0), config.model.frame_tokens)
-        with torch.no_grad():
-            features = model.vit(batch.pixels)
-
-        def step(model=model, batch=batch, features=features) -> None:
-            hidden = model(batch.ids, batch.frame, batch.pos, model.connector(features))
-            stream_loss(model, hidden, batch)[0].backward()
-
-        steps[name] = step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(turns + 1), desc="step times", unit="turn", disable=None):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - started)
-    return {
-        name: statistics.median(a / b for a, b in zip(times[name][1:], times["full"][1:], strict=True))
-        for name in names
-    }
+    """Time of a training step as a share of full computation's, side by side."""
+    steps = {name: training_step(base, VARIANTS[name]) for name in dict.fromkeys(["full", *names])}
+    with tqdm(total=turns + 1, desc="step times", unit="turn", disable=None) as bar:
+        times = side_by_side(Machine(), steps, turns, bar)
+    return {name: ratio(times, name, "full") for name in names}
 
 
 def all_step_times(base: Config, clock: Path, rows: Sequence[str]) -> dict[str, float]:
