@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
-from mod.study import ablate, bench, bench_report, routers, sweep
+from mod.study import ablate, bench, bench_report, routers, seeds, sweep
 from mod.study.ablate_report import judge, mean_and_error, report
 from mod.study.machine import Machine
 from mod.study.sweep import Variant, collect, configure, identity, same, train_here
@@ -249,6 +249,28 @@ class TestTables:
         assert "seeds and jobs must be at least 1" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             ablate.main(["--table", "9"])
+
+
+class TestSeeds:
+    def test_runs_become_the_readmes_table_and_are_not_repeated(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(PRESETS, "tiny", MINI)
+        for name, value in (("RUNS", tmp_path / "runs"), ("RESULTS", tmp_path), ("EARLY", 2)):
+            monkeypatch.setattr(seeds, name, value)
+        monkeypatch.setattr(sweep, "train_apart", train_here)
+        assert seeds.main(["--seeds", "1", "--jobs", "1"]) == 0
+        results, known = (json.loads((path / "seeds.json").read_text()) for path in (tmp_path, ROOT / "results"))
+        shown = (tmp_path / "seeds.md").read_text()
+        assert shown == seeds.table(results) and "share its vision encoder" in shown and list(results) == list(known)
+        for title, [one] in results.items():
+            assert set(one) == {*known[title][0], "shared_encoder"} and one["recall_early"].keys() == one["recall"].keys()
+            for cost in ("flop_ratio", "kv_ratio"):
+                assert one[cost] == 1 if title == "full computation" else 0.6 < one[cost] < 0.75
+        monkeypatch.setattr(sweep, "train_apart", lambda *job: pytest.fail("trained again"))
+        assert seeds.main(["--seeds", "1"]) == 0 and (tmp_path / "seeds.md").read_text() == shown
+
+    def test_mistakes_are_told(self, capsys):
+        assert seeds.main(["--seeds", "0"]) == 2
+        assert "seeds and jobs must be at least 1" in capsys.readouterr().err
 
 
 class TestBench:

@@ -34,12 +34,11 @@ from mod.study.tables import MEASURES, TABLES, VARIANTS, Table
 from mod.train import step_clips, validation_clips
 from mod.videollm import VideoLLM, stream_loss
 
-QUICK = {"steps": 10, "batch_size": 4, "vit_steps": 20, "eval_every": 0, "eval_clips": 8}
-
 
 def quick(base: Config) -> Config:
     """The study in a few steps of small batches: shows that everything works, says nothing about the method."""
-    return replace(base, train=replace(base.train, **QUICK))
+    few = {"steps": 10, "batch_size": 4, "vit_steps": 20, "eval_every": 0, "eval_clips": 8}
+    return replace(base, train=replace(base.train, **few))
 
 
 def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -105,16 +104,6 @@ def summary(table: Table, base: Config, variants: dict[str, Variant], results: d
     }
 
 
-def plot(number: int, data: dict, results: dict, path: Path) -> None:
-    """The figure of a table: `data` is what is in its file, `results` what its runs measured."""
-    if number == 4:
-        plot_recall(results, path)
-    elif number == 5:
-        plot_places(data, path)
-    else:
-        plot_quality(TABLES[number], data, path)
-
-
 def run(arguments) -> int:
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise UserError(f"seeds and jobs must be at least 1, got {arguments.seeds} and {arguments.jobs}")
@@ -136,7 +125,13 @@ def run(arguments) -> int:
     data = json.loads(path.read_text(encoding="utf-8"))  # what is reported is what is in the file
     text = report(arguments.table, data)
     write_text(path.with_suffix(".md"), text)
-    plot(arguments.table, data, results, path.with_suffix(".png"))
+    picture = path.with_suffix(".png")
+    if arguments.table == 4:
+        plot_recall(results, picture)
+    elif arguments.table == 5:
+        plot_places(data, picture)
+    else:
+        plot_quality(table, data, picture)
     print(text)
     if arguments.quick:
         print("a few steps teach nothing: the numbers above only show that everything runs")

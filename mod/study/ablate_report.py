@@ -62,13 +62,12 @@ def report(number: int, data: dict) -> str:
         "|---" * (len(table.columns) + 2 + 3 * table.with_costs) + "|",
     ]
     for name in rows:
-        cells = [mean_and_error(list(values[name][measure].values())) for measure in table.columns]
+        cells = [f"`{name}` {VARIANTS[name].title}"]
+        cells += [mean_and_error(list(values[name][measure].values())) for measure in table.columns]
         if table.with_costs:
             cost = data["costs"][name]
             cells += [f"{cost['flops']:.2f}", f"{cost['kv']:.2f}", f"{data['times'][name]:.2f}"]
-        lines.append(
-            f"| `{name}` {VARIANTS[name].title} | " + " | ".join(cells) + f" | {len(values[name]['narration'])} |"
-        )
+        lines.append(f"| {' | '.join(cells)} | {len(values[name]['narration'])} |")
     claims = [claim for claim in table.claims if claim[0] in values and claim[1] in values]
     tests = len(claims) * len(table.judged)
     lines += ["", "Orderings: difference, seed by seed (p of a paired t-test); bold where p < 0.05, as chance alone "

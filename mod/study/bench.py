@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ from mod.cache import KVCache
 from mod.checkpoint import to_json, write_text
 from mod.config import ModelConfig, UserError
 from mod.flags import Parser, run_script
-from mod.study import peer
 from mod.study.bench_report import plot, report
 from mod.study.costs import activation_bytes, decoder_flops, dense, frame_flops, frames_that_fit, kv_bytes
 from mod.study.machine import Machine, ratio, side_by_side
+from mod.study.peer import Peer, PeerLive
 
 TEXT = 24  # text tokens of a measured stream: vision dominates, as in video
 
@@ -56,7 +57,7 @@ class Size:
 
     def has_peer(self, machine: Machine) -> bool:
         """Does transformers' Llama run beside? Only a Llama's sizes, and nothing that is compiled, compare with it."""
-        return self.name != "tiny" and not machine.compile and peer.installed()
+        return self.name != "tiny" and not machine.compile and find_spec("transformers") is not None
 
 
 def llama_like(**sizes) -> ModelConfig:
@@ -72,10 +73,8 @@ SIZES = (
     Size("paper-like", llama_like(dim=512, depth=8, heads=8, kv_heads=8, head_dim=64, ffn_hidden=1376),
          frames=20, rows=2, contexts=(1000, 2000, 4000, 8000, 16000)),
 )  # fmt: skip
-QUICK = (
-    replace(SIZES[0], rows=2, turns=3),
-    replace(SIZES[1], frames=8, rows=1, contexts=(400, 1000), turns=3),
-)
+QUICK = (replace(SIZES[0], rows=2, turns=3), replace(SIZES[1], frames=8, rows=1, contexts=(400, 1000), turns=3))
+PEAKS = {f"{size.name}:{name}": (config, size) for size in SIZES for name, config in size.pair.items()}
 
 
 def training_step(machine: Machine, decoder: nn.Module, size: Size):
@@ -109,7 +108,7 @@ def bench_training(machine: Machine, size: Size, bar: tqdm) -> dict:
     """Time of a training step, MoD beside full computation (and transformers' Llama)."""
     models = {name: machine.build(config) for name, config in size.pair.items()}
     if size.has_peer(machine):
-        models["transformers"] = peer.Peer(machine, size.model, models["full"].logits)
+        models["transformers"] = Peer(machine, size.model, models["full"].logits)
     actions = {name: training_step(machine, model, size) for name, model in models.items()}
     times = side_by_side(machine, actions, size.turns, bar)
     flops = {name: 3 * size.rows * decoder_flops(config, size.frames, TEXT) for name, config in size.pair.items()}
@@ -182,11 +181,12 @@ class Live:
         self.seen = frames
 
 
-def latency(machine: Machine, size: Size, frames: int, bar: tqdm) -> dict:
-    """Latency of one more frame after so many, MoD beside full computation (and transformers' Llama)."""
+def latency(machine: Machine, size: Size, context: int, bar: tqdm) -> dict:
+    """Latency of one more frame after so many tokens, MoD beside full computation (and transformers' Llama)."""
+    frames = context // size.model.frame_tokens
     live = {name: Live(machine, config, frames + 1) for name, config in size.pair.items()}
     if size.has_peer(machine):
-        live["transformers"] = peer.PeerLive(machine, size.model)
+        live["transformers"] = PeerLive(machine, size.model)
     for one in live.values():
         one.skip_to(frames)
     held = {name: live[name].cache.bytes() for name in size.pair}
@@ -227,9 +227,7 @@ def measure(machine: Machine, sizes: tuple[Size, ...], memory: bool) -> dict:
                 "model": asdict(size.model),
                 "training": bench_training(machine, size, bar),
                 "memory": bench_memory(machine, size, bar) if memory else None,
-                "streaming": [
-                    latency(machine, size, context // size.model.frame_tokens, bar) for context in size.contexts
-                ],
+                "streaming": [latency(machine, size, context, bar) for context in size.contexts],
             }
         return {"sizes": results, "filled": fill(machine, sizes[-1], bar)}
 
@@ -240,9 +238,7 @@ def run(arguments) -> int:
     torch.set_num_threads(arguments.threads)
     machine = Machine(arguments.device, arguments.dtype, arguments.compile)
     if arguments.peak:
-        name, kind = arguments.peak.split(":")
-        size = next(size for size in SIZES if size.name == name)
-        print(peak_bytes(machine, size.pair[kind], size))
+        print(peak_bytes(machine, *PEAKS[arguments.peak]))
         return 0
     sizes = QUICK if arguments.quick else SIZES
     print(f"{len(sizes)} sizes, about {'half a minute' if arguments.quick else 'eight minutes on a CPU core'}")
@@ -272,8 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
-    peaks = [f"{size.name}:{kind}" for size in SIZES for kind in size.pair]
-    parser.add_argument("--peak", choices=peaks, help="print only the peak memory of this training step, in bytes")
+    parser.add_argument("--peak", choices=PEAKS, help="print only the peak memory of this training step, in bytes")
     return run_script(run, parser.parse_args(argv), "mod.study.bench")
 
 

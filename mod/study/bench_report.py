@@ -18,6 +18,11 @@ def straightness(points: list[dict], name: str) -> float:
     return max(abs(start + slope * c - s) / s for c, s in zip(contexts, seconds, strict=True))
 
 
+def two_digits(part: dict, *keys: str) -> list[str]:
+    """These entries of `part`; "-" for one that was not measured."""
+    return [f"{part[key]:.2f}" if key in part else "-" for key in keys]
+
+
 def report(results: dict) -> str:
     """The results as Markdown tables."""
     lines = [f"{results['device']}, {results['dtype']}{', compiled' if results['compile'] else ''}, "
@@ -25,26 +30,19 @@ def report(results: dict) -> str:
              "| decoder | tokens of a step | step time | its FLOPs | peak memory | saved activations (formula) | "
              "our full step / transformers' Llama |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, size in results["sizes"].items():
-        step, memory = size["training"], size["memory"]
-        peer = f"{step['ours_to_transformers']:.2f}" if "ours_to_transformers" in step else "-"
-        peak = f"{memory['peak_ratio']:.2f} | {memory['saved_ratio']:.2f}" if memory else "- | -"
-        lines.append(
-            f"| {name} | {step['rows']} × {step['tokens']} | {step['time_ratio']:.2f} | {step['flop_ratio']:.2f} | "
-            f"{peak} | {peer} |"
-        )
+        step, memory = size["training"], size["memory"] or {}
+        cells = [name, f"{step['rows']} × {step['tokens']}", *two_digits(step, "time_ratio", "flop_ratio")]
+        cells += two_digits(memory, "peak_ratio", "saved_ratio") + two_digits(step, "ours_to_transformers")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| decoder | context, tokens | time of one more frame | its FLOPs | KV bytes | "
               "transformers' dense Llama, dynamic cache: its time / full | its time / MoD |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, size in results["sizes"].items():
         for point in size["streaming"]:
-            peers = [
-                f"{point[key]:.2f}" if key in point else "-" for key in ("transformers_to_full", "transformers_to_mod")
-            ]
-            kv = point["kv_bytes"]["mod"] / point["kv_bytes"]["full"]
-            lines.append(
-                f"| {name} | {point['context']:,} | {point['time_ratio']:.2f} | {point['flop_ratio']:.2f} | "
-                f"{kv:.3f} | {' | '.join(peers)} |"
-            )
+            cells = [name, f"{point['context']:,}", *two_digits(point, "time_ratio", "flop_ratio")]
+            cells += [f"{point['kv_bytes']['mod'] / point['kv_bytes']['full']:.3f}"]
+            cells += two_digits(point, "transformers_to_full", "transformers_to_mod")
+            lines.append(f"| {' | '.join(cells)} |")
     points = list(results["sizes"].values())[-1]["streaming"]
     if len(points) > 2:
         bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
@@ -57,22 +55,29 @@ def report(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot_steps(axis, sizes: dict[str, dict]) -> None:
+    """Time and peak memory of a training step on one axis, every size."""
+    bars = []  # label, measured, promised
+    for name, size in sizes.items():
+        step, memory = size["training"], size["memory"]
+        bars.append((f"{name}\nstep time", step["time_ratio"], step["flop_ratio"]))
+        if memory:
+            bars.append((f"{name}\npeak memory", memory["peak_ratio"], memory["saved_ratio"]))
+    labels, measured, promised = zip(*bars, strict=True)
+    axis.bar(range(len(bars)), measured, color=BLUE, label="measured")
+    axis.plot(range(len(bars)), promised, "_", color=VERMILION, markersize=28, markeredgewidth=2.5,
+              label="formula: FLOPs, saved activations")  # fmt: skip
+    axis.set_xticks(range(len(bars)), labels, fontsize=7, rotation=30)
+    axis.set(title="A training step, MoD / full computation", ylabel="ratio", ylim=(0, 1.1))
+
+
 def plot(results: dict, path: Path) -> None:
-    """Measured points on the formula's lines, for the largest size."""
+    """Training steps of all sizes; for the largest, measured latency and cache on the formula's lines."""
     name, size = list(results["sizes"].items())[-1]
-    config = ModelConfig(**size["model"])
+    config, number_bytes = ModelConfig(**size["model"]), getattr(torch, results["dtype"]).itemsize
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     step, latency, cache = figure.subplots(1, 3)
-    labels, ratios_, limits = [], [], []
-    for each, values in results["sizes"].items():
-        labels += [f"{each}\nstep time"] + ([f"{each}\npeak memory"] if values["memory"] else [])
-        ratios_ += [values["training"]["time_ratio"]] + ([values["memory"]["peak_ratio"]] if values["memory"] else [])
-        limits += [values["training"]["flop_ratio"]] + ([values["memory"]["saved_ratio"]] if values["memory"] else [])
-    step.bar(range(len(labels)), ratios_, color=BLUE, label="measured")
-    step.plot(range(len(labels)), limits, "_", color=VERMILION, markersize=28, markeredgewidth=2.5,
-              label="formula: FLOPs, saved activations")  # fmt: skip
-    step.set_xticks(range(len(labels)), labels, fontsize=7, rotation=30)
-    step.set(title="A training step, MoD / full computation", ylabel="ratio", ylim=(0, 1.1))
+    plot_steps(step, results["sizes"])
     contexts = [point["context"] for point in size["streaming"]]
     line = [contexts[-1] * i / 40 for i in range(1, 41)]
     largest = size["streaming"][-1]
@@ -83,7 +88,7 @@ def plot(results: dict, path: Path) -> None:
                      label=f"{key}: its FLOPs at full computation's pace")  # fmt: skip
         latency.plot(contexts, [1e3 * point["seconds"][key] for point in size["streaming"]], "o", color=colour,
                      label=f"{key}: measured")  # fmt: skip
-        held = [kv_bytes(variant, n, 0, getattr(torch, results["dtype"]).itemsize) / 2**20 for n in frames]
+        held = [kv_bytes(variant, n, 0, number_bytes) / 2**20 for n in frames]
         cache.plot(line, held, color=colour, label=f"{key}: formula")
         cache.plot(contexts, [point["kv_bytes"][key] / 2**20 for point in size["streaming"]], "o", color=colour,
                    label=f"{key}: the real tensors")  # fmt: skip

@@ -48,12 +48,11 @@ class Machine:
 
     def clock(self, action) -> float:
         """Seconds that action() takes."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        finish = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        finish()
         started = time.perf_counter()
         action()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        finish()
         return time.perf_counter() - started
 
     def peak(self, action) -> int:

@@ -1,16 +1,10 @@
 """transformers' Llama of a decoder's sizes, measured beside our full computation."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 
 from mod.config import ModelConfig
 from mod.study.machine import Machine
-
-
-def installed() -> bool:
-    return find_spec("transformers") is not None
 
 
 def llama(machine: Machine, config: ModelConfig) -> nn.Module:
