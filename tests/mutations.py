@@ -177,7 +177,7 @@ MUTATIONS = [
         "finished runs are trained again", "mod/study/sweep.py", "if not same(job(name, seed)[1], wanted(base, variants[name], seed))", "if True", "tests/test_study.py::TestSweep",
     ),
     (
-        "an ordering judged without pairing its seeds", "mod/study/ablate.py", "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds])",
+        "an ordering judged without pairing its seeds", "mod/study/ablate_report.py", "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds])",
         "ttest_rel([one[s] for s in seeds], [other[s] for s in seeds[::-1]])", "tests/test_study.py::TestTables",
     ),
     (

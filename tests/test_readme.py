@@ -10,11 +10,11 @@ import pytest
 import stream_tiny
 import train_tiny
 from mod.config import PRESETS
-from mod.study.ablate import MEASURES, TABLES, VARIANTS
-from mod.study.ablate import report as table_report
-from mod.study.bench import report as bench_report
+from mod.study.ablate_report import report as table_report
+from mod.study.bench_report import report as bench_report
 from mod.study.seeds import table
 from mod.study.sweep import collect
+from mod.study.tables import MEASURES, TABLES, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

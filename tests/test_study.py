@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import SPARK_LABEL, make_clip, vocabulary
 from mod.evaluate import router_recall, teacher_forced
-from mod.study import ablate, bench, routers, sweep
-from mod.study.ablate import MEASURES, TABLES, VARIANTS, judge, mean_and_error, report, steps_to
+from mod.study import ablate, bench, bench_report, routers, seeds, sweep
+from mod.study.ablate_report import judge, mean_and_error, report
+from mod.study.machine import Machine
 from mod.study.sweep import Variant, collect, configure, identity, same, train_here
+from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
 from tests.helpers import as_batch, loud, offline, routed, small_config
 from tests.test_block import plain_rotate
 
@@ -249,6 +251,28 @@ class TestTables:
             ablate.main(["--table", "9"])
 
 
+class TestSeeds:
+    def test_runs_become_the_readmes_table_and_are_not_repeated(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(PRESETS, "tiny", MINI)
+        for name, value in (("RUNS", tmp_path / "runs"), ("RESULTS", tmp_path), ("EARLY", 2)):
+            monkeypatch.setattr(seeds, name, value)
+        monkeypatch.setattr(sweep, "train_apart", train_here)
+        assert seeds.main(["--seeds", "1", "--jobs", "1"]) == 0
+        results, known = (json.loads((path / "seeds.json").read_text()) for path in (tmp_path, ROOT / "results"))
+        shown = (tmp_path / "seeds.md").read_text()
+        assert shown == seeds.table(results) and "share its vision encoder" in shown and list(results) == list(known)
+        for title, [one] in results.items():
+            assert set(one) == {*known[title][0], "shared_encoder"} and one["recall_early"].keys() == one["recall"].keys()
+            for cost in ("flop_ratio", "kv_ratio"):
+                assert one[cost] == 1 if title == "full computation" else 0.6 < one[cost] < 0.75
+        monkeypatch.setattr(sweep, "train_apart", lambda *job: pytest.fail("trained again"))
+        assert seeds.main(["--seeds", "1"]) == 0 and (tmp_path / "seeds.md").read_text() == shown
+
+    def test_mistakes_are_told(self, capsys):
+        assert seeds.main(["--seeds", "0"]) == 2
+        assert "seeds and jobs must be at least 1" in capsys.readouterr().err
+
+
 class TestBench:
     def test_quick_bench_prints_a_table_and_json(self, tmp_path):
         done = subprocess.run([sys.executable, "-m", "mod.study.bench", "--quick"], cwd=ROOT, capture_output=True, text=True)
@@ -263,8 +287,8 @@ class TestBench:
 
     def test_results_become_tables_and_a_figure(self, tmp_path):
         results = json.loads((ROOT / "results/bench-cpu.json").read_text())
-        assert (ROOT / "results/bench-cpu.md").read_text() == bench.report(results)
-        bench.plot(results, tmp_path / "bench.png")
+        assert (ROOT / "results/bench-cpu.md").read_text() == bench_report.report(results)
+        bench_report.plot(results, tmp_path / "bench.png")
         assert (tmp_path / "bench.png").stat().st_size > 10_000
 
     def test_mistakes_are_told(self, capsys):
@@ -274,7 +298,7 @@ class TestBench:
             assert bench.main(["--device", "cuda"]) == 2 and "no CUDA GPU" in capsys.readouterr().err
 
     def test_skipping_to_a_context_is_as_long_as_going_there(self):
-        machine = bench.Machine("cpu", "float32", False)
+        machine = Machine()
         config = ModelConfig(depth=2)
         gone, skipped = (bench.Live(machine, config, 4) for _ in range(2))
         for _ in range(3):

@@ -123,9 +123,9 @@ def frames_that_fit(config: ModelConfig, budget: int, text: int, number_bytes: i
     return max(0, (budget - empty) // (kv_bytes(config, 1, text, number_bytes) - empty))
 
 
-def ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
-    """Cost as a share of full computation: the decoder's FLOPs and the KV cache."""
-    full = dense(config)
+def ratios(config: ModelConfig, frames: int, text: int, whole: ModelConfig | None = None) -> dict[str, float]:
+    """Cost as a share of full computation, of `whole` if that is another model: decoder FLOPs and the KV cache."""
+    full = dense(whole or config)
     return {
         "flop_ratio": decoder_flops(config, frames, text) / decoder_flops(full, frames, text),
         "kv_ratio": kv_bytes(config, frames, text) / kv_bytes(full, frames, text),

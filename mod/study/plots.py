@@ -44,12 +44,8 @@ def plot_curve(folder: Path) -> None:
     accuracy.set(title="Validation, teacher-forced", xlabel="step", ylabel="share right", ylim=(-0.02, 1.05))
     for number, layer in enumerate(evals[-1]["recall"] if evals else ()):
         points = [e for e in train if layer in e["recall"]]
-        recall.plot(
-            [e["step"] for e in points],
-            [e["recall"][layer] for e in points],
-            color=(BLUE, VERMILION, GREEN, PURPLE)[number % 4],
-            label=f"layer {layer}",
-        )
+        recall.plot([e["step"] for e in points], [e["recall"][layer] for e in points], label=f"layer {layer}",
+                    color=(BLUE, VERMILION, GREEN, PURPLE)[number % 4])  # fmt: skip
         chance = model.kept[int(layer)] / model.frame_tokens
         recall.axhline(chance, color="grey", linestyle="--", label="chance" if number == 0 else None)
     recall.set(title="Sprite patches that the routers keep", xlabel="step", ylabel="share kept", ylim=(-0.02, 1.05))
@@ -61,12 +57,7 @@ def plot_curve(folder: Path) -> None:
 
 
 def plot_stream(
-    path: Path,
-    frames: np.ndarray,
-    trace: list[Routing],
-    captions: list[str],
-    times: list[float],
-    config: ModelConfig,
+    path: Path, frames: np.ndarray, trace: list[Routing], captions: list[str], times: list[float], config: ModelConfig
 ) -> None:
     """The frames of a stream in a row; below, for each routed layer, the same frames with skipped patches darkened.
 
@@ -87,16 +78,9 @@ def plot_stream(
             shade = np.repeat(np.repeat(mask, np.diff(edge), axis=0), np.diff(edge), axis=1)[..., None]
             axes[row, t].imshow(np.where(shade, picture, 0.25 * picture))
             for y, x in zip(*mask.nonzero(), strict=True):
-                axes[row, t].add_patch(
-                    Rectangle(
-                        (edge[x] - 0.5, edge[y] - 0.5),
-                        edge[x + 1] - edge[x],
-                        edge[y + 1] - edge[y],
-                        fill=False,
-                        edgecolor=ORANGE,
-                        linewidth=1.2,
-                    )
-                )
+                (left, right), (top, bottom) = edge[x : x + 2], edge[y : y + 2]
+                axes[row, t].add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False,
+                                                 edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
         axes[-1, t].set_xlabel(captions[t], fontsize=7)
         for row in range(1 + len(layers)):
             axes[row, t].set(xticks=[], yticks=[])

@@ -1,0 +1,161 @@
+"""What the tables hold: variants that are trained, rows and columns of each table, orderings that it judges."""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mod.study.sweep import Variant
+
+# Table 5: the two gates elsewhere, in short runs, since recall is decided early.
+SHORT = {"steps": 80, "eval_clips": 64, "eval_every": 0}
+PLACES = {
+    "here": Variant("the setting of the other tables"),
+    "r-0.1": Variant("r = 0.1", {"keep_ratio": 0.1}),
+    "r-0.5": Variant("r = 0.5", {"keep_ratio": 0.5}),
+    "depth-2": Variant("2 layers", {"depth": 2}),
+    "depth-8": Variant("8 layers", {"depth": 8}),
+    "tokens-50": Variant("1 + 7×7 tokens a frame", {"image_size": 56, "grid": 7}, train={"batch_size": 8}),
+    "sprites-3": Variant("3 sprites", data={"sprites": 3}),
+    "pretrained": Variant("a trained dense decoder", start="full"),
+}
+
+
+def placed(place: Variant, gate: str) -> Variant:
+    """A place of table 5 with one of the two gates."""
+    model, train = {**place.model, "gate": gate}, {**SHORT, **place.train}
+    return replace(place, title=f"{place.title}: {gate} gate", model=model, train=train)
+
+
+VARIANTS = {
+    "mod": Variant("MoD: interleaved, learned, r = 0.2, value gate"),
+    "full": Variant("full computation", {"layers": "none"}),
+    "exit-2": Variant("early exit after 2 of 4 layers", {"layers": "keep:1,1,0,0"}),
+    "exit-1": Variant("early exit after 1 of 4 layers", {"layers": "keep:1,0,0,0"}),
+    "skip": Variant("skipping every other layer", {"layers": "keep:1,0,1,0"}),
+    "pool": Variant("fewer tokens: 1 + 2×2 by pooling", {"layers": "none", "grid": 2}),
+    "all": Variant("all layers, learned, value gate", {"layers": "all"}),
+    "all-deep": Variant("all deep layers (2, 3)", {"layers": "all-deep"}),
+    "interleaved-deep": Variant("interleaved deep (3)", {"layers": "interleaved-deep"}),
+    "random": Variant("interleaved, random", {"select": "random"}),
+    "uniform": Variant("interleaved, uniform", {"select": "uniform"}),
+    "all-random": Variant("all layers, random", {"layers": "all", "select": "random"}),
+    "all-uniform": Variant("all layers, uniform", {"layers": "all", "select": "uniform"}),
+    "r-0.1": Variant("interleaved, learned, r = 0.1", {"keep_ratio": 0.1}),
+    "r-0.5": Variant("interleaved, learned, r = 0.5", {"keep_ratio": 0.5}),
+    "update": Variant("interleaved, the paper's gate", {"gate": "update"}),
+    "taught": Variant("interleaved, the paper's gate and an auxiliary target", {"gate": "update"}, "taught"),
+    "oracle": Variant("interleaved, oracle: keeps sprites and sparks", {}, "oracle"),
+    "all-update": Variant("all layers, the paper's gate", {"layers": "all", "gate": "update"}),
+    "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
+} | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
+
+COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "speak",
+           "silence", "now", "past", "spark", "steps to quality")  # fmt: skip
+JUDGED = ("narration", "free-running narration", "speak", "silence", "now", "past", "spark")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows are names of variants; `claims` are orderings (better, worse, who says so), judged on all of `judged`."""
+
+    title: str
+    rows: tuple[str, ...]
+    claims: tuple[tuple[str, str, str], ...]
+    judged: tuple[str, ...] = JUDGED
+    columns: tuple[str, ...] = COLUMNS
+    with_costs: bool = True
+
+
+TABLES = {
+    1: Table(
+        "Methods",
+        ("full", "exit-2", "exit-1", "skip", "pool", "mod"),
+        (
+            ("mod", "full", "paper: comparable"),
+            ("mod", "exit-2", "paper: drops dramatically"),
+            ("mod", "exit-1", "paper: drops dramatically"),
+            ("mod", "skip", "paper"),
+            ("mod", "pool", "paper"),
+        ),
+    ),
+    2: Table(
+        "Which layers are routed",
+        ("full", "all", "all-deep", "mod", "interleaved-deep"),
+        (
+            ("mod", "all", "paper: interleaved is the best trade-off"),
+            ("mod", "all-deep", "paper: interleaved is the best trade-off"),
+            ("interleaved-deep", "mod", "paper: more computation, hardly better"),
+        ),
+    ),
+    3: Table(
+        "How tokens are chosen, and how many are kept",
+        ("full", "random", "uniform", "r-0.1", "mod", "r-0.5", "all-random", "all-uniform", "all"),
+        (
+            ("mod", "random", "paper"),
+            ("mod", "uniform", "paper"),
+            ("all", "all-random", "the paper's, with no dense layer to help"),
+            ("all", "all-uniform", "the paper's, with no dense layer to help"),
+            ("mod", "r-0.1", "more tokens, more seen"),
+            ("r-0.5", "mod", "more tokens, more seen"),
+        ),
+    ),
+    4: Table(
+        "What makes the router learn",
+        ("update", "mod", "taught", "random", "uniform", "oracle",
+         "all-update", "all", "all-random", "all-uniform", "all-oracle"),
+        (
+            ("mod", "update", "ours: being read must carry gradient"),
+            ("taught", "update", "ours: so must any other lesson"),
+            ("oracle", "mod", "ours: nothing beats knowing"),
+            ("update", "random", "is the paper's gate better than a lot?"),
+            ("all", "all-update", "ours, with no dense layer to help"),
+            ("all-oracle", "all", "ours, with no dense layer to help"),
+            ("all-update", "all-random", "with no dense layer to help"),
+        ),
+        ("recall", *JUDGED),
+        (*COLUMNS, "recall"),
+    ),
+    5: Table(
+        "Where the value gate stops helping the router",
+        tuple(f"{place}-{gate}" for place in PLACES for gate in ("value", "update")),
+        tuple((f"{place}-value", f"{place}-update", "ours") for place in PLACES),
+        ("recall", "narration"),
+        ("recall", "narration", "questions"),
+        with_costs=False,
+    ),
+}  # fmt: skip
+
+
+def steps_to(run: dict, quality: float) -> float:
+    """The first logged step at which the LM loss, mean of two logged steps, was as low as this; nan if never."""
+    points = [point for point in run["curve"] if "lm" in point]
+    for before, point in zip(points, points[1:], strict=False):
+        if (before["lm"] + point["lm"]) / 2 <= quality:
+            return point["step"]
+    return math.nan
+
+
+def recall(run: dict) -> float:
+    """Share of sprite patches kept, mean over the routed layers and over the logged steps of the whole training."""
+    points = [statistics.mean(point["recall"].values()) for point in run["curve"] if point.get("recall")]
+    return statistics.mean(points) if points else math.nan
+
+
+GOOD = 0.2  # the fixed quality: LM loss, nats per text label; training clips are never repeated, so they are unseen
+MEASURES: dict[str, Callable[[dict], float]] = {  # how a column is read off the result of a run
+    "narration": lambda run: run["narration_exact"],
+    "free-running narration": lambda run: run["free_running"]["narration_exact"],
+    "speak": lambda run: run["speak_accuracy"],
+    "silence": lambda run: run["silence_accuracy"],
+    "questions": lambda run: run["question_accuracy"],
+    "now": lambda run: run["kinds"]["now"],
+    "past": lambda run: run["kinds"]["past"],
+    "spark": lambda run: run["kinds"]["spark"],
+    "LM-PPL": lambda run: run["lm_ppl"],
+    "TimeDiff (s)": lambda run: run["time_diff"],
+    "Fluency": lambda run: run["fluency"],
+    "LM-Correctness": lambda run: run["lm_correctness"],
+    "steps to quality": lambda run: steps_to(run, GOOD),
+    "recall": recall,
+}
