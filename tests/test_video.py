@@ -5,9 +5,12 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -69,6 +72,14 @@ def oracle(times, end, fps) -> list[int]:
     return shown
 
 
+@contextmanager
+def changed(thing, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(thing, name, value)
+        yield
+
+
 # --- equalities ------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +134,12 @@ def test_no_drift_in_ten_hours():
     assert shown[0] == (0, late[0] // 7) and shown[1:] == [(k, int(k % 7 == 0)) for k in late]
 
 
+def test_a_rate_is_the_decimal_that_was_written(tmp_path):
+    write(tmp_path / "a.mp4", numbered(1))
+    with Video(str(tmp_path / "a.mp4"), 29.97, 16) as video:
+        assert video.fps == Fraction(2997, 100)
+
+
 @given(
     st.lists(st.fractions(0, 3, max_denominator=40), max_size=12),
     st.fractions(0, 2, max_denominator=40),
@@ -149,28 +166,24 @@ def test_frames_come_one_by_one():
     assert list(showings([], Fraction(1))) == []
 
 
-class Decoded:
-    """Pictures with the times that a decoder may give, None included."""
-
-    def __init__(self, *given):
-        self.given = given
-
-    def times(self, tmp_path):
-        write(tmp_path / "a.mp4", numbered(3))
-        with Video(str(tmp_path / "a.mp4"), 2, 16) as video:
-            pictures = [type("Picture", (), {"pts": pts, "duration": length, "time_base": Fraction(1, 100)}) for pts, length in self.given]
-            video._decoded = lambda: iter(pictures)
+def times_of(tmp_path, *given):
+    """Times and lengths for pictures of the times and lengths, in ticks of 0.01 s, that a decoder may give, None included."""
+    write(tmp_path / "a.mp4", numbered(3))
+    with Video(str(tmp_path / "a.mp4"), 2, 16) as video:
+        pictures = [SimpleNamespace(pts=pts, duration=length) for pts, length in given]
+        stream = SimpleNamespace(guessed_rate=Fraction(10), time_base=Fraction(1, 100))
+        with changed(video, stream=stream, _decoded=lambda: iter(pictures)):
             return [(at + MS / 2, length + MS) for _, at, length in video._timed()]
 
 
 def test_missing_and_falling_times_go_on_after_the_picture_before(tmp_path):
     tenth = Fraction(1, 10)
-    assert Decoded((None, 0), (None, 0), (None, 0)).times(tmp_path) == [(0, tenth), (tenth, tenth), (2 * tenth, tenth)]
-    another = Decoded((500, 20), (520, 20), (7, 20), (27, 20)).times(tmp_path)  # a second recording begins at 7
+    assert times_of(tmp_path, (None, 0), (None, 0), (None, 0)) == [(0, tenth), (tenth, tenth), (2 * tenth, tenth)]
+    another = times_of(tmp_path, (500, 20), (520, 20), (7, 20), (27, 20))  # a second recording begins at 7
     assert another == [(0, 2 * tenth), (2 * tenth, 2 * tenth), (4 * tenth, 2 * tenth), (6 * tenth, 2 * tenth)]
-    same = Decoded((5, 0), (15, 0), (15, 0), (25, 0)).times(tmp_path)  # the later of two pictures of one time is shown
+    same = times_of(tmp_path, (5, 0), (15, 0), (15, 0), (25, 0))  # the later of two pictures of one time is shown
     assert [at for at, _ in same] == [0, tenth, tenth, 2 * tenth]
-    assert Decoded((0, 0), (30, 0)).times(tmp_path)[-1] == (3 * tenth, 3 * tenth)  # no length: the gap before it
+    assert times_of(tmp_path, (0, 0), (30, 0))[-1] == (3 * tenth, 3 * tenth)  # no length: the gap before it
 
 
 # --- geometry --------------------------------------------------------------------------------------------------------
@@ -228,6 +241,11 @@ def test_the_longer_side_fills_the_frame_and_the_rest_is_black(tmp_path, height,
     assert (frame[expected == -1] == -1).all()
 
 
+def test_fine_stripes_are_averaged_not_picked(tmp_path):
+    write(tmp_path / "a.mp4", [np.broadcast_to((np.arange(64) % 2 * 255)[:, None], (64, 64, 3)).astype(np.uint8)])
+    assert abs(read(tmp_path / "a.mp4", 10, 32)[0][:, 2:-2, 2:-2]).max() < 0.05  # grey
+
+
 def test_a_reader_may_write_into_its_frames(tmp_path):
     write(tmp_path / "a.mp4", numbered(2), rate=Fraction(1))
     with Video(str(tmp_path / "a.mp4"), 3, 16) as video:
@@ -274,20 +292,17 @@ def test_a_file_that_breaks_off_ends_there(tmp_path):
     assert 8 <= len(read(tmp_path / "a.mkv", 10)) <= 10
 
 
-def broken_packets(video, failures, packets):
-    """Let the demuxer fail so often before it gives its packets, one failure before each."""
+class Breaking:
+    """A container that fails so often before it gives its packets."""
 
-    class Container:
-        def demux(self, stream):
-            while failures:
-                failures.pop()
-                raise av.error.InvalidDataError(1, "broken")
-            yield from packets
+    def __init__(self, failures, packets):
+        self.failures, self.packets = failures, packets
 
-        def close(self):
-            pass
-
-    video.container = Container()
+    def demux(self, stream):
+        if self.failures:
+            self.failures.pop()
+            raise av.error.InvalidDataError(1, "broken")
+        return iter(self.packets)
 
 
 @pytest.mark.parametrize(("failures", "skipped", "frames"), [(3, 3, 4), (1000, 100, None)])
@@ -295,24 +310,74 @@ def test_packets_that_cannot_be_read_are_counted_but_not_for_ever(tmp_path, fail
     write(tmp_path / "a.mp4", numbered(4))
     with Video(str(tmp_path / "a.mp4"), 10, 16) as video:
         packets = list(video.container.demux(video.stream))
-        keep = video.container
-        broken_packets(video, [0] * failures, packets)
-        if frames:
-            assert numbers(video) == list(range(frames))
-        else:
-            with pytest.raises(ValueError, match="no picture could be decoded"):
-                next(iter(video))
+        with changed(video, container=Breaking([0] * failures, packets)):
+            if frames:
+                assert numbers(video) == list(range(frames))
+            else:
+                with pytest.raises(ValueError, match="no picture could be decoded"):
+                    next(iter(video))
         assert video.skipped == skipped
-        video.container = keep
+
+
+def test_what_the_decoder_still_holds_is_not_lost_with_the_rest_of_the_file(tmp_path):
+    pictures = noise(8, 16)
+    write(tmp_path / "a.mp4", pictures, codec="libx264", bf="2", crf="20")
+    whole = read(tmp_path / "a.mp4", 10)
+    with Video(str(tmp_path / "a.mp4"), 10, 16) as video:
+        packets = [packet for packet in video.container.demux(video.stream) if packet.size]
+        given = iter(packets)
+
+        def demux(stream):
+            yield from given
+            raise av.error.InvalidDataError(1, "broken")
+
+        with changed(video, container=type("", (), {"demux": lambda _, stream: demux(stream)})()):
+            assert np.array_equal(np.stack(list(video)), whole)
+
+
+def test_what_the_decoder_calls_damaged_is_skipped_and_an_error_at_the_end_is_no_crash(tmp_path):
+    write(tmp_path / "a.mp4", numbered(6))
+
+    class Stream:
+        """The stream, whose decoder doubts the third picture, fails at the fourth, and has nothing to say at the end."""
+
+        def __init__(self, stream):
+            self.guessed_rate, self.sample_aspect_ratio, self.time_base = stream.guessed_rate, None, stream.time_base
+
+        def decode(self, packet):
+            if packet is None or packet.pts in (None, 3 * packet_length):
+                raise av.error.InvalidDataError(1, "broken")
+            picture = [picture for picture in pictures if picture.pts == packet.pts][0]
+            return [picture if packet.pts != 2 * packet_length else Doubtful(picture)]
+
+    class Doubtful:
+        is_corrupt = True
+
+        def __init__(self, picture):
+            self.picture = picture
+
+        def __getattr__(self, name):
+            return getattr(self.picture, name)
+
+    with av.open(str(tmp_path / "a.mp4")) as file, Video(str(tmp_path / "a.mp4"), 10, 16) as video:
+        pictures, packets = list(file.decode(video=0)), list(video.container.demux(video.stream))
+        packet_length = pictures[1].pts
+        with changed(video, stream=Stream(video.stream), container=type("", (), {"demux": lambda *_: iter(packets)})()):
+            assert numbers(video) == [0, 1, 1, 1, 4, 5] and video.skipped == 3
 
 
 def text(path):
     path.write_text("no video\n" * 100)
 
 
-def sound(path):
+def sound(path, cover=False):
     with av.open(str(path), "w") as file:
         stream = file.add_stream("aac", rate=8000)
+        if cover:
+            picture = file.add_stream("png")
+            picture.height, picture.width, picture.pix_fmt = 16, 16, "rgb24"
+            picture.disposition = av.stream.Disposition.attached_pic
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(numbered(1)[0], format="rgb24")))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
@@ -339,6 +404,7 @@ def ruined(path):
         ("empty.mp4", empty, "Invalid data"),
         ("text.txt", text, "no video stream"),
         ("sound.mp4", sound, "no video stream"),
+        ("song.mp4", partial(sound, cover=True), "no video stream"),
         ("ruined.mp4", ruined, r"no picture could be decoded \(3 skipped\)"),
     ],
 )

@@ -37,12 +37,12 @@ def import_av():
 def showings(pictures: Iterable[tuple[Picture, Fraction, Fraction]], fps: Fraction) -> Iterator[tuple[Picture, int]]:
     """Each picture with the number of sampled frames that show it, which may be 0.
 
-    pictures: (picture, time, length) in seconds, in order of time, the first at 0. The last one is shown at the times
+    pictures: (picture, time, length) in seconds, times from 0 and never falling. The last one is shown at the times
     k / fps before its own end, so that a video of n pictures sampled at its own rate has n frames; one frame at least.
     """
     done, last, end = 0, [], Fraction(0)
     for picture, at, length in pictures:
-        until = max(done, math.ceil(at * fps))  # the number of frames that stand before `at`
+        until = math.ceil(at * fps)  # the number of frames that stand before `at`
         if last:
             yield last[0], until - done
             done = until
@@ -122,10 +122,10 @@ class Video:
 
         Containers round times to their tick: each picture counts from half a tick before, and ends as much earlier.
         """
-        rate = self.stream.guessed_rate
+        rate, tick = self.stream.guessed_rate, self.stream.time_base
+        slack = min(tick, COARSEST) / 2
         zero, now, length = None, Fraction(0), 1 / rate if rate else Fraction(0)
         for picture in self._decoded():
-            tick = picture.time_base or COARSEST
             given = None if picture.pts is None else picture.pts * tick
             if zero is None:
                 zero = given or Fraction(0)
@@ -134,7 +134,6 @@ class Video:
                 before, now = now, given - zero if known else now + length
                 length = now - before
             length = picture.duration * tick or length
-            slack = min(tick, COARSEST) / 2
             yield picture, now - slack, length - 2 * slack
 
     def _decoded(self) -> Iterator:
