@@ -23,7 +23,7 @@ from mod.data import make_clip
 from mod.layout import Say
 from mod.real.make_streams import main, write_video
 from mod.real.streams import Conversation, Turn, pieces, placed, read_streams
-from mod.real.video import Video, showings
+from mod.real.video import Video, open_source, showings
 
 ROOT = Path(__file__).parent.parent
 FOUR = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -420,6 +420,23 @@ def test_a_camera_that_is_not_there_is_refused():
     for source in ("/dev/video987", "camera:987"):
         with pytest.raises(ValueError, match=source):
             Video(source, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("platform", "source", "name", "kind"),
+    [
+        ("linux", "/dev/video0", "/dev/video0", "v4l2"),
+        ("linux", "camera:0", "/dev/video0", "v4l2"),
+        ("darwin", "camera:0", "0", "avfoundation"),
+        ("win32", "camera:USB Cam", "video=USB Cam", "dshow"),
+    ],
+)
+def test_cameras_are_opened_as_their_system_names_them(monkeypatch, platform, source, name, kind):
+    asked = []
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("av.open", lambda *args, **options: asked.append((*args, options)))
+    open_source(source)
+    assert asked == [(name, {"format": kind})]
 
 
 @pytest.mark.parametrize(("fps", "size"), [(0, 16), (-2, 16), (math.nan, 16), (math.inf, 16), (2, 0)])
