@@ -21,8 +21,8 @@ from mod.data import Clip, make_clip
 from mod.flags import Parser, run_script
 from mod.real.video import import_av
 
-# Codec, pixel format, options. The first is off by at most 2 of 255, by the rounding of colours alone; not every build
-# of PyAV has it. The second is exact and ten times as large for real films.
+# Codec, pixel format, options. The first is off by at most 2 of 255, because colours are rounded, as real videos are;
+# the second, for builds of PyAV without it, is exact.
 CODECS = (("libx264", "yuv444p", {"crf": "0"}), ("png", "rgb24", {}))
 
 
@@ -48,11 +48,8 @@ def entry(name: str, clip: Clip, fps: float) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m mod.real.make_streams",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("python -m mod.real.make_streams", description=__doc__.split("\n")[0], formatter_class=shown)
     parser.add_argument("folder", type=Path, help="where the clips and streams.jsonl go; made if it is not there")
     parser.add_argument("--streams", type=int, default=20, help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="which clips")
@@ -71,7 +68,8 @@ def run(arguments) -> int:
         raise UserError(f"got {folder}, which holds a streams.jsonl, expected a new folder; name another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = arguments.streams * arguments.frames * arguments.repeat
-    print(f"writing {arguments.streams} clips, {pictures} pictures, to {folder}: about {1 + pictures // 1000} s")
+    seconds = 1 + arguments.streams // 50 + pictures // 4000
+    print(f"writing {arguments.streams} clips, {pictures} pictures, to {folder}: about {seconds} s")
     lines = []
     for number in tqdm(range(arguments.streams), unit="clip", disable=None):
         clip = make_clip(data, model, "train", arguments.seed, number, arguments.frames)

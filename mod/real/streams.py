@@ -66,8 +66,7 @@ def read_conversation(line: str, folder: Path) -> Conversation:
     for number, entry in enumerate(parts["conversation"]):
         name = f"turn {number}"
         check_keys(entry, {"time": (int, float), "role": str, "content": str}, name)
-        # Compared, not converted: a whole number may be too large for a float.
-        if not 0 <= entry["time"] < math.inf or entry["time"] > 1e12:
+        if not 0 <= entry["time"] < 1e12:  # which no NaN is, nor a whole number too large for a float
             raise UserError(f"{name}: got the time {entry['time']}, expected finite seconds from 0; correct it")
         if turns and entry["time"] < turns[-1].time:
             raise UserError(f"{name}: got the time {entry['time']} after {turns[-1].time}, expected order; sort them")

@@ -37,12 +37,12 @@ def import_av():
 def showings(pictures: Iterable[tuple[Picture, Fraction, Fraction]], fps: Fraction) -> Iterator[tuple[Picture, int]]:
     """Each picture with the number of sampled frames that show it, which may be 0.
 
-    pictures: (picture, time, length) in seconds, in order of time, the first at 0. The last one is shown at the times
+    pictures: (picture, time, length) in seconds, times from 0 and never falling. The last one is shown at the times
     k / fps before its own end, so that a video of n pictures sampled at its own rate has n frames; one frame at least.
     """
     done, last, end = 0, [], Fraction(0)
     for picture, at, length in pictures:
-        until = max(done, math.ceil(at * fps))  # the number of frames that stand before `at`
+        until = math.ceil(at * fps)  # the number of frames that stand before `at`
         if last:
             yield last[0], until - done
             done = until
@@ -68,7 +68,7 @@ def open_source(source: str):
 
 
 class Video:
-    """An iterator over the frames of a video, (3, size, size) float32 in [-1, 1], frame k of time k / fps.
+    """The frames of a video, one after the other, (3, size, size) float32 in [-1, 1], frame k of time k / fps.
 
     The longer side of a picture is scaled to `size` (bicubic), the rest is black; it stands as a player would show it,
     turned by its metadata and with square pixels. Closes its source at the end of a `with`.
@@ -86,9 +86,8 @@ class Video:
         self.source, self.size, self.skipped = str(source), size, 0
         self.container = open_source(self.source)
         # A song's cover is a video stream, too, and any text is a "tty" film.
-        streams = [
-            s for s in self.container.streams.video if not s.disposition.value & s.disposition.attached_pic.value
-        ]
+        cover = import_av().stream.Disposition.attached_pic
+        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams or self.container.format.name == "tty":
             raise UserError(f"got {source}, which has no video stream, expected a video; name another file")
         self.stream = streams[0]
@@ -98,10 +97,7 @@ class Video:
         self.frames = self._frames()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        return next(self.frames)
+        return self.frames  # one and the same: a video is gone through once
 
     def __enter__(self) -> "Video":
         return self
@@ -126,21 +122,18 @@ class Video:
 
         Containers round times to their tick: each picture counts from half a tick before, and ends as much earlier.
         """
-        rate = self.stream.guessed_rate
-        zero, now, length = None, None, 1 / rate if rate else Fraction(0)
+        rate, tick = self.stream.guessed_rate, self.stream.time_base
+        slack = min(tick, COARSEST) / 2
+        zero, now, length = None, Fraction(0), 1 / rate if rate else Fraction(0)
         for picture in self._decoded():
-            tick = picture.time_base or COARSEST
-            at = None if picture.pts is None else picture.pts * tick
-            before = now
-            if before is None:
-                zero, now = at or Fraction(0), Fraction(0)
-            elif at is None or at - zero < before:  # no time, or one of another recording
-                now = before + length
+            given = None if picture.pts is None else picture.pts * tick
+            if zero is None:
+                zero = given or Fraction(0)
             else:
-                now = at - zero
+                known = given is not None and given - zero >= now  # an earlier time is another recording's
+                before, now = now, given - zero if known else now + length
                 length = now - before
-            length = picture.duration * tick if picture.duration else length
-            slack = min(tick, COARSEST) / 2
+            length = picture.duration * tick or length
             yield picture, now - slack, length - 2 * slack
 
     def _decoded(self) -> Iterator:
