@@ -15,6 +15,7 @@ Read the files in this order, each holds one idea:
     stream    frames arrive one by one, answers leave one by one
     evaluate  a model over many clips: teacher-forced, and free-running through a stream
     optim     AdamW, and Muon for the matrices
+    parallel  several processes, one training run
     checkpoint  files that survive a crash, and runs that continue bit for bit
     train     the training loop
 

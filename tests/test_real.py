@@ -2,8 +2,10 @@
 are trained with LoRA through the scripts, reloaded, streamed; what should not fit is refused in one sentence."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +300,19 @@ def test_the_first_bytes_of_features_are_readable_alone(trained, files):
     path = next((files / "features").iterdir())
     with safe_open(path, framework="pt") as file:
         assert file.get_slice("features").get_shape() == [5, 5, 32]
+
+
+def test_the_readme_commands_run_as_they_are_written(files, tmp_path, monkeypatch, capsys):
+    """The section's commands, in order, in a folder where its names are those of the small files."""
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Bring your own weights and videos")[1].split("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in section.split("```bash\n")[1].split("```")[0].splitlines()]
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").symlink_to(files / "llm")
+    (tmp_path / "siglip").symlink_to(files / "vision")
+    scripts = {"stream_tiny.py": stream_tiny.main, "train_tiny.py": train_tiny.main, "mod.real.make_streams": make_streams.main}
+    for _, *words in commands:
+        script, *arguments = words[words[0] == "-m" :]
+        assert scripts[script](arguments) == 0, script
+    printed = capsys.readouterr().out
+    assert "user: where is it ?" in printed and "50/50" in printed and "memory of training" in printed
