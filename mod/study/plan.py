@@ -16,6 +16,11 @@ from mod.study.costs import activation_bytes, decoder_flops, dense, forward_flop
 GIB = 2**30
 
 
+def number_bytes(config: Config) -> int:
+    """Bytes of one number in the run's dtype."""
+    return torch.finfo(getattr(torch, config.train.dtype)).bits // 8
+
+
 def count_parameters(config: Config) -> dict[str, tuple[int, int]]:
     """Parameters of every part of a run's model: all, and those that are trained. Needs no memory."""
     model = sizes_only(config.model)
@@ -42,7 +47,7 @@ def training_memory(config: Config, frames: int, text: int, processes: int = 1) 
     With `recompute` each block keeps its input alone, and the largest block's inside while it is computed again.
     Buffers, fragments and the optimizer's temporary values come on top.
     """
-    number = torch.finfo(getattr(torch, config.train.dtype)).bits // 8
+    number = number_bytes(config)
     counts = count_parameters(config).values()
     share = processes if config.train.fsdp else 1
     inside = activation_bytes(config.model, frames, text, number)
@@ -74,8 +79,8 @@ def print_parameters(config: Config) -> None:
 
 
 def print_costs(config: Config, frames: int, text: int) -> None:
-    share, full = ratios(config.model, frames, text), dense(config.model)
-    mod_bytes, full_bytes = kv_bytes(config.model, frames, text), kv_bytes(full, frames, text)
+    share, number = ratios(config.model, frames, text), number_bytes(config)
+    mod_bytes, full_bytes = (kv_bytes(one, frames, text, number) for one in (config.model, dense(config.model)))
     stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
     print(f"\npredicted cost of a stream of {stream}, against full computation")
     print(f"  keep ratio of each layer      {', '.join(f'{ratio:g}' for ratio in config.model.keep)}")
@@ -85,8 +90,7 @@ def print_costs(config: Config, frames: int, text: int) -> None:
 
 def print_scale(config: Config, frames: int, text: int, processes: int = 1) -> None:
     """The figures that decide whether a large run fits: FLOPs, KV cache per frame and hour, training memory."""
-    model, number = config.model, torch.finfo(getattr(torch, config.train.dtype)).bits // 8
-    full = dense(model)
+    model, full, number = config.model, dense(config.model), number_bytes(config)
     forward, vit = forward_flops(model, frames, text), forward_flops(model, 1, 0)["vit"]
     print(f"\na forward pass over {frames} frames and {text} text tokens, in TFLOPs")
     print(f"  vision encoder                {frames * vit / 1e12:,.1f}")
@@ -100,7 +104,7 @@ def print_scale(config: Config, frames: int, text: int, processes: int = 1) -> N
         print(f"  {name:<30}{frame / 2**20:.2f} MiB a frame, {hour / GIB:,.1f} GiB an hour at {config.data.fps:g} fps")
     memory = training_memory(config, frames, text, processes)
     split = ", split by FSDP" if config.train.fsdp else ""
-    print(f"\nmemory of training on each of {processes} GPUs{split}, one clip at a time, about")
+    print(f"\nmemory of training on each of {processes} GPUs{split}, one clip at a time on each, about")
     for name, size in memory.items():
         print(f"  {name:<36}{size / GIB:>8.1f} GiB")
     print(f"  {'all':<36}{sum(memory.values()) / GIB:>8.1f} GiB")
@@ -108,10 +112,12 @@ def print_scale(config: Config, frames: int, text: int, processes: int = 1) -> N
     print(f"  {'with full computation':<36}{whole / GIB:>8.1f} GiB")
 
 
-HOW_TO = """
+GPUS = 8  # of the base paper
+
+HOW_TO = f"""
 The weights are yours to bring:
 
-  torchrun --nproc-per-node 8 train_tiny.py --preset paper --out runs/paper --data streams.jsonl \\
+  torchrun --nproc-per-node {GPUS} train_tiny.py --preset paper --out runs/paper --data streams.jsonl \\
       --llm FOLDER_OF_LLAMA_3_8B --vision FOLDER_OF_SIGLIP_LARGE_PATCH16_384
 
 Any Llama-type model and any SigLIP fit in their places, with --dtype float32 on a CPU; without --data it trains on the
@@ -125,5 +131,5 @@ def print_paper(config: Config) -> None:
     print_settings(config)
     print_parameters(config)
     print_costs(config, frames, 2 * frames)
-    print_scale(config, frames, 2 * frames)
+    print_scale(config, frames, 2 * frames, GPUS)
     print(HOW_TO)
