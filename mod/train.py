@@ -108,10 +108,13 @@ def trainable(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
     return [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
 
 
-def freeze(model: VideoLLM, config: Config) -> None:
-    """What is not trained needs no gradient: the vision encoder, unless it has a learning rate."""
+def make_ready(model: VideoLLM, config: Config) -> None:
+    """Before training: the encoder needs no gradient unless it has a learning rate; blocks recompute if asked."""
     if not config.train.vit_lr:
         model.vit.requires_grad_(False)
+    for layer in model.decoder.layers:
+        block = layer.block if isinstance(layer, MoDBlock) else layer
+        block.recompute = config.train.recompute
 
 
 def optimizers_of(model: VideoLLM, settings: TrainConfig, speed: float = 1.0) -> list[torch.optim.Optimizer]:
@@ -123,7 +126,7 @@ def optimizers_of(model: VideoLLM, settings: TrainConfig, speed: float = 1.0) ->
 
 def set_up(model: VideoLLM, config: Config) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """A model ready for `train_step`: frozen where it should be, and spread over the processes if there are several."""
-    freeze(model, config)
+    make_ready(model, config)
     lesson = spread(Lesson(model, config.train.stream_weight), list(model.decoder.layers), config.train.fsdp)
     return lesson, optimizers_of(model, config.train)  # after spreading, which may put split parameters in their place
 
@@ -256,7 +259,7 @@ def estimate_seconds(config: Config, model: VideoLLM | None = None, source: Sour
     source = source or synthetic(config)
     device = prepare(config, source.words)
     model = model or VideoLLM(config.model).to(device)
-    freeze(model, config)
+    make_ready(model, config)
     optimizers = optimizers_of(model, config.train, speed=0.0)
     once = replace(config, train=replace(config.train, compile=False))
     lesson = Lesson(model, config.train.stream_weight)
@@ -398,9 +401,6 @@ def train(
         write_state(out, model, optimizers, step, time.monotonic() - started)
     if settings.compile:
         model.decoder.compile(dynamic=True)
-    for layer in model.decoder.layers:
-        dense = layer.block if isinstance(layer, MoDBlock) else layer
-        dense.recompute = settings.recompute
     model.train()
     bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if rank() else None)
     with patient_interrupt() as stop, bar:

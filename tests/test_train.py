@@ -14,12 +14,12 @@ import torch
 
 from mod.checkpoint import read_config, read_state, read_tensors, weights, write_state
 from mod.config import Config, DataConfig, TrainConfig
-from mod.data import make_clip, vocabulary
+from mod.data import clip_batch, make_clip, vocabulary
 from mod.evaluate import teacher_forced
 from mod.layout import NO_LABEL
 from mod.metrics import summarize
 from mod.optim import Muon, orthogonalize, schedule
-from mod.train import Lesson, Source, make_optimizers, step_clips, synthetic, train, train_step
+from mod.train import Lesson, Source, make_optimizers, set_up, step_clips, synthetic, train, train_step
 from mod.videollm import VideoLLM, stream_loss
 from tests.helpers import as_batch, small_config, small_model
 
@@ -153,6 +153,29 @@ def test_gradients_are_clipped_before_the_step(monkeypatch):
     monkeypatch.setattr(module, "optimizer_step", spy)
     entry = train_step(Lesson(model, 1.0), optimizers, config, synthetic(config), 0)
     assert norms == [pytest.approx(0.01, rel=1e-3)] and entry["gnorm"] > 0.01
+
+
+def test_recomputing_keeps_less_and_changes_no_gradient():
+    """Activation checkpointing: the same gradients, bit for bit, from a fraction of the saved bytes."""
+    seen = {}
+    for recompute in (False, True):
+        config = replace(TINY, train=replace(TINY.train, recompute=recompute))
+        torch.manual_seed(0)
+        model, saved = VideoLLM(config.model), {}
+        lesson, _ = set_up(model, config)
+        batch, trace = clip_batch(vocabulary(), step_clips(config, 0), config.model.frame_tokens), []
+
+        def note(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = lesson(batch, int((batch.labels != NO_LABEL).sum()), trace)[0]
+        loss.backward()
+        seen[recompute] = sum(saved.values()), {name: p.grad for name, p in model.decoder.named_parameters()}, len(trace)
+    assert seen[True][0] < 0.6 * seen[False][0] and seen[True][2] == seen[False][2]
+    for name, grad in seen[False][1].items():
+        assert torch.equal(grad, seen[True][1][name]), name
 
 
 def test_loss_is_lm_plus_weighted_streaming_over_labels():
