@@ -120,7 +120,7 @@ def plot_recall(results: dict, path: Path) -> None:
         axis.set(title=f"Routers in {'all layers' if everywhere else 'layers 1 and 3'}: mean and range over seeds",
                  xlabel="training step", ylabel="sprite patches kept (share)", ylim=(-0.02, 1.05))  # fmt: skip
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     save(figure, path)
 
 
