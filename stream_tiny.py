@@ -84,7 +84,7 @@ def go_on(arguments) -> int:
         raise UserError(f"--max-tokens must be at least 1, got {arguments.max_tokens}")
     device, folder = pick_device(arguments.device, arguments.dtype), find(arguments.llm)
     config = replace(read_llm_config(folder, ModelConfig()), layers="none")
-    tokenizer = TextTokenizer(folder)
+    tokenizer = TextTokenizer(folder, symbols=None)
     ids = tokenizer.prompt(arguments.text)
     if not ids:
         raise UserError("--text got an empty text, expected some words")
@@ -156,7 +156,7 @@ class Printer:
         self.stream, self.fps, self.as_json, self.knows_truth = stream, fps, as_json, knows_truth
         self.right = {"narrations": [], "silent frames": [], "answers": []}
         if not as_json:
-            print(f"{'frame':>5} {'time':>7}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
+            print(f"{'frame':>5} {'time':>8}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
 
     def event(
         self, frame: int, role: str, text: str | None, truth: str | None = None, *, judge: str | None = None
@@ -176,36 +176,34 @@ class Printer:
             }
             print(json.dumps(entry), flush=True)
         elif role == "user":
-            print(f"{'':>5} {'':>7}   user: {text}", flush=True)
+            print(f"{'':>5} {'':>8}   user: {text}", flush=True)
         else:
             mark = "   <- differs" if judged and text != truth else ""
-            label = f"{frame:>5} {frame / self.fps:>5.1f} s" if judge != "answers" else f"{'':>5} {'':>7}"
+            label = f"{frame:>5} {frame / self.fps:>6.2f} s" if judge != "answers" else f"{'':>5} {'':>8}"
             known = (truth or ".") if self.knows_truth else ""
-            print(f"{label}   {text or '.':<34} {known}{mark}".rstrip(), flush=True)
-
-
-def open_video(arguments, config: Config) -> tuple[Video, int]:
-    """The video that was asked for, and how many of its frames to stream at most."""
-    video = Video(arguments.video, config.data.fps if arguments.fps is None else arguments.fps, config.model.image_size)
-    # A length is an estimate: room for a few frames more costs little, being cut off would cost them.
-    return video, arguments.frames or (video.about_frames + 2 if video.about_frames else ENDLESS)
+            said = "." if text is None else text or "(nothing)"
+            print(f"{label}   {said:<34} {known}{mark}".rstrip(), flush=True)
 
 
 def run(arguments) -> int:
     if arguments.llm is not None or arguments.text is not None:
         return go_on(arguments)
-    if arguments.fps is not None and arguments.video is None:
-        raise UserError("--fps is for --video; a synthetic stream has its run's")
+    if arguments.fps is not None and (arguments.video is None or not 0 < arguments.fps < math.inf):
+        raise UserError(
+            f"--fps got {arguments.fps}, expected more than 0, with --video; a synthetic stream has its run's"
+        )
     device = pick_device(arguments.device, arguments.dtype)
     model, words, config = load(arguments.checkpoint, device, arguments.dtype)
     frames = config.data.frames if arguments.frames is None else arguments.frames
-    if frames < 1 or arguments.seed < 0:
-        raise UserError(f"frames must be at least 1 and seed not negative, got {frames} and {arguments.seed}")
+    if frames < 1:
+        raise UserError(f"--frames got {frames}, expected at least 1; ask for more")
+    if arguments.seed < 0:
+        raise UserError(f"--seed got {arguments.seed}, expected 0 or more; pass another")
     if arguments.video is None:
         clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
         return watch(arguments, model, words, config, clip.frames, frames, config.data.fps, clip)
-    video, frames = open_video(arguments, config)
-    with video:
+    with Video(arguments.video, arguments.fps or config.data.fps, config.model.image_size) as video:
+        frames = arguments.frames or video.about_frames or ENDLESS
         return watch(arguments, model, words, config, video, frames, float(video.fps))
 
 
@@ -225,8 +223,11 @@ def watch(
         check_picture(arguments.save, frames)
     questions = [parse_ask(ask, frames, fps, words) for ask in arguments.ask]
     threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
-    most = config.train.max_words + 2
-    text = 1 + (frames + len(questions)) * most + sum(len(user_ids(words, question.text)) for question in questions)
+    if clip is None and arguments.frames is None:
+        frames += 2  # the length of a file is an estimate, and being cut off would cost more than some room
+    longest = config.train.max_words + 2
+    asked = sum(len(user_ids(words, question.text)) for question in questions)
+    text = 1 + (frames + len(questions)) * longest + asked
     trace: list = []
     stream = Stream(
         model,
@@ -257,8 +258,14 @@ def watch(
         if arguments.save:
             seen.append(picture)
     shown = stream.frames
+    if clip is None and shown == frames and arguments.frames is None:
+        print(f"stopped after {frames} frames; for more pass --frames", file=sys.stderr)
     if arguments.save:
         plot_stream(arguments.save, np.stack(seen), decided, captions, [t / fps for t in range(shown)], config.model)
+    if late := [question.text for question in questions if question.frame >= shown]:
+        print(f"never asked, because the video ended first: {', '.join(late)}", file=sys.stderr)
+    if clip is None and pictures.skipped:
+        print(f"skipped {pictures.skipped} damaged packets or pictures", file=sys.stderr)
     if arguments.json:
         return 0
     fed = sum(frame < 0 for _, frame in stream.fed[0])
@@ -267,10 +274,6 @@ def watch(
     if clip:
         scores = ", ".join(f"{sum(flags)} of {len(flags)} {name}" for name, flags in printer.right.items() if flags)
         print(f"right: {scores}")
-    elif pictures.skipped:
-        print(f"skipped {pictures.skipped} damaged packets or pictures")
-    if late := [question for question in questions if question.frame >= shown]:
-        print(f"never asked, because the video ended first: {', '.join(question.text for question in late)}")
     print(f"speed: {shown / spoken:.0f} frames a second on {stream.device}, answers to questions not counted")
     held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, shown, fed)))
     number = torch.finfo(getattr(torch, arguments.dtype)).bits // 8

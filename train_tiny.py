@@ -18,7 +18,7 @@ from pathlib import Path
 from mod.checkpoint import read_config, to_json, write_text
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
 from mod.flags import Parser, add_fields, given, run_script
-from mod.parallel import join, leave, meet, rank
+from mod.parallel import join, leave, meet, rank, world
 from mod.real.parts import assemble, is_real, read_words, with_real_sizes
 from mod.real.source import real_source
 from mod.real.vision import frame_tokens_grid
@@ -47,8 +47,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="tiny",
-        help="named configuration of a new run (default: %(default)s)",
+        help="named configuration of a new run (default: tiny)",
     )
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -65,21 +64,30 @@ def merge(base: Config, arguments) -> Config:
     own = {
         name: replace(part := getattr(base, name), **given(arguments, type(part))) for name in ("data", "train", "real")
     }
-    return with_real_sizes(replace(base, **own), given(arguments, ModelConfig))
+    sizes = given(arguments, ModelConfig)
+    if base.real.vision:  # a run that goes on: its positions may have been interpolated
+        sizes.setdefault("image_size", base.model.image_size)
+    return with_real_sizes(replace(base, **own), sizes)
 
 
 def choose_config(arguments) -> Config:
     """Flag > checkpoint > preset. Raises UserError when the folder's run must not be touched or is another model's."""
     out, held = arguments.out, [name for name in RUN_FILES if (arguments.out / name).exists()]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out got {out}, which is a file, expected the folder of a run; name another")
     if not arguments.resume:
+        if (out / "config.json").exists():
+            read_config(out)  # the folder of a checkpoint, say, is not ours to overwrite
         if held and not arguments.overwrite:
             raise UserError(
                 f"{out} already holds a run; pass --resume to continue it, --overwrite to replace it, or another --out"
             )
-        return merge(PRESETS[arguments.preset], arguments)
+        return merge(PRESETS[arguments.preset or "tiny"], arguments)
+    if arguments.preset:
+        raise UserError(f"--preset got {arguments.preset}, but the run in {out} goes on as it began; resume without it")
     saved = read_config(out)
     config = merge(saved, arguments)
-    for part in ("model", "data", "real"):
+    for part in ("real", "model", "data"):
         for field in fields(getattr(saved, part)):
             before, now = (getattr(getattr(whole, part), field.name) for whole in (saved, config))
             if before != now:
@@ -104,13 +112,13 @@ def open_parts(config: Config) -> tuple[VideoLLM | None, Source]:
     return model, real_source(config, words, model) if config.real.data else synthetic(config, words)
 
 
-def print_plan(config: Config, out: Path, frames: int, text: int, seconds: float) -> None:
+def print_plan(config: Config, out: Path, frames: int, text: int, seconds: float | None) -> None:
     """What will be trained, how large it is, what it will cost beside full computation, and about how long it takes."""
     print_settings(config)
     print_parameters(config)
     print_costs(config, frames, text)
-    minutes = max(1, round(seconds / 60))
-    print(f"\ntraining {config.train.steps} steps into {out}: about {minutes} min here; Ctrl-C saves and stops\n")
+    minutes = "the bar will say how long" if seconds is None else f"about {max(1, round(seconds / 60))} min here"
+    print(f"\ntraining {config.train.steps} steps into {out}: {minutes}; Ctrl-C saves and stops\n")
 
 
 def print_table(metrics: dict, real: bool) -> None:
@@ -126,11 +134,20 @@ def print_table(metrics: dict, real: bool) -> None:
 
 def run(arguments) -> int:
     if arguments.frame_tokens:
-        arguments.grid = frame_tokens_grid(arguments.frame_tokens)
+        grid = frame_tokens_grid(arguments.frame_tokens)
+        if getattr(arguments, "grid", grid) != grid:
+            raise UserError(
+                f"got --frame-tokens {arguments.frame_tokens} and --grid {arguments.grid}; pass one of them"
+            )
+        arguments.grid = grid
+    if arguments.preset == "paper" and not arguments.resume:
+        config = merge(PRESETS["paper"], arguments)
+        if not is_real(config):
+            print_paper(config)
+            return 0
+        if not (config.real.llm and config.real.vision):
+            raise UserError("--preset paper got one of --llm and --vision, expected both, or none to see what it takes")
     config = choose_config(arguments)
-    if arguments.preset == "paper" and not arguments.resume and not is_real(config):
-        print_paper(config)
-        return 0
     try:
         join(pick_device(config.train.device, config.train.dtype))
         with redirect_stdout(open(os.devnull, "w")) if rank() else nullcontext():  # the first process speaks for all
@@ -142,9 +159,10 @@ def run(arguments) -> int:
 def train_run(config: Config, arguments) -> int:
     out = arguments.out
     model, source = open_parts(config)
-    clips = source.validation(64)
+    clips = source.validation(16 if config.real.data else 64)
     frames, text = round(sum(len(clip.frames) for clip in clips) / len(clips)), average_text(clips, source.words)
-    seconds = estimate_seconds(config, model, source) if config.train.steps else 0
+    split = config.train.fsdp and world() > 1  # what has to be split cannot be tried out whole
+    seconds = None if split else estimate_seconds(config, model, source) if config.train.steps else 0.0
     print_plan(config, out, frames, text, seconds)
     meet()  # before the first process writes what others look for
     if arguments.overwrite and rank() == 0:
@@ -162,6 +180,7 @@ def train_run(config: Config, arguments) -> int:
     cost = f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation"
     print(f"{cost}, {metrics['seconds']:.0f} seconds")
     where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"
+    where += " --video FILE" if config.real.data else ""
     print(f"\nwrote {out}; now watch it: python stream_tiny.py{where}")
     return 0
 

@@ -51,11 +51,16 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None, alone: bool = True
 ) -> None:
     """As `write_text`; with `alone` False every process writes, each its own file. Split tensors are put together."""
-    together = {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
-    if rank() and alone:
+    writes, together = rank() == 0 or not alone, {}
+    for name, tensor in tensors.items():
+        one = whole(tensor.detach())  # every process must ask; one at a time, or each would hold all
+        if writes:
+            together[name] = one.contiguous() if one is tensor else one.cpu().contiguous()
+    if not writes:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file(together, temporary, metadata=note)
+    temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone
     os.replace(temporary, path)
 
 

@@ -300,7 +300,7 @@ class RealConfig:
     llm: str = flag("", "folder or hub name of a Llama-type language model; its sizes replace the decoder's")
     vision: str = flag("", "folder or hub name of a SigLIP vision encoder; its sizes replace the encoder's")
     data: str = flag("", "streams.jsonl: a video and its conversation a line, cut into pieces of --frames at --fps")
-    holdout: float = flag(0.1, "share of the streams, the last ones, kept for validation; 0 validates on all")
+    holdout: float = flag(0.1, "share of the videos, the last ones, kept for validation; 0 validates on all")
     features: str = flag("runs/features", "folder in which a frozen encoder's features of real videos are kept")
     symbols: str = flag("", "the tokenizer's symbols, e.g. 'bos=<s> eos=</s> user=User assistant=Assistant'")
     train: str = flag(

@@ -150,12 +150,13 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
                         silent.append(not speaks[row])
                 if due[row] is not None:
                     book.close("narration", t, due[row], replies[row], scores[row])
-            while any(after):  # then questions with their answers, one of every row that has any at a time
-                questions = [says.pop(0).text if says else None for says in after]
-                stream.hear(questions)
-                truths = [says.pop(0).text if says else None for says in after]
+            while any(after):  # then questions, one of every row that has any at a time, and the answers that are due
+                if any(says and says[0].role == "assistant" for says in after):
+                    raise ValueError(f"two responses after frame {t} without a question between; join them")
+                stream.hear([says.pop(0).text if says else None for says in after])
+                truths = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
                 scores = stream.score(truths)
-                replies = stream.respond([question is not None for question in questions])
+                replies = stream.respond([truth is not None for truth in truths])
                 for row, book in enumerate(books):
                     if truths[row] is not None:
                         book.close("answer", t, truths[row], replies[row], scores[row])
@@ -166,6 +167,11 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
             set_caps(book.turns, book.ends)
         streams += [book.turns for book in books]
     return streams, silent
+
+
+def sprite_patches(clip: Clip) -> int:
+    """Patches that show a sprite, over all frames; none that we know of in a real video."""
+    return 0 if clip.patch_labels is None else int((clip.patch_labels[..., 0] > 0).sum())
 
 
 def router_recall(trace: Sequence[Routing], clips: Sequence[Clip], grid: int) -> dict[int, float]:

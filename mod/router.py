@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from mod.config import kept_per_frame
 
+ROUTER_STD = 0.02  # of a new router's weights
+
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """True at the k largest scores of each row, (F, N) -> (F, N) bool. Of equal scores the earlier token wins."""

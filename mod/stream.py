@@ -55,6 +55,7 @@ class Stream:
         self.never = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.never[[words.bos, words.user, words.assistant]] = True
         self.never[len(words) :] = True  # rows of the embedding that stand for no word
+        self.never[words.eos] = False  # which some tokenizers begin a text with, too
         self.feed([[words.bos]] * rows)
 
     @torch.inference_mode()

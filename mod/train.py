@@ -27,7 +27,7 @@ from mod.checkpoint import read_state, to_json, weights, write_config, write_sta
 from mod.config import Config, ModelConfig, TrainConfig, UserError
 from mod.data import CELLS, LABEL_SIZES, SPARK_LABEL, Clip, clip_batch, clip_pixels, make_clip, vocabulary
 from mod.decoder import MoDBlock
-from mod.evaluate import free_running, router_recall, teacher_forced
+from mod.evaluate import free_running, router_recall, sprite_patches, teacher_forced
 from mod.layout import NO_LABEL, Batch, Vocabulary
 from mod.metrics import summarize
 from mod.optim import Muon, schedule
@@ -38,6 +38,7 @@ from mod.vit import ViT
 LOG_EVERY = 20  # steps
 WARM_UP_CLIPS, WARM_UP_FRAMES = 32, 2  # a warm-up batch: clips, and frames of each
 WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates there: hasty, for a task that is simple
+AT_ONCE = 10_000  # vision tokens in a batch of validation, at most
 BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
 
 
@@ -234,12 +235,17 @@ def train_step(
     labels, decisions, tokens = map(int, total(counts, device))
     sums, trace = torch.zeros(3, dtype=torch.float64), []
     for batch in batches:
+        of_part: list = []  # empty for every part: an engine may hand on a copy of a list that holds tensors
         with half(config, device):
-            losses = lesson(batch.to(device), labels, trace)
+            losses = lesson(batch.to(device), labels, of_part)
+        trace += of_part
         (losses[0] * world()).backward()  # the engines take the mean over processes, and the loss is a sum
         sums += torch.tensor([part.item() for part in losses], dtype=torch.float64)
-    recalls = router_recall(trace, [clip for part in parts for clip in part], config.model.grid)
-    loss, text, stream, *recall = total([*sums.tolist(), *recalls.values()], device)
+    mine = [clip for part in parts for clip in part]
+    recalls, sprites = router_recall(trace, mine, config.model.grid), sum(map(sprite_patches, mine))
+    found = [value * sprites if sprites else 0.0 for value in recalls.values()]
+    loss, text, stream, sprites, *found = total([*sums.tolist(), sprites, *found], device)
+    recalled = zip(recalls, found, strict=True)
     norm = whole(nn.utils.clip_grad_norm_(trainable(optimizers), settings.clip))
     factor = schedule(step, settings.steps, settings.warmup)
     peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
@@ -247,7 +253,7 @@ def train_step(
     return {
         "kind": "train", "step": step + 1, "loss": loss, "lm": text / max(1, labels - decisions),
         "stream": stream / max(1, decisions), "lr": factor * peak, "gnorm": float(norm),
-        "recall": {str(layer): value / world() for layer, value in zip(recalls, recall, strict=True)}, "tokens": tokens,
+        "recall": {str(layer): value / sprites if sprites else math.nan for layer, value in recalled}, "tokens": tokens,
     }  # fmt: skip
 
 
@@ -280,17 +286,14 @@ def validate(model: VideoLLM, config: Config, source: Source, number: int, free:
     """
     model.eval()
     settings, clips, trace = config.train, source.validation(number), []
+    rows = max(1, min(2 * settings.batch_size, AT_ONCE // (config.data.frames * config.model.frame_tokens)))
     with half(config, next(model.parameters()).device):
-        turns, silent = teacher_forced(
-            model, source.words, clips, settings.threshold, rows=2 * settings.batch_size, trace=trace
-        )
+        turns, silent = teacher_forced(model, source.words, clips, settings.threshold, rows, trace)
         metrics = summarize(turns, silent, config.data.fps)
         recall = router_recall(trace, clips, config.model.grid)
         metrics["recall"] = {str(layer): value for layer, value in recall.items()}
         if free:
-            turns, silent = free_running(
-                model, source.words, clips, settings.threshold, 4 * settings.batch_size, settings.max_words
-            )
+            turns, silent = free_running(model, source.words, clips, settings.threshold, 2 * rows, settings.max_words)
             metrics["free_running"] = summarize(turns, silent, config.data.fps)
     model.train()
     return metrics

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mod.config import ModelConfig
 from mod.decoder import Decoder
 from mod.layout import NO_LABEL, Batch
-from mod.router import LayerExpert
+from mod.router import ROUTER_STD, LayerExpert
 from mod.vit import MLP, ViT
 
 
@@ -36,7 +36,7 @@ class VideoLLM(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         if isinstance(module, LayerExpert):
-            nn.init.normal_(module.w.weight, std=0.02)
+            nn.init.normal_(module.w.weight, std=ROUTER_STD)
 
     def see(self, frames: Tensor) -> Tensor:
         """Frames (F, 3, height, width) in [-1, 1] -> token vectors (F, N, D) of the decoder.
@@ -69,4 +69,4 @@ def stream_loss(model: VideoLLM, hidden: Tensor, batch: Batch, weight: float = 1
     losses = F.cross_entropy(model.decoder.logits(hidden[labelled]).float(), batch.labels[labelled], reduction="none")
     streaming = batch.streaming[labelled]
     text, stream = losses[~streaming].sum(), losses[streaming].sum()
-    return (text + weight * stream) / (labels or labelled.sum()), text.detach(), stream.detach()
+    return (text + weight * stream) / max(1, labels or int(labelled.sum())), text.detach(), stream.detach()

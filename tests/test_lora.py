@@ -65,5 +65,5 @@ def test_adapters_connector_and_routers_train_and_nothing_else():
 
 @pytest.mark.parametrize("rank", [0, 100])
 def test_a_rank_without_room_is_refused(rank):
-    with pytest.raises(ValueError, match="LoRA rank got"):
+    with pytest.raises(ValueError, match="--lora-rank got"):
         add_lora(small_model().decoder, rank, 1.0)

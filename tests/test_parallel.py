@@ -18,9 +18,9 @@ RUN = ["--steps", "20", "--batch-size", "4", "--vit-steps", "4", "--frames", "3"
        "--save-every", "10", "--optimizer", "adamw", "--device", "cpu"]  # fmt: skip
 
 
-def torchrun(*arguments, processes: int = 2) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train_tiny.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(*arguments, script: str = "train_tiny.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -71,6 +71,30 @@ def test_resumed_on_another_number_of_processes(alone, tmp_path, monkeypatch):
     done = torchrun("--resume", "--fsdp", "--out", str(out))
     assert done.returncode == 0 and "resumed at step 10" in done.stdout, done.stderr[-2000:]
     assert_same_training(alone, out)
+
+
+def test_split_is_split(tmp_path):
+    """With --fsdp every parameter is in pieces, of which each process holds one."""
+    script = tmp_path / "split.py"
+    script.write_text("""
+import torch
+from mod.config import PRESETS
+from mod.parallel import join, leave, world
+from mod.train import set_up
+from mod.videollm import VideoLLM
+from dataclasses import replace
+from torch.distributed.tensor import DTensor
+join(torch.device("cpu"))
+config = PRESETS["tiny"]
+model = VideoLLM(config.model)
+set_up(model, replace(config, train=replace(config.train, optimizer="adamw", fsdp=True)))
+assert world() == 2 and all(isinstance(p, DTensor) for p in model.parameters())
+weight = model.decoder.layers[0].mlp.up.weight
+assert 2 * weight.to_local().numel() == weight.numel()
+leave()
+""")
+    done = torchrun(script=str(script))
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_mistake_is_told_and_nothing_is_written(tmp_path):

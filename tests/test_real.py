@@ -21,6 +21,7 @@ from mod.real.llm import load_llm, read_llm_config
 from mod.real.lora import changes
 from mod.real.parts import assemble, read_words, with_real_sizes
 from mod.real.source import features_file, real_source
+from mod.stream import Stream
 from mod.train import train
 from tests.helpers import as_batch, assert_cache_holds_what_was_kept, in_chunks, offline
 from tests.test_llm import write_checkpoint
@@ -188,7 +189,44 @@ class TestReloading:
         assert [line["text"] for line in lines if line["role"] == "user"] == ["where is it ?"]
         assert stream_tiny.main([*arguments, "--fps", "4", "--frames", "7"]) == 0
         printed = capsys.readouterr().out
-        assert "    6   1.5 s" in printed and "    7 " not in printed and "truth" not in printed and "cache:" in printed
+        assert "    6   1.50 s" in printed and "    7 " not in printed and "truth" not in printed and "cache:" in printed
+
+
+    def test_one_token_may_begin_and_end(self, files, tmp_path):
+        """Some tokenizers have one symbol for both; a response must be able to end with it."""
+        shutil.copytree(files / "llm", tmp_path / "llm")
+        (tmp_path / "llm" / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [1, 0]}))
+        config = small(files, llm=str(tmp_path / "llm"))
+        words = read_words(config)
+        assert words.bos == words.eos == 1
+        stream = Stream(assemble(config, torch.device("cpu")), words, frames=1, text=20)
+        assert not stream.never[words.eos] and stream.never[words.user] and stream.never[words.assistant]
+
+    def test_damaged_features_are_made_again(self, trained, files, tmp_path):
+        features = shutil.copytree(files / "features", tmp_path / "features")
+        path = sorted(features.iterdir())[3]
+        whole = read_tensors(path)[0]["features"].clone()  # not the file itself
+        path.write_bytes(path.read_bytes()[:40])
+        assert train_tiny.main(flags(files, tmp_path / "run", "--features", str(features), "--steps", "1")) == 0
+        torch.testing.assert_close(read_tensors(path)[0]["features"], whole)
+
+    def test_a_video_of_several_lines_is_on_one_side(self, files, tmp_path):
+        lines = (files / "videos" / "streams.jsonl").read_text().splitlines()
+        for path in (files / "videos").glob("*.mp4"):
+            (tmp_path / path.name).symlink_to(path)
+        (tmp_path / "streams.jsonl").write_text("\n".join([*lines, *lines[-2:], lines[0]]) + "\n")
+        config = small(files, data=str(tmp_path / "streams.jsonl"), features=str(tmp_path / "features"), holdout=0.2)
+        config = replace(config, train=replace(config.train, batch_size=11))
+        source = real_source(config, read_words(config), assemble(config, torch.device("cpu")))
+        trained = {clip.frames.numpy().tobytes() for clip in source.training(0)}
+        held = [clip.frames.numpy().tobytes() for clip in source.validation(99)]
+        assert len(trained) == 10 and len(held) == 4 and len(set(held)) == 2 and not trained & set(held)
+
+    def test_an_interpolated_run_goes_on(self, files, tmp_path):
+        out = tmp_path / "run"
+        assert train_tiny.main(flags(files, out, "--image-size", "48", "--steps", "1", data=False)) == 0
+        assert train_tiny.main(["--resume", "--out", str(out), "--steps", "2"]) == 0
+        assert read_config(out).model.image_size == 48
 
 
 class TestInsertion:
@@ -235,14 +273,23 @@ class TestRefusals:
         no("--dim", "32", parts=["dim got 32", "the checkpoint has 24", "--dim"])
         no("--frame-tokens", "7x7", parts=["'7x7'", "1+7x7"])
         no("--frame-tokens", "1+9x9", parts=["grid 9", "4 patches"])
-        no("--lora-rank", "25", parts=["LoRA rank got 25", "1 to"])
+        no("--lora-rank", "25", parts=["--lora-rank got 25", "1 to"])
         no("--symbols", "user=moves_now", parts=["user symbol", "--symbols user=TEXT"])
         no("--symbols", "who=User", parts=["symbols got", "KIND=TEXT"])
+        no("--symbols", "user=User user=where", parts=["symbols got", "once each"])
+        no("--symbols", "user=where assistant=where", parts=["same token twice", "--symbols"])
+        no("--max-words", "1", parts=["tokens, but --max-words is 1", "raise it"])
+        no("--symbols", "user=moves", parts=["holds a symbol of the stream", "--symbols"])
+        no("--grid", "3", parts=["--frame-tokens 1+2x2", "--grid 3"])
         no("--batch-size", "2", "--accumulate", "3", parts=["2 clips", "3 parts", "--batch-size"])
         refused(train_tiny.main, ["--train", "lora", "--out", str(tmp_path / "none")], capsys, "--llm")
         refused(train_tiny.main, ["--llm", str(tmp_path), "--out", str(tmp_path / "none")], capsys, "config.json")
         refused(train_tiny.main, ["--fsdp", "--out", str(tmp_path / "none")], capsys, "--optimizer adamw")
         refused(train_tiny.main, ["--resume", "--out", str(trained), "--lora-rank", "5"], capsys, "lora_rank got 5", "has 4")
+        refused(train_tiny.main, ["--resume", "--out", str(trained), "--preset", "tiny"], capsys, "resume without it")
+        refused(train_tiny.main, ["--preset", "paper", "--llm", str(files / "llm"), "--out", str(tmp_path / "none")], capsys, "expected both")
+        (tmp_path / "file").write_text("")
+        refused(train_tiny.main, ["--out", str(tmp_path / "file")], capsys, "which is a file")
         refused(stream_tiny.main, ["--checkpoint", str(trained), "--fps", "3"], capsys, "--video")
         refused(stream_tiny.main, ["--checkpoint", str(trained), "--video", str(tmp_path / "no.mp4"), "--device", "cpu"], capsys, "no.mp4")
 
@@ -268,6 +315,34 @@ class TestRefusals:
         text = (run / "config.json").read_text().replace(str(files / "llm"), str(tmp_path / "gone"))
         (run / "config.json").write_text(text)
         refused(stream_tiny.main, ["--checkpoint", str(run), "--device", "cpu"], capsys, "gone")
+
+    def test_a_checkpoint_is_no_run_to_be_overwritten(self, files, tmp_path, capsys):
+        llm = shutil.copytree(files / "llm", tmp_path / "llm")
+        before = {path.name: path.read_bytes() for path in llm.iterdir()}
+        for fate in ([], ["--overwrite"]):
+            refused(train_tiny.main, ["--llm", str(llm), "--out", str(llm), *fate], capsys, "is not the configuration of a run")
+        assert {path.name: path.read_bytes() for path in llm.iterdir()} == before
+
+    @pytest.mark.parametrize("part, entry, words", [
+        ("llm", {"rope_parameters": "x"}, "unexpected kind"), ("llm", {"layer_types": 5}, "unexpected kind"),
+        ("llm", {"num_attention_heads": 3}, "heads 3 must be a multiple"), ("llm", {"eos_token_id": 99}, "eos_token_id is 99"),
+        ("llm", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"), ("vision", {"hidden_size": "x"}, "vit_dim must be"),
+        ("vision", {"image_size": 64}, "16 positions, but its config.json says 64 pixels"),
+    ])  # fmt: skip
+    def test_entries_of_a_wrong_kind(self, part, entry, words, files, tmp_path, capsys):
+        (tmp_path / "features").mkdir()
+        for name in ("llm", "vision", "videos"):
+            shutil.copytree(files / name, tmp_path / name)
+        path = tmp_path / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
+        refused(train_tiny.main, flags(tmp_path, tmp_path / "run"), capsys, words)
+
+    def test_a_shard_without_what_the_index_promises(self, files, tmp_path, capsys):
+        made = write_checkpoint(tmp_path, LLM, 6, shards=2, words=[*SYMBOLS, *WORDS])
+        first, second = sorted(tmp_path.glob("model-*.safetensors"))
+        shutil.copy(first, second)
+        assert len(made) > 4
+        refused(stream_tiny.main, ["--llm", str(tmp_path), "--text", "red", "--device", "cpu"], capsys, "lacks the tensor", "index")
 
     def test_a_tokenizer_larger_than_the_embedding(self, files, tmp_path):
         shutil.copytree(files / "llm", tmp_path / "llm")

@@ -192,8 +192,8 @@ def test_streaming_is_reproducible(trained, capsys):
         (["--save", "p.png", "--frames", "101"], ["at most 100 frames"]),
         (["--frames", str(10**12)], ["not enough memory"]),
         (["--threshold", "2"], ["threshold is a probability"]),
-        (["--frames", "0"], ["frames must be at least 1"]),
-        (["--seed", "-1"], ["seed not negative"]),
+        (["--frames", "0"], ["--frames got 0", "at least 1"]),
+        (["--seed", "-1"], ["--seed got -1", "0 or more"]),
         (["--chekpoint", "x"], ["did you mean --checkpoint"]),
     ],
 )

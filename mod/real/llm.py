@@ -6,6 +6,7 @@ What our decoder cannot compute is refused by the name of the key that asks for 
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mod.cache import KVCache
 from mod.config import ModelConfig, UserError
 from mod.decoder import Decoder
+from mod.router import ROUTER_STD
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Our name of each part of a layer, and Hugging Face's.
@@ -54,7 +56,20 @@ def find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # whatever the network or the hub says
-        raise UserError(f"{name} could not be downloaded ({type(error).__name__}); pass a folder instead") from error
+        raise UserError(
+            f"{name} could not be downloaded ({type(error).__name__}: no network, or no such name?); pass a folder"
+        ) from error
+
+
+@contextmanager
+def told(path: Path):
+    """An entry of an unexpected kind, which could be anywhere in someone else's file, is told as the file's damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} has an entry of an unexpected kind ({error}); download it again") from error
 
 
 def read_json(path: Path) -> dict:
@@ -79,7 +94,8 @@ def rope_fields(parts: dict, path: Path) -> dict:
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: rope_type is {kind!r}, expected default or llama3; use another checkpoint")
     if any(parts.get(key, 1.0) not in (1.0, None) for key in ("partial_rotary_factor",)):
-        raise UserError(f"{path}: partial_rotary_factor is {parts['partial_rotary_factor']}, expected 1")
+        got = parts["partial_rotary_factor"]
+        raise UserError(f"{path}: partial_rotary_factor is {got}, expected 1; use another checkpoint")
     fields = {"rope_base": float(base)}
     if kind == "llama3":
         names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
@@ -98,7 +114,21 @@ def read_llm_config(folder: Path, base: ModelConfig) -> ModelConfig:
 
 
 def llm_sizes(folder: Path) -> dict:
-    """The decoder's fields of ModelConfig, from a checkpoint's config.json.
+    """The decoder's fields of ModelConfig, from a checkpoint's config.json, checked together.
+
+    Raises UserError as `read_sizes`, and when the sizes do not fit each other.
+    """
+    with told(folder / "config.json"):
+        sizes = read_sizes(folder)
+    try:
+        replace(ModelConfig(), **sizes)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}; download it again") from None
+    return sizes
+
+
+def read_sizes(folder: Path) -> dict:
+    """The decoder's fields of ModelConfig, as the file gives them.
 
     Raises UserError naming the key that our decoder cannot represent, or that is missing.
     """
@@ -145,13 +175,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor of the checkpoint -> the file that holds it. Raises UserError when a file is missing."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        files = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
+        with told(index):
+            files = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
         absent = sorted({str(file) for file in files.values() if not file.is_file()})
         if absent:
             raise UserError(f"{index} names {absent[0]}, which is missing; download it again")
         return files
     if not single.is_file():
-        raise UserError(f"no model.safetensors and no model.safetensors.index.json in {folder}; download the weights")
+        message = f"no model.safetensors and no model.safetensors.index.json in {folder} (.bin files are not read)"
+        raise UserError(f"{message}; download the weights")
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -174,7 +206,10 @@ def hub_name(name: str) -> str:
 
 
 def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
-    """A Decoder with the checkpoint's weights; routers, which no checkpoint has, start at zero scores' weight one.
+    """A Decoder with the checkpoint's weights, and routers, which no checkpoint has.
+
+    With the value gate they start at zero, which is weight one: the decoder is what it was. The paper's gate takes zero
+    for no update at all, and all scores would be equal: there they start small and random, as anywhere else.
 
     config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
     another shape than the configuration says.
@@ -196,9 +231,13 @@ def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float
                     place(decoder, wanted[theirs], file.get_tensor(theirs).to(device, dtype), f"{path}: {theirs}")
     if config.tie_embeddings:
         decoder.head.weight = decoder.embed.weight
+    for theirs, ours in wanted.items():
+        if decoder.get_parameter(ours).is_meta:
+            raise UserError(f"{files[theirs]} lacks the tensor {theirs}, which the index promises; download it again")
     for name, parameter in list(decoder.named_parameters()):
         if ".router." in name:
-            place(decoder, name, torch.zeros(parameter.shape, dtype=dtype, device=device), name)
+            std = 0.0 if config.gate == "value" else ROUTER_STD
+            place(decoder, name, std * torch.randn(parameter.shape, dtype=dtype, device=device), name)
     return decoder
 
 

@@ -42,7 +42,8 @@ class LoRA(nn.Module):
         """Put the change into the weight: the forward pass then costs what it did without LoRA."""
         if not self.before:
             self.before = (self.base.weight,)  # kept, not overwritten: an embedding may be tied to it
-            changed = self.base.weight + self.scale * (self.lora_b @ self.lora_a)
+            change = self.scale * (self.lora_b @ self.lora_a)
+            changed = self.base.weight + change.to(self.base.weight.dtype)
             self.base.weight = nn.Parameter(changed, requires_grad=False)
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
                if isinstance(child, nn.Linear) and not isinstance(module, Router)]  # fmt: skip
     smallest = min(min(child.weight.shape) for _, _, child in parents)
     if not 1 <= rank <= smallest:
-        raise UserError(f"LoRA rank got {rank}, expected 1 to {smallest}, the smallest side of a linear layer")
+        raise UserError(f"--lora-rank got {rank}, expected 1 to {smallest}, the smallest side of a linear layer")
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(".router." in name)
     for module, name, child in parents:

@@ -69,6 +69,9 @@ def assemble(config: Config, device: torch.device) -> VideoLLM:
     def tiny(part: nn.Module) -> nn.Module:
         return part.apply(VideoLLM._init).to(device)
 
+    for flag, folder in (("--llm", real.llm), ("--vision", real.vision)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} of this run was {folder}, which is gone; put it back, or correct its config.json")
     with torch.device("meta"):  # a model without memory, so that no part is ever held twice
         model = VideoLLM(sizes)
     if real.vision:

@@ -6,19 +6,20 @@ reads only the piece that it needs. An encoder that is trained sees the pictures
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from mod.checkpoint import write_tensors
-from mod.config import Config
+from mod.config import Config, UserError
 from mod.data import Clip
 from mod.layout import Say, Vocabulary
 from mod.parallel import meet, rank, world
@@ -28,6 +29,7 @@ from mod.train import Source
 from mod.videollm import VideoLLM
 
 AT_ONCE = 16  # frames through the encoder
+FORMAT = 1  # to be raised when frames are made in another way
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,12 @@ def features_file(video: Path, config: Config) -> Path:
     """Where a video's features are kept: the name changes with the video, the encoder and how frames are made."""
     held = [video.resolve(), *sorted(Path(config.real.vision).glob("*.safetensors"))]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in held]
-    model = config.model
-    key = json.dumps([stamps, config.data.fps, model.image_size, model.patch_size, model.grid, config.train.dtype])
+    seen = {
+        name: value
+        for name, value in asdict(config.model).items()
+        if name.startswith(("vit", "image", "patch", "grid"))
+    }
+    key = json.dumps([FORMAT, stamps, config.data.fps, seen, config.train.dtype])
     return Path(config.real.features) / f"{video.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -54,7 +60,7 @@ def video_frames(video: Path, config: Config) -> Iterator[np.ndarray]:
     with Video(str(video), config.data.fps, config.model.image_size) as frames:
         yield from frames
         if frames.skipped:
-            tqdm.write(f"{video}: skipped {frames.skipped} damaged packets or pictures")
+            tqdm.write(f"{video}: skipped {frames.skipped} damaged packets or pictures", file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -70,13 +76,23 @@ def in_batches(frames: Iterator, size: int) -> Iterator[list]:
         yield some
 
 
+def is_whole(path: Path) -> bool:
+    """Can the file be read? One that something has damaged is made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "features" in file.keys()  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError):
+        return False
+
+
 def keep_features(videos: list[Path], config: Config, model: VideoLLM) -> None:
     """Compute what is not on disk yet; of several processes each takes its share of the videos."""
-    missing = [video for video in videos if not features_file(video, config).is_file()]
+    missing = [video for video in videos if not is_whole(features_file(video, config))]
     if missing and rank() == 0:
         tqdm.write(f"{len(missing)} of {len(videos)} videos to encode once, into {config.real.features}")
     Path(config.real.features).mkdir(parents=True, exist_ok=True)
-    share = missing[rank() :: world()]
+    # By place in the whole list: what is missing looks different to a process that comes later.
+    share = [video for video in videos[rank() :: world()] if video in missing]
     for video in tqdm(share, desc="features", unit="video", leave=False, disable=True if rank() else None):
         features = encode(video_frames(video, config), model)
         write_tensors(features_file(video, config), {"features": features}, alone=False)
@@ -110,24 +126,37 @@ def cut(conversations: list[Conversation], config: Config, frozen: bool) -> list
     return cuts
 
 
+def check_words(talk: Conversation, config: Config, words: Vocabulary) -> None:
+    """Raises UserError for a turn that could not be said, or that would be taken for the end of one."""
+    symbols = {words.bos, words.eos, words.user, words.assistant}
+    for turn in talk.turns:
+        ids = words.encode(turn.content)
+        what = f"{config.real.data}: got {turn.content!r} about {talk.video.name}"
+        if turn.role == "assistant" and len(ids) > config.train.max_words:
+            raise UserError(f"{what}, {len(ids)} tokens, but --max-words is {config.train.max_words}; raise it")
+        if symbols & set(ids):
+            raise UserError(f"{what}, which holds a symbol of the stream; reword it or name other --symbols")
+
+
 def real_source(config: Config, words: Vocabulary, model: VideoLLM | None) -> Source:
-    """Training and validation clips of `config.real.data`. The last streams of the file, `holdout` of them, validate.
+    """Training and validation clips of `config.real.data`. The last videos of the file, `holdout` of them, validate.
 
     model is asked for the features when its encoder is a real one that is not trained. Raises UserError for anything
     wrong with the file, a video, or a word that the vocabulary lacks.
     """
     talks = read_streams(Path(config.real.data))
     for talk in talks:
-        for turn in talk.turns:
-            words.encode(turn.content)
+        check_words(talk, config, words)
     frozen = bool(config.real.vision) and not config.train.vit_lr
+    videos = list(dict.fromkeys(talk.video for talk in talks))
     if frozen:
-        keep_features(list(dict.fromkeys(talk.video for talk in talks)), config, model)
-    held = min(len(talks) - 1, max(1, round(config.real.holdout * len(talks)))) if config.real.holdout else 0
-    training = cut(talks[: len(talks) - held], config, frozen)
-    validation = cut(talks[len(talks) - held :], config, frozen) if held else training
+        keep_features(videos, config, model)
+    held = min(len(videos) - 1, max(1, round(config.real.holdout * len(videos)))) if config.real.holdout else 0
+    kept_back = set(videos[len(videos) - held :])  # whole videos: one may stand in several lines
+    training = cut([talk for talk in talks if talk.video not in kept_back], config, frozen)
+    validation = cut([talk for talk in talks if talk.video in kept_back], config, frozen) or training
     of = "others than" if held else "the same as"
-    tqdm.write(f"{len(training)} pieces of {len(talks) - held} streams to train on; validation on {of} these")
+    tqdm.write(f"{len(training)} pieces of {len(videos) - held} videos to train on; validation on {of} these")
 
     def at(place: int) -> Piece:
         """Pieces in an order that is drawn anew every time that all have been seen; the place alone decides it."""

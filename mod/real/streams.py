@@ -93,7 +93,8 @@ def check_keys(parts, kinds: dict, name: str) -> None:
 
 
 def placed(conversation: Conversation, fps: float, frames: int) -> list[Say]:
-    """The turns by frame: one at time t is said after the last of `frames` frames that stands at t or before.
+    """The turns by frame: one at time t is said after the last of `frames` frames that stands at t or before. What the
+    assistant says twice in a row after the same frame is joined.
 
     Raises UserError for a turn that stands more than a second beyond the last frame.
     """
@@ -103,7 +104,10 @@ def placed(conversation: Conversation, fps: float, frames: int) -> list[Say]:
         if frame >= frames and turn.time > last + LATE:
             what = f"{conversation.video}: got {turn.content!r} at {turn.time:g} s, but its last frame is at {last:g} s"
             raise UserError(f"{what}, expected no later than a second after; correct the time or the video")
-        said.append(Say(min(frame, frames - 1), turn.role, turn.content))
+        say = Say(min(frame, frames - 1), turn.role, turn.content)
+        if said and say.role == "assistant" and (said[-1].frame, said[-1].role) == (say.frame, "assistant"):
+            say = Say(say.frame, say.role, f"{said.pop().text} {say.text}")  # the model speaks once after a frame
+        said.append(say)
     return said
 
 

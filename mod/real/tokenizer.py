@@ -15,9 +15,10 @@ from mod.real.llm import read_json
 def parse_symbols(text: str) -> dict[str, str]:
     """ "bos=<s> eos=</s>" -> {"bos": "<s>", "eos": "</s>"}. Raises UserError for anything else."""
     pairs = [part.partition("=") for part in text.split()]
-    if any(kind not in ("bos", "eos", "user", "assistant") or not value for kind, _, value in pairs):
-        raise UserError(f"symbols got {text!r}, expected KIND=TEXT with the kinds bos, eos, user, assistant")
-    return {kind: value for kind, _, value in pairs}
+    symbols = {kind: value for kind, _, value in pairs}
+    if len(symbols) < len(pairs) or not all(symbols.values()) or set(symbols) - {"bos", "eos", "user", "assistant"}:
+        raise UserError(f"symbols got {text!r}, expected KIND=TEXT, once each, of the kinds bos, eos, user, assistant")
+    return symbols
 
 
 class TextTokenizer:
@@ -25,10 +26,10 @@ class TextTokenizer:
 
     symbols: what stands for bos, eos (silence), user and assistant, as "eos=</s> user=User"; by default what the
     checkpoint's files name, and the words "User" and "Assistant". A token may be named as the vocabulary spells it.
-    `stop` holds every id that ends a text, which may be several.
+    None: no stream, only text, which needs no symbols. `stop` holds every id that ends a text, which may be several.
     """
 
-    def __init__(self, folder: Path, symbols: str = ""):
+    def __init__(self, folder: Path, symbols: str | None = ""):
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -40,32 +41,39 @@ class TextTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{path} is damaged or no tokenizer ({error}); download it again") from error
-        self.folder, self.symbols = folder, parse_symbols(symbols)
-        named = self._named_ids()
-        self.stop: set[int] = named["eos"]
+        self.folder = folder
+        named = {kind: self._named_ids(f"{kind}_token_id") for kind in ("bos", "eos")}
+        self.stop = set(named["eos"])
+        if symbols is None:
+            return
+        self.symbols = parse_symbols(symbols)
         self.bos = self._symbol("bos", named["bos"] or named["eos"])
         self.eos = self._symbol("eos", named["eos"])
-        self.user = self._symbol("user", set(), "User")
-        self.assistant = self._symbol("assistant", set(), "Assistant")
+        self.user = self._symbol("user", [], "User")
+        self.assistant = self._symbol("assistant", [], "Assistant")
+        if len({self.eos, self.user, self.assistant}) < 3:
+            got = ", ".join(f"{kind} {getattr(self, kind)}" for kind in ("eos", "user", "assistant"))
+            raise UserError(f"{folder}: got the same token twice ({got}), expected three; name others with --symbols")
 
-    def _named_ids(self) -> dict[str, set[int]]:
-        """Begin and end of text as config.json and generation_config.json give them; an end may be a list."""
-        found: dict[str, set[int]] = {"bos": set(), "eos": set()}
+    def _named_ids(self, key: str) -> list[int]:
+        """Begin or end of text as config.json and generation_config.json give it, which may be a list; in order."""
+        found: list[int] = []
         for file in ("config.json", "generation_config.json"):
             if (self.folder / file).is_file():
-                parts = read_json(self.folder / file)
-                for kind in found:
-                    value = parts.get(f"{kind}_token_id")
-                    found[kind] |= set(value if isinstance(value, list) else [] if value is None else [value])
+                value = read_json(self.folder / file).get(key)
+                found += value if isinstance(value, list) else [] if value is None else [value]
+        for token in found:
+            if type(token) is not int or not 0 <= token < len(self):
+                raise UserError(f"{self.folder}: {key} is {token!r}, expected one of {len(self)} tokens; correct it")
         return found
 
-    def _symbol(self, kind: str, ids: set[int], default: str = "") -> int:
+    def _symbol(self, kind: str, ids: list[int], default: str = "") -> int:
         """The single id of a symbol: the one asked for, else what the files name, else `default`."""
         text = self.symbols.get(kind, "" if ids else default)
         if not text:
             if not ids:
                 raise UserError(f"{self.folder} names no {kind} token; name one: --symbols {kind}=TEXT")
-            return min(ids)
+            return ids[0]
         single = self.tokenizer.token_to_id(text)
         encoded = [single] if single is not None else self.encode(text)
         unknown = getattr(self.tokenizer.model, "unk_token", None)

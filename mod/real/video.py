@@ -81,7 +81,9 @@ class Video:
 
     def __init__(self, source: str, fps: float | Fraction, size: int):
         if not (0 < fps < math.inf and size >= 1):
-            raise UserError(f"got fps {fps} and size {size}, expected a finite fps above 0 and a size of at least 1")
+            raise UserError(
+                f"got {fps} frames a second of {size} pixels, expected more than 0 of both; pass another --fps"
+            )
         self.fps = Fraction(str(fps))  # 29.97 itself, not the nearest binary number
         self.source, self.size, self.skipped = str(source), size, 0
         self.container = open_source(self.source)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mod.config import ModelConfig, UserError
-from mod.real.llm import open_tensors, read_json, tensor_files
+from mod.real.llm import open_tensors, read_json, tensor_files, told
 from mod.vit import NORM_EPS, ViT
 
 DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -45,14 +45,22 @@ def read_vision_config(folder: Path, base: ModelConfig, image_size: int | None =
 
 
 def vision_sizes(folder: Path) -> dict:
-    """The vision encoder's fields of ModelConfig, from a checkpoint's config.json.
+    """The vision encoder's fields of ModelConfig, from a checkpoint's config.json. Raises UserError."""
+    with told(folder / "config.json"):
+        return read_sizes(folder)
+
+
+def read_sizes(folder: Path) -> dict:
+    """The vision encoder's fields of ModelConfig, as the file gives them.
 
     Raises UserError naming the key that our ViT cannot represent.
     """
     path = folder / "config.json"
     parts = read_json(path)
     if parts.get("model_type") not in KINDS:
-        raise UserError(f"{path}: model_type is {parts.get('model_type')!r}, expected {' or '.join(KINDS)}")
+        raise UserError(
+            f"{path}: model_type is {parts.get('model_type')!r}, expected {' or '.join(KINDS)}; use another checkpoint"
+        )
     parts = {**DEFAULTS, **parts.get("vision_config", parts)}
     if "num_patches" in parts or parts.get("max_num_patches"):
         raise UserError(f"{path}: num_patches is for any resolution (NaFlex); use a fixed-resolution checkpoint")
@@ -95,7 +103,7 @@ def load_vision(folder: Path, vit: ViT) -> None:
 
     Raises UserError naming the first tensor that is missing, left over, or of another shape.
     """
-    files = {}
+    files, sizes = {}, vision_sizes(folder)
     for name, path in tensor_files(folder).items():
         if not name.startswith(("text_model.", "logit_")) and not name.endswith("position_ids"):
             files[name.removeprefix("vision_model.")] = (path, name)
@@ -113,6 +121,9 @@ def load_vision(folder: Path, vit: ViT) -> None:
                     continue
                 tensor = file.get_tensor(files[theirs][1])
                 if ours == ["position"]:
+                    if len(tensor) != (sizes["image_size"] // sizes["patch_size"]) ** 2:
+                        got = f"{len(tensor)} positions, but its config.json says {sizes['image_size']} pixels"
+                        raise UserError(f"{path} has {got} in patches of {sizes['patch_size']}; download it again")
                     tensor = resize_positions(tensor, vit.config.patches_per_side)
                 # Queries, keys and values, in this order, may be stacked into one tensor.
                 for name, piece in zip(ours, tensor.chunk(len(ours)), strict=True):

@@ -11,7 +11,16 @@ import torch
 from mod.config import Config
 from mod.real.lora import add_lora
 from mod.real.parts import sizes_only
-from mod.study.costs import activation_bytes, decoder_flops, dense, forward_flops, kv_bytes, layer_tokens, ratios
+from mod.study.costs import (
+    activation_bytes,
+    decoder_flops,
+    dense,
+    forward_flops,
+    kv_bytes,
+    layer_tokens,
+    learned_layers,
+    ratios,
+)
 
 GIB = 2**30
 
@@ -24,7 +33,8 @@ def number_bytes(config: Config) -> int:
 def count_parameters(config: Config) -> dict[str, tuple[int, int]]:
     """Parameters of every part of a run's model: all, and those that are trained. Needs no memory."""
     model = sizes_only(config.model)
-    model.vit.requires_grad_(not config.real.vision or config.train.vit_lr > 0)
+    warmed_up = config.train.vit_steps > 0 and not config.real.vision
+    model.vit.requires_grad_(warmed_up or config.train.vit_lr > 0)
     if config.real.trained == "lora":
         add_lora(model.decoder, config.real.lora_rank, config.real.lora_alpha)
     elif config.real.trained == "connector":
@@ -54,11 +64,12 @@ def training_memory(config: Config, frames: int, text: int, processes: int = 1) 
     if config.train.recompute:
         tokens = layer_tokens(config.model, frames, text)
         inside = sum(tokens) * config.model.dim * number + inside * max(tokens) / sum(tokens)
+        inside += 4 * config.model.frame_tokens * frames * config.model.dim * learned_layers(config.model)  # scored
     return {
         "frozen weights": number * sum(every - trained for every, trained in counts) / share,
         "trained, with gradients and AdamW": 16 * sum(trained for _, trained in counts) / share,
         "activations of the decoder": inside,
-        "logits and their gradient": 2 * 4 * (frames + text) * config.model.vocab_size,
+        "logits, their loss and gradient": (number + 3 * 4) * (frames + text) * config.model.vocab_size,
     }
 
 
@@ -120,8 +131,8 @@ The weights are yours to bring:
   torchrun --nproc-per-node {GPUS} train_tiny.py --preset paper --out runs/paper --data streams.jsonl \\
       --llm FOLDER_OF_LLAMA_3_8B --vision FOLDER_OF_SIGLIP_LARGE_PATCH16_384
 
-Any Llama-type model and any SigLIP fit in their places, with --dtype float32 on a CPU; without --data it trains on the
-synthetic stream."""
+Flags that you gave here have to be given again. Any Llama-type model and any SigLIP fit in their places, with --dtype
+float32 on a CPU; without --data it trains on the synthetic stream."""
 
 
 def print_paper(config: Config) -> None:
