@@ -211,6 +211,17 @@ MUTATIONS = [
         "nothing is computed again, and everything kept", "mod/train.py", "block.recompute = config.train.recompute", "pass", "tests/test_train.py",
     ),
     (
+        "a second question is taken for the answer to the first", "mod/evaluate.py",
+        'says.pop(0).text if says and says[0].role == "assistant" else None for says in after]', "says.pop(0).text if says else None for says in after]",
+        "tests/test_evaluate.py",
+    ),
+    (
+        "a response can never end where one token begins and ends a text", "mod/stream.py", "self.never[words.eos] = False", "pass", "tests/test_real.py",
+    ),
+    (
+        "weights that should be split are copied", "mod/parallel.py", "if not split:", "if True:", "tests/test_parallel.py",
+    ),
+    (
         "sparks never fade", "mod/data.py", "        self.spark = None\n        for sprite", "        for sprite", "tests/test_data.py",
     ),
 ]  # fmt: skip

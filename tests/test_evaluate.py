@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mod.config import DataConfig
-from mod.data import make_clip
+from mod.data import Clip, make_clip
 from mod.decoder import Routing
 from mod.evaluate import free_running, router_recall, teacher_forced
 from mod.layout import assistant_ids
 from mod.stream import Stream
-from tests.helpers import WORDS_ALL, small_model
+from tests.helpers import WORDS_ALL, conversations, random_pixels, small_model
 
 DATA = DataConfig(frames=5, question_rate=0.5)
 
@@ -112,3 +114,17 @@ def test_recall_counts_sprite_patches_kept():
     coarse = torch.zeros(2, 1 + 1, dtype=torch.bool)
     coarse[:, 1] = True
     assert router_recall([Routing(3, coarse, coarse)], [clip], grid=1) == {3: 1.0}
+
+
+@given(conversations(), st.integers(0, 99))
+def test_free_running_counts_the_turns_that_teacher_forcing_counts(talk, seed):
+    """Whatever people say: unanswered questions, two in a row, answers frames later; a question is never an answer."""
+    model, (frames, said) = small_model(1, torch.float32), talk
+    together = [one for before, one in zip([None, *said], said, strict=False)
+                if not (before and before.role == one.role == "assistant" and before.frame == one.frame)]  # fmt: skip
+    clip = Clip(random_pixels(frames, model.config, seed, torch.float32).numpy(), together)
+    [forced], silent = teacher_forced(model, WORDS_ALL, [clip])
+    [free], silent_free = free_running(model, WORDS_ALL, [clip])
+    assert [(turn.kind, len(turn.right)) for turn in free] == [(turn.kind, len(turn.right)) for turn in forced]
+    assert [len(turn.spoke) for turn in free if turn.timed] == [len(turn.spoke) for turn in forced if turn.timed]
+    assert len(silent) == len(silent_free)

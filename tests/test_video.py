@@ -594,6 +594,13 @@ def test_turns_are_placed_after_the_frame_of_their_time():
     assert placed(Conversation(Path("a.mp4"), (Turn(9.9, "user", "x"),)), 0.1, 1) == [Say(0, "user", "x")]
 
 
+def test_what_is_said_twice_after_a_frame_is_joined():
+    """The model speaks once after a frame; a question between two responses keeps them apart."""
+    turns = (Turn(0.1, "assistant", "a"), Turn(0.3, "assistant", "b"), Turn(0.4, "user", "q"), Turn(0.4, "assistant", "c"), Turn(0.6, "assistant", "d"))
+    says = [Say(0, "assistant", "a b"), Say(0, "user", "q"), Say(0, "assistant", "c"), Say(1, "assistant", "d")]
+    assert placed(Conversation(Path("a.mp4"), turns), 2.0, 4) == says
+
+
 @given(st.integers(0, 300), st.sampled_from([2.0, 7.0, 10.0, 29.97]))
 def test_a_turn_at_a_frames_own_time_is_said_after_it(frame, fps):
     turn = Turn(frame / fps, "assistant", "x")
