@@ -30,7 +30,7 @@ def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
     group = parser.add_argument_group(title)
     for field in fields(kind):
         name, default = "--" + field.name.replace("_", "-"), field.default
-        help = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        help = f"{field.metadata['help']} (default: {'none' if default == '' else default})".replace("%", "%%")
         if isinstance(default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:

@@ -126,7 +126,7 @@ def plot_recall(results: dict, path: Path) -> None:
 
 def plot_places(data: dict, path: Path) -> None:
     """Table 5: recall with the two gates, place by place."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axis = figure.subplots()
     for shift, gate, colour, marker in ((-0.12, "value", BLUE, "o"), (0.12, "update", VERMILION, "s")):
         for row, place in enumerate(PLACES):
@@ -137,7 +137,7 @@ def plot_places(data: dict, path: Path) -> None:
                           label=f"{gate} gate" if row == 0 else None)  # fmt: skip
     axis.set_yticks(range(len(PLACES)), [place.title for place in PLACES.values()])
     axis.invert_yaxis()
-    axis.set(title="What the routers keep, mean over routed layers and training; mean ± standard error over seeds",
+    axis.set(title="What the routers keep: mean over layers and training, ± standard error over seeds",
              xlabel="sprite patches kept (share)", xlim=(-0.02, 1.05))  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
