@@ -49,6 +49,7 @@ def plot_curve(folder: Path) -> None:
         chance = model.kept[int(layer)] / model.frame_tokens
         recall.axhline(chance, color="grey", linestyle="--", label="chance" if number == 0 else None)
     recall.set(title="Sprite patches that the routers keep", xlabel="step", ylabel="share kept", ylim=(-0.02, 1.05))
+    recall.set_visible(recall.has_data())  # in real videos nobody knows where to look, and a dense model keeps all
     for axis in (loss, accuracy, recall):
         axis.grid(alpha=0.3)
         if axis.has_data():
