@@ -38,6 +38,7 @@ RUN_FILES = (
 )
 
 
+EVALUATION = {"threshold", "max_words", "eval_clips", "device", "dtype"}  # what a finished run may be measured with
 FIXED = ("seed", "optimizer", "vit_lr", "vit_steps")  # training settings that a run keeps for good
 
 
@@ -98,6 +99,13 @@ def choose_config(arguments) -> Config:
         before, now = getattr(saved.train, name), getattr(config.train, name)
         if before != now:
             raise UserError(f"{name} got {now}, but the run in {out} began with {before}; resume without this flag")
+    new = {name for name, value in given(arguments, TrainConfig).items() if value != getattr(saved.train, name)}
+    if (out / "metrics.json").exists() and config.train.steps == saved.train.steps and new - EVALUATION:
+        name = min(new - EVALUATION)
+        message = (
+            f"{name} got {getattr(config.train, name)}, but the run in {out} has finished its {saved.train.steps} steps"
+        )
+        raise UserError(f"{message}; ask for more --steps as well, or train in another --out")
     changed = ", ".join(f"{name} = {value}" for name, value in given(arguments, TrainConfig).items())
     print(f"resuming {out}" + (f" with {changed} from the flags" if changed else ""))
     return config

@@ -288,6 +288,7 @@ class TestRefusals:
         refused(train_tiny.main, ["--resume", "--out", str(trained), "--lora-rank", "5"], capsys, "lora_rank got 5", "has 4")
         refused(train_tiny.main, ["--resume", "--out", str(trained), "--preset", "tiny"], capsys, "resume without it")
         refused(train_tiny.main, ["--preset", "paper", "--llm", str(files / "llm"), "--out", str(tmp_path / "none")], capsys, "expected both")
+        refused(train_tiny.main, ["--resume", "--out", str(trained), "--batch-size", "2"], capsys, "has finished its 40 steps")
         (tmp_path / "file").write_text("")
         refused(train_tiny.main, ["--out", str(tmp_path / "file")], capsys, "which is a file")
         refused(stream_tiny.main, ["--checkpoint", str(trained), "--fps", "3"], capsys, "--video")
