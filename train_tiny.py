@@ -68,7 +68,19 @@ def merge(base: Config, arguments) -> Config:
     sizes = given(arguments, ModelConfig)
     if base.real.vision:  # a run that goes on: its positions may have been interpolated
         sizes.setdefault("image_size", base.model.image_size)
-    return with_real_sizes(replace(base, **own), sizes)
+    config = with_real_sizes(replace(base, **own), sizes)
+    refuse_idle(config, arguments)
+    return config
+
+
+def refuse_idle(config: Config, arguments) -> None:
+    """Raises UserError for a flag that was given and would do nothing."""
+    real, no_lora = config.real, config.real.trained != "lora"
+    idle = {"curriculum": real.data, "vit_steps": real.vision, "lora_rank": no_lora, "lora_alpha": no_lora,
+            "holdout": not real.data, "features": not (real.data and real.vision), "symbols": not real.llm}  # fmt: skip
+    for name, is_idle in idle.items():
+        if is_idle and hasattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} does nothing with these parts; leave it out")
 
 
 def choose_config(arguments) -> Config:

@@ -44,11 +44,12 @@ def files(tmp_path_factory):
 
 
 def flags(files, out, *more, data=True) -> list[str]:
-    parts = ["--llm", str(files / "llm"), "--vision", str(files / "vision"), "--features", str(files / "features")]
-    parts += ["--data", str(files / "videos" / "streams.jsonl")] if data else []
-    return [*parts, "--out", str(out), "--frame-tokens", "1+2x2", "--lora-rank", "4", "--lora-alpha", "8", "--steps", "40",
-            "--frames", "5", "--batch-size", "6", "--optimizer", "adamw", "--adam-lr", "1e-2", "--warmup", "2",
-            "--eval-every", "0", "--eval-clips", "4", "--save-every", "20", "--device", "cpu", *more]  # fmt: skip
+    parts = ["--llm", str(files / "llm"), "--vision", str(files / "vision")]
+    parts += ["--data", str(files / "videos" / "streams.jsonl"), "--features", str(files / "features")] if data else []
+    parts += [] if "--train" in more else ["--lora-rank", "4", "--lora-alpha", "8"]
+    return [*parts, "--out", str(out), "--frame-tokens", "1+2x2", "--steps", "40", "--frames", "5", "--batch-size", "6",
+            "--optimizer", "adamw", "--adam-lr", "1e-2", "--warmup", "2", "--eval-every", "0", "--eval-clips", "4",
+            "--save-every", "20", "--device", "cpu", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,11 @@ class TestRefusals:
         no("--max-words", "1", parts=["tokens, but --max-words is 1", "raise it"])
         no("--symbols", "user=moves", parts=["holds a symbol of the stream", "--symbols"])
         no("--grid", "3", parts=["--frame-tokens 1+2x2", "--grid 3"])
+        no("--curriculum", "0:2", parts=["--curriculum does nothing"])
+        no("--vit-steps", "5", parts=["--vit-steps does nothing"])
+        no("--train", "full", "--lora-rank", "4", parts=["--lora-rank does nothing"])
+        no("--holdout", "0.5", parts=["--holdout does nothing"], data=False)
+        refused(train_tiny.main, ["--symbols", "eos=</s>", "--out", str(tmp_path / "none")], capsys, "--symbols does nothing")
         no("--batch-size", "2", "--accumulate", "3", parts=["2 clips", "3 parts", "--batch-size"])
         refused(train_tiny.main, ["--train", "lora", "--out", str(tmp_path / "none")], capsys, "--llm")
         refused(train_tiny.main, ["--llm", str(tmp_path), "--out", str(tmp_path / "none")], capsys, "config.json")
@@ -302,7 +308,7 @@ class TestRefusals:
         def no(video, time, text, *parts, tiny=False):
             turn = {"time": time, "role": "assistant", "content": text}
             data.write_text(json.dumps({"video": video, "conversation": [turn]}) + "\n")
-            arguments = flags(files, tmp_path / "none", "--data", str(data), data=False)
+            arguments = flags(files, tmp_path / "none", "--data", str(data), *(["--train", "full"] if tiny else []), data=False)
             refused(train_tiny.main, arguments[4:] if tiny else arguments, capsys, *parts)
 
         no("a.mp4", 99.0, "moves", "a.mp4", "99", "last frame")
