@@ -276,7 +276,7 @@ def watch(
         print(f"right: {scores}")
     print(f"speed: {shown / spoken:.0f} frames a second on {stream.device}, answers to questions not counted")
     held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, shown, fed)))
-    number = torch.finfo(getattr(torch, arguments.dtype)).bits // 8
+    number = stream.cache.layers[0].k.element_size()
     print(f"cache: {held} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes")
     print(f" full: {whole} entries with full computation, {kv_bytes(full, shown, fed, number):,} bytes")
     if arguments.save:

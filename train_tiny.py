@@ -15,6 +15,8 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+
 from mod.checkpoint import read_config, to_json, write_text
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
 from mod.flags import Parser, add_fields, given, run_script
@@ -123,12 +125,9 @@ def choose_config(arguments) -> Config:
     return config
 
 
-def open_parts(config: Config) -> tuple[VideoLLM | None, Source]:
+def open_parts(config: Config, device: torch.device) -> tuple[VideoLLM | None, Source]:
     """The model, where parts of it are real (None: train builds the tiny one), and where clips come from."""
-    words, model = read_words(config), None
-    if is_real(config):
-        device = join(pick_device(config.train.device, config.train.dtype))
-        model = assemble(config, device)
+    words, model = read_words(config), assemble(config, device) if is_real(config) else None
     return model, real_source(config, words, model) if config.real.data else synthetic(config, words)
 
 
@@ -169,16 +168,16 @@ def run(arguments) -> int:
             raise UserError("--preset paper got one of --llm and --vision, expected both, or none to see what it takes")
     config = choose_config(arguments)
     try:
-        join(pick_device(config.train.device, config.train.dtype))
+        device = join(pick_device(config.train.device, config.train.dtype))
         with redirect_stdout(open(os.devnull, "w")) if rank() else nullcontext():  # the first process speaks for all
-            return train_run(config, arguments)
+            return train_run(config, arguments, device)
     finally:
         leave()
 
 
-def train_run(config: Config, arguments) -> int:
+def train_run(config: Config, arguments, device: torch.device) -> int:
     out = arguments.out
-    model, source = open_parts(config)
+    model, source = open_parts(config, device)
     clips = source.validation(16 if config.real.data else 64)
     frames, text = round(sum(len(clip.frames) for clip in clips) / len(clips)), average_text(clips, source.words)
     split = config.train.fsdp and world() > 1  # what has to be split cannot be tried out whole

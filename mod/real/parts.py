@@ -72,8 +72,7 @@ def assemble(config: Config, device: torch.device) -> VideoLLM:
     for flag, folder in (("--llm", real.llm), ("--vision", real.vision)):
         if folder and not Path(folder).is_dir():
             raise UserError(f"{flag} of this run was {folder}, which is gone; put it back, or correct its config.json")
-    with torch.device("meta"):  # a model without memory, so that no part is ever held twice
-        model = VideoLLM(sizes)
+    model = sizes_only(sizes)  # so that no part is ever held twice
     if real.vision:
         model.vit = ViT(sizes)
         load_vision(Path(real.vision), model.vit)
@@ -82,19 +81,25 @@ def assemble(config: Config, device: torch.device) -> VideoLLM:
         model.vit = tiny(ViT(sizes))
     model.connector = tiny(MLP(sizes.vit_dim, sizes.dim, sizes.dim))
     model.decoder = load_llm(Path(real.llm), sizes, dtype, device) if real.llm else tiny(Decoder(sizes))
-    if real.trained == "lora":
-        add_lora(model.decoder, real.lora_rank, real.lora_alpha)
-    elif real.trained == "connector":
-        for name, parameter in model.decoder.named_parameters():
-            parameter.requires_grad_(".router." in name)
-    if real.vision and not config.train.vit_lr:
-        model.vit.requires_grad_(False)
+    choose_trained(model, config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
         else:
             model.borrowed.add(name)
     return model
+
+
+def choose_trained(model: VideoLLM, config: Config) -> None:
+    """Give gradients to what the run trains, and low-rank changes to a decoder that asks for them. An encoder that will
+    be warmed up has gradients until then."""
+    if config.real.trained == "lora":
+        add_lora(model.decoder, config.real.lora_rank, config.real.lora_alpha)
+    elif config.real.trained == "connector":
+        for name, parameter in model.decoder.named_parameters():
+            parameter.requires_grad_(".router." in name)
+    if config.real.vision and not config.train.vit_lr:
+        model.vit.requires_grad_(False)
 
 
 def is_real(config: Config) -> bool:

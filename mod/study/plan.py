@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from mod.config import Config
-from mod.real.lora import add_lora
-from mod.real.parts import sizes_only
+from mod.real.parts import choose_trained, sizes_only
 from mod.study.costs import (
     activation_bytes,
     decoder_flops,
@@ -33,13 +32,8 @@ def number_bytes(config: Config) -> int:
 def count_parameters(config: Config) -> dict[str, tuple[int, int]]:
     """Parameters of every part of a run's model: all, and those that are trained. Needs no memory."""
     model = sizes_only(config.model)
-    warmed_up = config.train.vit_steps > 0 and not config.real.vision
-    model.vit.requires_grad_(warmed_up or config.train.vit_lr > 0)
-    if config.real.trained == "lora":
-        add_lora(model.decoder, config.real.lora_rank, config.real.lora_alpha)
-    elif config.real.trained == "connector":
-        for name, parameter in model.decoder.named_parameters():
-            parameter.requires_grad_(".router." in name)
+    choose_trained(model, config)
+    model.vit.requires_grad_(config.train.vit_steps > 0 or config.train.vit_lr > 0)
     parts = {"vision encoder": model.vit, "connector": model.connector, "decoder": model.decoder}
     return {
         name: (
