@@ -34,9 +34,13 @@ FORMAT = 1  # to be raised when frames are made in another way
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a stream: `frames` frames of a video from frame `first` on, and what is said in them."""
+    """Part of a stream: `frames` frames of a video from frame `first` on, and what is said in them.
+
+    `features` is the file of the video's features, None where the pictures themselves are wanted.
+    """
 
     video: Path
+    features: Path | None
     first: int
     frames: int
     said: list[Say]
@@ -87,7 +91,7 @@ def is_whole(path: Path) -> bool:
 
 def keep_features(videos: list[Path], config: Config, model: VideoLLM) -> None:
     """Compute what is not on disk yet; of several processes each takes its share of the videos."""
-    missing = [video for video in videos if not is_whole(features_file(video, config))]
+    missing = {video for video in videos if not is_whole(features_file(video, config))}
     if missing and rank() == 0:
         tqdm.write(f"{len(missing)} of {len(videos)} videos to encode once, into {config.real.features}")
     Path(config.real.features).mkdir(parents=True, exist_ok=True)
@@ -99,20 +103,20 @@ def keep_features(videos: list[Path], config: Config, model: VideoLLM) -> None:
     meet()
 
 
-def count_frames(video: Path, config: Config, frozen: bool) -> int:
-    if not frozen:
+def count_frames(video: Path, features: Path | None, config: Config) -> int:
+    if features is None:
         return sum(1 for _ in video_frames(video, config))
-    with safe_open(features_file(video, config), framework="pt") as file:
+    with safe_open(features, framework="pt") as file:
         return file.get_slice("features").get_shape()[0]
 
 
-def read_piece(piece: Piece, config: Config, frozen: bool) -> Clip:
+def read_piece(piece: Piece, config: Config) -> Clip:
     """A piece as a clip: with features, or with pictures."""
     last = piece.first + piece.frames
-    if not frozen:
+    if piece.features is None:
         frames = np.stack(list(islice(video_frames(piece.video, config), piece.first, last)))
     else:
-        with safe_open(features_file(piece.video, config), framework="pt") as file:
+        with safe_open(piece.features, framework="pt") as file:
             frames = file.get_slice("features")[piece.first : last]
     return Clip(frames, piece.said)
 
@@ -120,9 +124,10 @@ def read_piece(piece: Piece, config: Config, frozen: bool) -> Clip:
 def cut(conversations: list[Conversation], config: Config, frozen: bool) -> list[Piece]:
     cuts = []
     for talk in conversations:
-        number = count_frames(talk.video, config, frozen)
+        features = features_file(talk.video, config) if frozen else None  # once: its name takes a look at every file
+        number = count_frames(talk.video, features, config)
         said = placed(talk, config.data.fps, number)
-        cuts += [Piece(talk.video, *piece) for piece in pieces(said, number, config.data.frames)]
+        cuts += [Piece(talk.video, features, *piece) for piece in pieces(said, number, config.data.frames)]
     return cuts
 
 
@@ -165,6 +170,6 @@ def real_source(config: Config, words: Vocabulary, model: VideoLLM | None) -> So
 
     def clips(step: int) -> list[Clip]:
         first = step * config.train.batch_size
-        return [read_piece(at(first + i), config, frozen) for i in range(config.train.batch_size)]
+        return [read_piece(at(first + i), config) for i in range(config.train.batch_size)]
 
-    return Source(words, clips, lambda number: [read_piece(piece, config, frozen) for piece in validation[:number]])
+    return Source(words, clips, lambda number: [read_piece(piece, config) for piece in validation[:number]])
