@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from mod.checkpoint import load_weights, read_config, read_tensors
-from mod.config import Config, ModelConfig, UserError
+from mod.config import Config, ModelConfig, StreamConfig, UserError
 from mod.data import Clip, make_clip
 from mod.flags import Parser, run_script
 from mod.layout import Vocabulary, user_ids
@@ -234,7 +234,7 @@ def watch(
         words,
         frames=frames,
         text=text,
-        threshold=threshold,
+        settings=StreamConfig(threshold=threshold),
         max_words=config.train.max_words,
         trace=trace if arguments.save else None,
     )
@@ -257,7 +257,7 @@ def watch(
             captions[-1] += f"\nQ: {question.text}\nA: {answer}"
         if arguments.save:
             seen.append(picture)
-    shown = stream.frames
+    shown = stream.seen[0]
     if clip is None and shown == frames and arguments.frames is None:
         print(f"stopped after {frames} frames; for more pass --frames", file=sys.stderr)
     if arguments.save:
@@ -268,7 +268,7 @@ def watch(
         print(f"skipped {pictures.skipped} damaged packets or pictures", file=sys.stderr)
     if arguments.json:
         return 0
-    fed = sum(frame < 0 for _, frame in stream.fed[0])
+    fed = stream.held()[1]
     full = dense(config.model)
     print()
     if clip:

@@ -6,6 +6,7 @@ Read the files in this order, each holds one idea:
     block     attention and the transformer block, shared by vision and language
     vit       a frame becomes one CLS token and a grid of patch tokens
     router    which vision tokens of a frame go through a layer, and with what weight
+    window    what an endless stream forgets, and where the rest then stands
     cache     the streaming memory: keys and values, another number of them in every layer
     decoder   the Llama-type decoder; MoDBlock wraps the dense block
     layout    a conversation about a video as one row of tokens and labels

@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mod.config import ModelConfig
+
 # A padded token stands at the end of time: no real query is late enough to see it, so no other mask is needed.
 PAD = 2**30
 
@@ -46,6 +48,10 @@ class Rope(NamedTuple):
     high: float = 4.0
     context: int = 8192
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Rope":
+        return cls(config.rope_base, config.rope_factor, config.rope_low, config.rope_high, config.rope_context)
+
     def frequency(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Radians a position, (E/2,), for heads of width E = size."""
         plain = self.base ** -(torch.arange(0, size, 2, device=device, dtype=dtype) / size)
@@ -63,7 +69,10 @@ def rotate(x: Tensor, pos: Tensor, rope: Rope) -> Tensor:
     depends on p - s alone, so tokens that skip a layer leave gaps but never move the others.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angle = rearrange(pos.to(wide), "b t -> b 1 t 1") * rope.frequency(x.shape[-1], x.device, wide)
+    # After hours of a stream float32 could not tell the angles of neighbours apart: whole turns go first, in float64.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    angle = rearrange(pos.to(exact), "b t -> b 1 t 1") * rope.frequency(x.shape[-1], x.device, exact)
+    angle = angle.remainder(2 * math.pi).to(wide)
     cos, sin = angle.cos(), angle.sin()
     # (first, second) -> (first * cos - second * sin, second * cos + first * sin); rolling by E/2 swaps the halves.
     turned, swapped = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -99,7 +108,7 @@ class Attention(nn.Module):
         pos    (B, T) position of each token in its stream; rows run forwards in time, padding (PAD) on the right
         frame  (B, T) frame of each vision token, -1 for text; only noted down in the cache
         context (B, S, D) keys and values come from here instead of x (the vision encoder's pooling head)
-        past   a LayerCache: the new keys and values are appended to it, and everything in it is attended to
+        past   a LayerCache: the new keys and values are appended to it, and what of it is not forgotten is attended to
         value_gate (B, T) factor on each token's value, i.e. on how loudly it is read
         """
         source = x if context is None else context
@@ -109,14 +118,14 @@ class Attention(nn.Module):
         if value_gate is not None:
             v = v * rearrange(value_gate, "b s -> b 1 s 1").to(v.dtype)
         if pos is not None:
-            q, k = rotate(q, pos, self.rope), rotate(k, pos, self.rope)
+            place = pos if past is None else past.places(pos)
+            q, k = rotate(q, place, self.rope), rotate(k, place, self.rope)
 
         # Square and in order of time: the mask k_pos <= q_pos is the lower triangle, which SDPA need not be given.
-        # With a past it is not square, and is_causal would align it wrongly: the mask comes from the positions.
+        # With a past it is not square, and is_causal would align it wrongly: the past makes a mask from positions.
         causal, mask = pos is not None and past is None, None
         if past is not None:
-            k, v, k_pos = past.append(k, v, pos, frame)
-            mask = rearrange(k_pos, "b s -> b 1 1 s") <= rearrange(pos, "b t -> b 1 t 1")
+            k, v, mask = past.append(k, v, pos, frame)
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )

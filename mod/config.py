@@ -1,6 +1,6 @@
 """Every size and switch of the model, the data, the training and the real parts, with named presets.
 
-Four frozen dataclasses. A wrong value is refused here, in one sentence, before anything is built.
+Five frozen dataclasses, and the run that four of them make. A wrong value is refused here, in one sentence, before anything is built.
 The one representation of "who skips what" is `ModelConfig.keep`: a keep ratio for each layer. The dense model is
 (1, 1, 1, 1), MoD is (1, r, 1, r), early exit is (1, 1, 0, 0), skipping every other layer is (1, 0, 1, 0).
 
@@ -328,6 +328,46 @@ class RealConfig:
     def trained(self) -> str:
         """full, lora or connector."""
         return self.train if self.train != "auto" else "lora" if self.llm else "full"
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """A live stream: when to speak, what to remember, and what to do when frames come too fast."""
+
+    threshold: float = flag(0.5, "speak when the probability of silence is below it")
+    refractory: int = flag(0, "frames after a narration in which nothing but a question makes it speak")
+    window: int = flag(0, "frames to remember; 0 remembers everything")
+    memory_mb: float = flag(0.0, "instead of --window: as many frames as fit into so many MB of keys and values")
+    forget: str = flag("all", "what of a frame is forgotten: all, its text too; or vision alone", ("all", "vision"))
+    sinks: int = flag(1, "first frames that are never forgotten, nor the text before them")
+    positions: str = flag(
+        "contiguous",
+        "absolute positions grow for ever; contiguous ones close the gap that a forgotten frame leaves",
+        ("absolute", "contiguous"),
+    )
+    on_late: str = flag(
+        "off",
+        "when frames come in real time, faster than they are processed: wait, or skip to the latest; off does not look "
+        "at the clock",
+        ("off", "wait", "skip"),
+    )
+
+    def __post_init__(self):
+        _check_fields(self)
+        _require(0 <= self.threshold <= 1, f"threshold is a probability, expected 0 to 1, got {self.threshold}")
+        for name in ("refractory", "window", "sinks", "memory_mb"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(
+            not (self.window and self.memory_mb), "got window and memory_mb, expected one of them; leave the other out"
+        )
+
+    @property
+    def forgets_text(self) -> bool:
+        return self.forget == "all"
+
+    @property
+    def contiguous(self) -> bool:
+        return self.positions == "contiguous"
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,8 @@ class SwiGLU(nn.Module):
 
 
 def dense_block(config: ModelConfig) -> Block:
-    rope = Rope(config.rope_base, config.rope_factor, config.rope_low, config.rope_high, config.rope_context)
     attention = Attention(config.dim, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                          qk_norm=config.qk_norm, rope=rope, norm_eps=config.norm_eps)  # fmt: skip
+                          qk_norm=config.qk_norm, rope=Rope.of(config), norm_eps=config.norm_eps)  # fmt: skip
     mlp = SwiGLU(config.dim, config.ffn_hidden)
     return Block(attention, mlp, RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps))
 
@@ -118,8 +117,11 @@ class Decoder(nn.Module):
         """Token vectors (B, T, D) -> hidden states (B, T, D), ready for `logits`.
 
         pos (B, T) positions, frame (B, T) frame of each vision token or -1, cache a KVCache that the new tokens are
-        appended to, trace a list that collects what the routed layers decided.
+        appended to, trace a list that collects what the routed layers decided. Raises UserError, with nothing stored,
+        when the cache is full.
         """
+        if cache is not None:
+            cache.make_room(pos, frame)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None
             if isinstance(layer, MoDBlock):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from einops import rearrange
 
+from mod.config import StreamConfig
 from mod.data import Clip, clip_layout, clip_pixels
 from mod.decoder import Routing
 from mod.layout import NO_LABEL, Layout, Vocabulary, assistant_ids, collate, user_ids
@@ -134,7 +135,8 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
         # A response is at most max_words and two symbols, after each frame and question; true ones are tried as well.
         asked = [sum(len(user_ids(words, say.text)) + max_words + 2 for say in clip.said) for clip in some]
         room = 1 + frames * (max_words + 2) + max(asked)
-        stream = Stream(model, words, len(some), frames=frames, text=room, threshold=threshold, max_words=max_words)
+        settings = StreamConfig(threshold=threshold)
+        stream = Stream(model, words, len(some), frames=frames, text=room, settings=settings, max_words=max_words)
         books = [Book(words) for _ in some]
         for t in range(frames):
             after = [[say for say in clip.said if say.frame == t] for clip in some]

@@ -14,7 +14,7 @@ mu, so the loss cannot tell the router that a token was worth reading. (In the l
 token's output at all: there the gradient is exactly zero, unless that token itself predicts.) With the value gate,
 being read carries gradient. 2 * sigmoid is one at score zero: a router with small weights hardly disturbs a decoder.
 
-Read next: cache.py
+Read next: window.py
 """
 
 import torch

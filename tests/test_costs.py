@@ -109,7 +109,7 @@ def test_a_fixed_budget_holds_what_the_formula_says(budget, text, layers):
     stream = Stream(model, WORDS_ALL, frames=frames + 1, text=text)
     stream.feed([[4] * (text - 1)]) if text > 1 else None
     pixels = random_pixels(1, model.config, dtype=torch.float32)
-    while stream.frames < frames:
+    while stream.seen[0] < frames:
         stream.see(pixels)
     assert stream.cache.bytes() <= max(budget, kv_bytes(model.config, 0, text))
     stream.see(pixels)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import DataConfig
+from mod.config import DataConfig, StreamConfig
 from mod.data import Clip, make_clip
 from mod.decoder import Routing
 from mod.evaluate import free_running, router_recall, teacher_forced
@@ -31,7 +31,7 @@ def test_teacher_forced_equals_a_stream_fed_the_truth(setting, threshold):
     streams, silent = teacher_forced(model, WORDS_ALL, clips, threshold, rows=4)
     expected_silent = []
     for clip, turns in zip(clips, streams, strict=True):
-        stream = Stream(model, WORDS_ALL, frames=2 * len(clip.frames), text=300, threshold=threshold)
+        stream = Stream(model, WORDS_ALL, frames=2 * len(clip.frames), text=300, settings=StreamConfig(threshold=threshold))
         spoke, number, missed = [], 0, []
         for t in range(len(clip.frames)):
             [speaks] = stream.wants_to_speak(stream.see(torch.from_numpy(clip.frames[t : t + 1])))
@@ -62,10 +62,10 @@ def test_teacher_forced_equals_a_stream_fed_the_truth(setting, threshold):
 
 def silence_goes_on(stream, clip, t, threshold):
     """From here, feed the further real frames with nothing said in between; then take it all back."""
-    mark, position, frames, fed = stream.cache.mark(), list(stream.position), stream.frames, [list(stream.fed[0])]
+    mark, position, seen = stream.cache.mark(), list(stream.position), list(stream.seen)
     later = [stream.wants_to_speak(stream.see(torch.from_numpy(clip.frames[s : s + 1])))[0] for s in range(t + 1, len(clip.frames))]
     stream.cache.rewind(mark)
-    stream.position, stream.frames, stream.fed = position, frames, fed
+    stream.position, stream.seen = position, seen
     return later
 
 
@@ -75,7 +75,7 @@ def test_free_running_is_what_a_stream_says(setting, threshold):
     streams, silent = free_running(model, WORDS_ALL, clips, threshold, rows=4)
     expected_silent = []
     for clip, turns in zip(clips, streams, strict=True):
-        stream, exact = Stream(model, WORDS_ALL, frames=len(clip.frames), text=300, threshold=threshold), []
+        stream, exact = Stream(model, WORDS_ALL, frames=len(clip.frames), text=300, settings=StreamConfig(threshold=threshold)), []
         for t in range(len(clip.frames)):
             [reply] = stream.frame(torch.from_numpy(clip.frames[t : t + 1]))
             said = [say for say in clip.said if say.frame == t]

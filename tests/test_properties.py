@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mod.block import PAD
-from mod.config import PATTERNS, ModelConfig
+from mod.config import PATTERNS, ModelConfig, StreamConfig
 from mod.decoder import MoDBlock
 from mod.stream import Stream
 from mod.study.costs import layer_tokens
@@ -134,11 +134,11 @@ def test_streams_that_take_turns_equal_each_alone(config, seed, turns):
     pixels = [random_pixels(len(turns), config, seed + row) for row in range(2)]
 
     def fresh():
-        return Stream(model, WORDS_ALL, frames=len(turns), text=200, threshold=0.3, max_words=2)
+        return Stream(model, WORDS_ALL, frames=len(turns), text=200, log=True, settings=StreamConfig(threshold=0.3), max_words=2)
 
     streams, heard = [fresh(), fresh()], [[], []]
     for row in turns:
-        t = streams[row].frames
+        t = streams[row].seen[0]
         heard[row] += streams[row].frame(pixels[row][t : t + 1])
         heard[row] += streams[row].ask(["where is it ?"]) if t % 2 else []
     for row in range(2):

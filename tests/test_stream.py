@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mod.config import StreamConfig
 from mod.layout import Say, lay_out
 from mod.stream import Stream
 from tests.helpers import (
@@ -43,7 +44,7 @@ def test_fed_tokens_are_the_training_layout(talk, layers):
     """A stream that is fed a timeline feeds the tokens that lay_out writes for it, in order."""
     frames, said = talk
     model = small_model(layers=layers)
-    stream = Stream(model, WORDS_ALL, frames=frames, text=400)
+    stream = Stream(model, WORDS_ALL, frames=frames, text=400, log=True)
     pixels = random_pixels(frames, model.config)
     for t in range(frames):
         stream.see(pixels[t : t + 1])
@@ -63,7 +64,7 @@ def test_what_a_live_stream_fed_is_the_layout_of_what_was_said(seed, threshold, 
     and its last logits are those of the offline pass over that conversation."""
     model, frames = small_model(seed), 3
     pixels, said = random_pixels(frames, model.config, seed), []
-    stream = Stream(model, WORDS_ALL, frames=frames, text=200, threshold=threshold, max_words=most)
+    stream = Stream(model, WORDS_ALL, frames=frames, text=200, log=True, settings=StreamConfig(threshold=threshold), max_words=most)
     for t in range(frames):
         [reply] = stream.frame(pixels[t : t + 1])
         said += [] if reply is None else [Say(t, "assistant", reply)]
@@ -85,7 +86,7 @@ def test_what_a_live_stream_fed_is_the_layout_of_what_was_said(seed, threshold, 
 
 def run_alone(model, pixels, questions, threshold):
     """What one stream says to one video; questions {frame: text}."""
-    stream, heard = Stream(model, WORDS_ALL, frames=len(pixels), text=100, threshold=threshold, max_words=3), []
+    stream, heard = Stream(model, WORDS_ALL, frames=len(pixels), text=100, log=True, settings=StreamConfig(threshold=threshold), max_words=3), []
     for t in range(len(pixels)):
         heard += stream.frame(pixels[t : t + 1])
         if t in questions:
@@ -100,7 +101,7 @@ def test_rows_of_a_batched_stream_equal_each_alone(seed, layers):
     videos = [random_pixels(frames, model.config, 10 * seed + row) for row in range(3)]
     questions = [{0: "where is it ?"}, {}, {0: "is it red ?", 2: "where ?"}]
     alone = [run_alone(model, video, asked, 0.15) for video, asked in zip(videos, questions, strict=True)]
-    stream = Stream(model, WORDS_ALL, 3, frames=frames, text=100, threshold=0.15, max_words=3)
+    stream = Stream(model, WORDS_ALL, 3, frames=frames, text=100, log=True, settings=StreamConfig(threshold=0.15), max_words=3)
     heard = [[], [], []]
     for t in range(frames):
         for row, reply in enumerate(stream.frame(torch.stack([video[t] for video in videos]))):
@@ -119,7 +120,7 @@ def test_two_interleaved_streams_through_one_model():
     model = small_model(3)
     videos = [random_pixels(3, model.config, seed) for seed in (1, 2)]
     alone = [run_alone(model, video, {1: "where is it ?"}, 0.2)[0] for video in videos]
-    streams = [Stream(model, WORDS_ALL, frames=3, text=100, threshold=0.2, max_words=3) for _ in videos]
+    streams = [Stream(model, WORDS_ALL, frames=3, text=100, log=True, settings=StreamConfig(threshold=0.2), max_words=3) for _ in videos]
     heard = [[], []]
     for t in range(3):
         for number, (stream, video) in enumerate(zip(streams, videos, strict=True)):
@@ -135,7 +136,7 @@ def test_scoring_a_response_leaves_no_trace(talk, layers):
     """score() equals the offline pass over that response, and the stream goes on as if nothing had happened."""
     model = small_model(layers=layers)
     pixels = random_pixels(2, model.config)
-    one, two = (Stream(model, WORDS_ALL, frames=2, text=200) for _ in range(2))
+    one, two = (Stream(model, WORDS_ALL, frames=2, text=200, log=True) for _ in range(2))
     for stream in (one, two):
         stream.see(pixels[:1])
     [scores] = one.score(["red disc moves"])
@@ -149,7 +150,7 @@ def test_scoring_a_response_leaves_no_trace(talk, layers):
 
 def test_full_cache_says_so_before_anything_is_lost():
     model = small_model()
-    stream, pixels = Stream(model, WORDS_ALL, frames=1, text=6), random_pixels(1, model.config)
+    stream, pixels = Stream(model, WORDS_ALL, frames=1, text=6, log=True), random_pixels(1, model.config)
     stream.see(pixels)
     before, fed = stream.cache.lengths(), list(stream.fed[0])
     # Layer 1 keeps a single token of a frame and layer 0 all five: the text's room lets layer 1 take a frame more.
@@ -160,12 +161,12 @@ def test_full_cache_says_so_before_anything_is_lost():
     before, fed = stream.cache.lengths(), list(stream.fed[0])
     with pytest.raises(ValueError, match="open the stream with more frames or text"):
         stream.hear(["where did it appear ?"])
-    assert stream.cache.lengths() == before and stream.fed[0] == fed and stream.frames == 1
+    assert stream.cache.lengths() == before and stream.fed[0] == fed and stream.seen[0] == 1
 
 
 def test_cache_bytes_are_the_real_tensors():
     model = small_model(dtype=torch.float32)
-    stream = Stream(model, WORDS_ALL, frames=3, text=20)
+    stream = Stream(model, WORDS_ALL, frames=3, text=20, log=True)
     for t in range(3):
         stream.see(random_pixels(3, model.config, dtype=torch.float32)[t : t + 1])
     used = 0
@@ -177,10 +178,10 @@ def test_cache_bytes_are_the_real_tensors():
 
 def test_threshold_decides():
     model = small_model()
-    stream = Stream(model, WORDS_ALL, frames=1, text=9, threshold=0.3)
+    stream = Stream(model, WORDS_ALL, frames=1, text=9, log=True, settings=StreamConfig(threshold=0.3))
     logits = torch.full((2, model.config.vocab_size), -30.0)
     logits[:, WORDS_ALL.eos] = torch.tensor([0.29, 0.31]).log()
     logits[:, WORDS_ALL.assistant] = torch.tensor([0.71, 0.69]).log()
     assert stream.wants_to_speak(logits) == [True, False]
     with pytest.raises(ValueError, match="threshold is a probability"):
-        Stream(model, WORDS_ALL, frames=1, text=9, threshold=1.5)
+        Stream(model, WORDS_ALL, frames=1, text=9, settings=StreamConfig(threshold=1.5))

@@ -159,7 +159,6 @@ class Live:
 
     @torch.inference_mode()
     def step(self) -> None:
-        self.cache.require(1, [0])
         place = self.pos + self.seen * self.config.frame_tokens
         self.decoder(self.x, place, self.frame + self.seen, cache=self.cache)
         self.seen += 1
@@ -174,6 +173,7 @@ class Live:
     def skip_to(self, frames: int) -> None:
         """Fill the cache as if so many frames had passed; what is in it does not matter to the clock."""
         for layer, kept in zip(self.cache.layers, self.config.kept, strict=True):
+            layer.grow(kept * frames)
             layer.k[:, :, : kept * frames].normal_()
             layer.v[:, :, : kept * frames].normal_()
             layer.pos[:, : kept * frames] = torch.arange(kept * frames, device=self.machine.device)
