@@ -12,9 +12,10 @@ that flash up in a single frame, are never spoken of, and are asked for later.
 Read next: metrics.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -248,33 +249,52 @@ class Scene:
         return rearrange(labels, "h w c -> (h w) c")
 
 
-def make_clip(
-    config: DataConfig, model: ModelConfig, split: str, seed: int, index: int, frames: int | None = None
-) -> Clip:
-    """Clip number `index` of a split. Split, seed and index alone decide it, and splits never share a clip."""
-    rng = np.random.default_rng([SPLITS[split], seed, index])
-    frames, side = frames or config.frames, model.image_size
-    scene, still = Scene(rng, config), background(rng, side, config.distractors)
-    video = np.repeat(still[None], frames, axis=0)
-    labels, said, truth, answered = [], [], [], {}
-    for t in range(frames):
+def happenings(
+    rng: np.random.Generator, config: DataConfig, model: ModelConfig
+) -> Iterator[tuple[np.ndarray, list[Say], np.ndarray, dict[str, str]]]:
+    """A stream without end: of each frame its picture (3, side, side) in 0 to 1 without noise, what is said after it,
+    its patch labels and its truth (see Clip). A frame's memory is its own: nothing is kept but the scene."""
+    scene, still, answered = Scene(rng, config), background(rng, model.image_size, config.distractors), {}
+    for t in count():
+        said, picture = [], still.copy()
         scene.settle()
         if happens := rng.random() < config.event_rate:
             said.append(Say(t, "assistant", scene.happen()))
         scene.drift(busy=scene.topic if happens else None)
         scene.flash()
-        scene.paint(video[t])
-        labels.append(scene.patch_labels(side, model.patch_size))
-        truth.append(scene.truth())
+        scene.paint(picture)
+        labels, truth = scene.patch_labels(model.image_size, model.patch_size), scene.truth()
         # What can be read off earlier words measures little: never ask for a repeated answer, rarely for nothing.
-        fresh = {question: answer for question, answer in truth[t].items() if answered.get(question) != answer}
+        fresh = {question: answer for question, answer in truth.items() if answered.get(question) != answer}
         worth = [question for question, answer in fresh.items() if answer not in NOTHING or rng.random() < 0.2]
         if worth and rng.random() < config.question_rate:
             asked = worth[rng.integers(len(worth))]
-            answered[asked] = truth[t][asked]
-            said += [Say(t, "user", asked), Say(t, "assistant", truth[t][asked])]
-    video += config.noise * rng.standard_normal(video.shape, np.float32)
-    return Clip(np.clip(video, 0, 1) * 2 - 1, said, np.stack(labels), truth)
+            answered[asked] = truth[asked]
+            said += [Say(t, "user", asked), Say(t, "assistant", truth[asked])]
+        yield picture, said, labels, truth
+
+
+def with_noise(picture: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Pictures in 0 to 1 -> with noise, in [-1, 1]."""
+    return np.clip(picture + noise * rng.standard_normal(picture.shape, np.float32), 0, 1) * 2 - 1
+
+
+def make_clip(
+    config: DataConfig, model: ModelConfig, split: str, seed: int, index: int, frames: int | None = None
+) -> Clip:
+    """Clip number `index` of a split. Split, seed and index alone decide it, and splits never share a clip."""
+    rng = np.random.default_rng([SPLITS[split], seed, index])
+    frames = list(islice(happenings(rng, config, model), frames or config.frames))
+    pictures, said, labels, truth = zip(*frames, strict=True)
+    video = with_noise(np.stack(pictures), config.noise, rng)
+    return Clip(video, list(chain(*said)), np.stack(labels), list(truth))
+
+
+def endless(config: DataConfig, model: ModelConfig, split: str, seed: int) -> Iterator[Clip]:
+    """One stream that never ends, as clips of a single frame each; frames are numbered from 0 on."""
+    rng = np.random.default_rng([SPLITS[split], seed, 0, 1])  # no clip has four numbers
+    for picture, said, labels, truth in happenings(rng, config, model):
+        yield Clip(with_noise(picture, config.noise, rng)[None], said, labels[None], [truth])
 
 
 def clip_layout(words: Vocabulary, clip: Clip, frame_tokens: int) -> Layout:
