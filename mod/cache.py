@@ -165,11 +165,13 @@ class KVCache:
                 )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that is stored, by name; empty slots left out."""
+        """Everything that is stored, by name; what was forgotten, and still lies in empty slots, left out."""
         tensors = {}
         for number, layer in enumerate(self.layers):
             used = int(layer.length.max())
-            tensors |= {f"{number}.{name}": getattr(layer, name)[:, :, :used].clone() for name in ("k", "v")}
+            empty = rearrange(layer.pos[:, :used] == PAD, "b s -> b 1 s 1")
+            for name in ("k", "v"):
+                tensors[f"{number}.{name}"] = getattr(layer, name)[:, :, :used].masked_fill(empty, 0)
             tensors |= {f"{number}.{name}": getattr(layer, name)[:, :used].clone() for name in ("pos", "frame")}
             tensors[f"{number}.length"] = layer.length.clone()
         return tensors

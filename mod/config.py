@@ -339,7 +339,7 @@ class StreamConfig:
     window: int = flag(0, "frames to remember; 0 remembers everything")
     memory_mb: float = flag(0.0, "instead of --window: as many frames as fit into so many MB of keys and values")
     forget: str = flag("all", "what of a frame is forgotten: all, its text too; or vision alone", ("all", "vision"))
-    sinks: int = flag(1, "first frames that are never forgotten, nor the text before them")
+    sinks: int = flag(0, "first frames that are never forgotten, beside <bos> and the text before them")
     positions: str = flag(
         "contiguous",
         "absolute positions grow for ever; contiguous ones close the gap that a forgotten frame leaves",

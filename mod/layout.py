@@ -55,7 +55,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Say:
-    """Something said after frame `frame`: by the "user" (a question) or the "assistant" (a narration or an answer)."""
+    """Something said after frame `frame`: by the "user" (a question) or the "assistant" (a narration or an answer).
+
+    Frame -1: before the first frame.
+    """
 
     frame: int
     role: str
@@ -95,18 +98,21 @@ class Layout:
 
 
 def lay_out(vocabulary: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Say]) -> Layout:
-    """A stream of `frames` frames of N = frame_tokens tokens, and what is said after each, in the order given.
+    """A stream of `frames` frames of N = frame_tokens tokens, and what is said after each, in the order given;
+    after frame -1 is before the first.
 
     Raises UserError when something is said after a frame that does not exist.
     """
-    late = [say for say in said if not 0 <= say.frame < frames]
+    late = [say for say in said if not -1 <= say.frame < frames]
     if late:
-        raise UserError(f"got {late[0].text!r} after frame {late[0].frame}, expected a frame from 0 to {frames - 1}")
+        raise UserError(f"got {late[0].text!r} after frame {late[0].frame}, expected a frame from -1 to {frames - 1}")
     layout = Layout()
     layout.text([vocabulary.bos], [NO_LABEL])
-    for t in range(frames):
+    for t in range(-1, frames):
         turns = [say for say in said if say.frame == t]
-        if not turns:
+        if t < 0:
+            pass  # what users say before the first frame
+        elif not turns:
             layout.image(t, frame_tokens, vocabulary.eos)
         elif turns[0].role == "assistant":
             layout.image(t, frame_tokens, vocabulary.assistant)

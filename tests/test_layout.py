@@ -87,7 +87,7 @@ def test_collate_pads_on_the_right_with_tokens_at_the_end_of_time(one, two):
 
 
 def test_mistakes_are_told():
-    with pytest.raises(ValueError, match="after frame 7, expected a frame from 0 to 1"):
+    with pytest.raises(ValueError, match="after frame 7, expected a frame from -1 to 1"):
         lay_out(W, 2, N, [Say(7, "user", "where ?")])
     with pytest.raises(ValueError, match="unknown word 'zebra'"):
         W.encode("where is the zebra ?")

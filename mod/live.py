@@ -1,0 +1,179 @@
+"""A stream with a clock: frames and questions come with their times, happen in order, and survive a crash.
+
+Frame k of a source stands at k / fps seconds. Things happen one after the other in the order of their times; at the same
+time the frame comes first, then the questions as they were asked. Nothing is interrupted: a question that comes while
+the model speaks waits until it has finished, and so does the next frame. A question asked at time s therefore stands
+after the last frame at or before s and after what was said about it, exactly where `layout.lay_out` puts it.
+
+Several streams run through the model together, a batch whenever things of a kind stand at the same time.
+
+Read next: ../train_tiny.py
+"""
+
+import heapq
+import json
+import time as clocks
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mod.checkpoint import read_tensors, write_tensors
+from mod.config import UserError
+from mod.stream import Stream
+
+FRAME, QUESTION = 0, 1  # at the same time a frame comes before a question
+
+
+class Paced:
+    """Pictures with their numbers, in real time: number k not before k / fps seconds after the first.
+
+    on_late  what happens when the reader is slower: "wait" hands over every picture, however late; "skip" leaves out
+             those in whose place a later one is due already; "off" does not look at the clock
+    late, skipped, lag  pictures handed over later than the next one was due, pictures left out, the largest delay in s
+
+    Times count from the first picture, so that nothing drifts. `first` is the number that the pictures begin with.
+    """
+
+    def __init__(self, pictures: Iterable[np.ndarray], fps: Fraction, on_late: str = "off", first: int = 0,
+                 clock=clocks.monotonic, sleep=clocks.sleep):  # fmt: skip
+        self.pictures, self.fps, self.on_late, self.first = pictures, fps, on_late, first
+        self.clock, self.sleep = clock, sleep
+        self.late, self.skipped, self.lag = 0, 0, 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        began, overdue = None, None  # overdue: the latest picture that is being left out, unless it is the last of all
+        for number, picture in enumerate(self.pictures, self.first):
+            if self.on_late == "off":
+                yield number, picture
+                continue
+            now = self.clock()
+            began = now if began is None else began
+            delay = now - began - float((number - self.first) / self.fps)
+            if delay < 0:
+                self.sleep(-delay)
+            if self.on_late == "skip":
+                self.skipped += overdue is not None
+                overdue = (number, picture) if delay * self.fps >= 1 else None
+                if overdue:
+                    continue
+            self.late += delay * self.fps >= 1
+            self.lag = max(self.lag, delay)
+            yield number, picture
+        if overdue:
+            yield overdue
+
+
+@dataclass(frozen=True)
+class Happened:
+    """What has happened in one stream: a frame, or a question, and what the model said then (None: nothing)."""
+
+    row: int
+    time: Fraction
+    number: int  # of the frame; of a question, that of the last frame before it, -1 for none
+    picture: np.ndarray | None
+    question: str | None
+    reply: str | None
+
+
+class Live:
+    """The rows of a Stream, each with a source of frames and a queue of questions.
+
+    sources  per row, an iterator of (number, picture), numbers rising; such as `Paced`
+    fps      per row, frames a second
+    """
+
+    def __init__(self, stream: Stream, sources: Sequence[Iterable[tuple[int, np.ndarray]]], fps: Sequence[Fraction]):
+        if not len(sources) == len(fps) == stream.rows:
+            raise ValueError(f"got {len(sources)} sources and {len(fps)} rates for {stream.rows} streams")
+        self.stream, self.sources, self.fps = stream, [iter(source) for source in sources], list(fps)
+        self.coming: list[tuple[int, np.ndarray] | None] = [None] * stream.rows  # a frame that has been read ahead
+        self.ended = [False] * stream.rows
+        self.last = [-1] * stream.rows  # number of the last frame that was seen
+        self.questions: list[list[tuple[Fraction, int, str]]] = [[] for _ in sources]
+        self.asked = 0
+
+    def ask(self, row: int, time: Fraction, text: str) -> None:
+        """Put a question into a row's queue. One whose time has passed already is next."""
+        heapq.heappush(self.questions[row], (Fraction(time), self.asked, text))
+        self.asked += 1
+
+    def _next(self, row: int) -> tuple[Fraction, int] | None:
+        """Time and kind of what comes next in a row, as far as is known before its next frame has been read."""
+        number = self.coming[row][0] if self.coming[row] else self.last[row] + 1
+        frame = number / self.fps[row]
+        question = self.questions[row][0][0] if self.questions[row] else None
+        if self.ended[row] and self.coming[row] is None:  # the last frame is shown until `frame`
+            return (question, QUESTION) if question is not None and question < frame else None
+        return (question, QUESTION) if question is not None and question < frame else (frame, FRAME)
+
+    def step(self) -> list[Happened]:
+        """Let the next thing happen, in every stream in which it stands at this time. Empty when all is over.
+
+        Raises UserError, with the frame or question still to come, when the cache is full.
+        """
+        while nexts := {row: due for row in range(self.stream.rows) if (due := self._next(row))}:
+            time, kind = min(nexts.values())
+            rows = [row for row, due in nexts.items() if due == (time, kind)]
+            if kind == QUESTION:
+                return self._answer(rows)
+            for row in rows:
+                if self.coming[row] is None:
+                    self.coming[row] = next(self.sources[row], None)
+                    self.ended[row] = self.coming[row] is None
+            if all(self._next(row) == (time, kind) for row in rows):  # or frames were left out, or there is none
+                return self._look(rows)
+        return []
+
+    def _look(self, rows: list[int]) -> list[Happened]:
+        numbers, pictures = zip(*(self.coming[row] for row in rows), strict=True)
+        some = [row in rows for row in range(self.stream.rows)]
+        replies = self.stream.frame(torch.stack([torch.as_tensor(picture) for picture in pictures]), some)
+        for row, number in zip(rows, numbers, strict=True):
+            self.coming[row], self.last[row] = None, number
+        return [
+            Happened(row, number / self.fps[row], number, picture, None, replies[row])
+            for row, number, picture in zip(rows, numbers, pictures, strict=True)
+        ]
+
+    def _answer(self, rows: list[int]) -> list[Happened]:
+        texts = {row: self.questions[row][0] for row in rows}
+        replies = self.stream.ask([texts[row][2] if row in texts else None for row in range(self.stream.rows)])
+        for row in rows:
+            heapq.heappop(self.questions[row])
+        return [Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row]) for row in rows]
+
+    def save(self, path: Path, about: dict) -> None:
+        """Write all that the rest depends on, in one safetensors file: cache, positions, questions still to be asked;
+        `about` says what it is a stream of. The old file is there until the new one is whole."""
+        tensors, numbers = self.stream.state()
+        queues = [[(str(time), number, text) for time, number, text in row] for row in self.questions]
+        note = {"about": about, "stream": numbers, "last": self.last, "questions": queues, "asked": self.asked}
+        write_tensors(path, tensors, {"live": json.dumps(note)})
+
+
+def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
+    """The tensors and the note of a saved live stream. Raises UserError when it is damaged or of something else."""
+    tensors, metadata = read_tensors(path)
+    try:
+        note = json.loads(metadata["live"])
+        other = [name for name in about if note["about"].get(name) != about[name]]
+    except (KeyError, ValueError, AttributeError):
+        raise UserError(f"{path} is no saved stream of this project; name another file") from None
+    if other:
+        name = other[0]
+        raise UserError(
+            f"{path} is a stream with {name} {note['about'].get(name)}, got {about[name]}; go on as it began or name "
+            "another file"
+        )
+    return tensors, note
+
+
+def restore(live: Live, tensors: dict, note: dict) -> None:
+    """Put a saved stream's state into `live`, whose sources begin with the frames after `note["last"]`."""
+    live.stream.restore(tensors, note["stream"])
+    live.last, live.asked = note["last"], note["asked"]
+    live.questions = [[(Fraction(time), number, text) for time, number, text in row] for row in note["questions"]]

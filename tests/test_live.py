@@ -1,0 +1,216 @@
+"""Frames and questions with their times: whatever the order, the tokens fed are the training layout of the timeline."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mod.config import StreamConfig, UserError
+from mod.layout import Say, lay_out
+from mod.live import Live, Paced, read_saved, restore
+from mod.stream import Stream
+from tests.helpers import WORDS_ALL, random_pixels, small_model
+
+ASKED = ["where is it ?", "where did it appear ?", "which spark ?"]
+RATES = st.sampled_from([Fraction(1), Fraction(2), Fraction(3, 2), Fraction(30000, 1001)])
+
+
+@st.composite
+def timelines(draw):
+    """A number of frames, their rate, and timed questions: before the first frame, at a frame's time, between, several
+    at once, at the very end."""
+    frames, fps = draw(st.integers(1, 5)), draw(RATES)
+    moment = st.one_of(
+        st.integers(0, frames - 1).map(lambda k: k / fps),
+        st.integers(0, 8 * frames - 1).map(lambda k: k / fps / 8),
+        st.just(Fraction(-1)),
+    )
+    return frames, fps, draw(st.lists(st.tuples(moment, st.sampled_from(ASKED)), max_size=5))
+
+
+def written(frames, fps, questions, narrations, answers) -> list[Say]:
+    """What was said, in order, by the plain rule: a question stands after the last frame that is not after it."""
+    said, order = [], sorted(range(len(questions)), key=lambda i: questions[i][0])
+    for t in range(-1, frames):
+        if t >= 0 and narrations[t] is not None:
+            said.append(Say(t, "assistant", narrations[t]))
+        for i in order:
+            time, text = questions[i]
+            if max([k for k in range(frames) if k / fps <= time], default=-1) == t:
+                said += [Say(t, "user", text), Say(t, "assistant", answers[i])]
+    return said
+
+
+def live_of(model, timelines, rule, seeds, first=None):
+    first = first or [0] * len(timelines)
+    stream = Stream(model, WORDS_ALL, len(timelines), frames=20, text=300, settings=rule, max_words=3, log=True)
+    sources = [
+        Paced(list(random_pixels(frames, model.config, seed))[begin:], fps, first=begin)
+        for (frames, fps, _), seed, begin in zip(timelines, seeds, first, strict=True)
+    ]
+    return Live(stream, sources, [fps for _, fps, _ in timelines])
+
+
+def run(live, each=lambda: None):
+    while happened := live.step():
+        yield from happened
+        each()
+
+
+@settings(max_examples=40)
+@given(st.lists(timelines(), min_size=1, max_size=3), st.integers(0, 20), st.sampled_from([0.0, 0.25, 1.0]), st.booleans())
+def test_fed_tokens_are_the_layout_of_the_timeline(timelines, seed, threshold, window):
+    """One to three streams together. Catches questions before their frame, answers that go to another's question, and a
+    second question lost while the first is answered. Each stream says and feeds what it does alone."""
+    model, rule = small_model(seed), StreamConfig(threshold=threshold, window=2 * window)
+    live = live_of(model, timelines, rule, range(3)[: len(timelines)])
+    for row, (_, _, questions) in enumerate(timelines):
+        for time, text in questions:
+            live.ask(row, time, text)
+    happened = list(run(live))
+    for row, (frames, fps, questions) in enumerate(timelines):
+        mine = [one for one in happened if one.row == row]
+        narrations = [one.reply for one in mine if one.question is None]
+        order = sorted(range(len(questions)), key=lambda i: questions[i][0])
+        replies = [one for one in mine if one.question is not None]
+        assert [one.question for one in replies] == [questions[i][1] for i in order]
+        answers = {i: one.reply for i, one in zip(order, replies, strict=True)}
+        layout = lay_out(WORDS_ALL, frames, model.config.frame_tokens, written(frames, fps, questions, narrations, answers))
+        assert live.stream.fed[row] == list(zip(layout.ids, layout.frame, strict=True))
+        assert [one.time for one in mine] == sorted(one.time for one in mine)
+        assert [one.time for one in mine if one.question is None] == [k / fps for k in range(frames)]
+
+        alone = live_of(model, [timelines[row]], rule, [row])
+        for time, text in questions:
+            alone.ask(0, time, text)
+        assert [(one.time, one.question, one.reply) for one in run(alone)] == [(one.time, one.question, one.reply) for one in mine]
+        assert alone.stream.fed[0] == live.stream.fed[row]
+
+
+@settings(max_examples=20)
+@given(timelines(), timelines(), st.integers(0, 20), st.integers(0, 8), st.sampled_from([0, 1, 2]), st.booleans())
+def test_a_saved_stream_goes_on_bit_for_bit(tmp_path_factory, one, other, seed, cut, window, contiguous):
+    """Stopped after any number of steps and restored in a new stream: the same replies, the same cache, every bit."""
+    path = tmp_path_factory.mktemp("saved") / "live.safetensors"
+    model = small_model(seed, torch.float32)
+    rule = StreamConfig(threshold=0.3, window=window, refractory=1, positions="contiguous" if contiguous else "absolute")
+    both = [one, other]
+
+    def ask(live):
+        for row, (_, _, questions) in enumerate(both):
+            for time, text in questions:
+                live.ask(row, time, text)
+
+    whole = live_of(model.float(), [(f, r, q) for f, r, q in both], rule, (1, 2))
+    ask(whole)
+    expected, states = [], []
+    while happened := whole.step():
+        expected.append([(h.row, h.time, h.question, h.reply) for h in happened])
+        states.append(whole.stream.state())
+        if len(states) == cut:
+            whole.save(path, {"video": "a"})
+    if cut == 0 or len(states) < cut:
+        return
+    tensors, note = read_saved(path, {"video": "a"})
+    again = live_of(model, both, rule, (1, 2), first=[number + 1 for number in note["last"]])
+    restore(again, tensors, note)
+    for happened, (cached, numbers) in zip(expected[cut:], states[cut:], strict=True):
+        assert [(h.row, h.time, h.question, h.reply) for h in again.step()] == happened
+        now, now_numbers = again.stream.state()
+        assert numbers == now_numbers and all(torch.equal(tensor, now[name]) for name, tensor in cached.items())
+    assert again.step() == []
+
+
+def test_a_saved_stream_of_something_else_is_refused(tmp_path):
+    model, path = small_model(), tmp_path / "live.safetensors"
+    live = live_of(model, [(2, Fraction(2), [])], StreamConfig(), [0])
+    live.step()
+    live.save(path, {"video": "a", "window": 0})
+    with pytest.raises(UserError, match="is a stream with video a, got b"):
+        read_saved(path, {"video": "b", "window": 0})
+    tensors, note = read_saved(path, {"video": "a", "window": 0})
+    other = live_of(small_model(kv_heads=1), [(2, Fraction(2), [])], StreamConfig(), [0])
+    with pytest.raises(UserError, match="another model"):
+        restore(other, tensors, note)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        read_saved(path, {"video": "a", "window": 0})
+
+
+def test_after_a_narration_the_refractory_period_is_silent_but_answers():
+    model, pixels = small_model(), random_pixels(9, small_model().config)
+    stream = Stream(model, WORDS_ALL, frames=9, text=300, settings=StreamConfig(threshold=1.0, refractory=2), max_words=2)
+    spoke = []
+    for t in range(9):
+        [reply] = stream.frame(pixels[t : t + 1])
+        spoke.append(reply is not None)
+        if t == 1:
+            assert stream.ask(["where is it ?"]) != [None]
+    assert spoke == [True, False, False] * 3
+
+
+class Clock:
+    """A clock that moves when someone sleeps, or works."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+
+
+def paced(on_late, works, fps=Fraction(2), frames=10):
+    """Hand over frames to a reader who works so many seconds on each; returns (number, moment) and the pacer."""
+    clock, seen = Clock(), []
+    pacer = Paced(range(frames), fps, on_late, clock=clock, sleep=clock.sleep)
+    for (number, picture), work in zip(pacer, [*works, *[0.0] * frames], strict=False):
+        assert number == picture
+        seen.append((number, clock.now - 100.0))
+        clock.now += work
+    return seen, pacer
+
+
+def test_a_reader_in_time_gets_every_frame_at_its_own_time():
+    for on_late in ("wait", "skip"):
+        seen, pacer = paced(on_late, [0.3] * 10, fps=Fraction(30, 13))
+        assert seen == [(k, pytest.approx(k * 13 / 30)) for k in range(10)], "no drift, whatever the work"
+        assert (pacer.late, pacer.skipped) == (0, 0)
+
+
+def test_waiting_hands_over_everything_and_counts_what_was_late():
+    seen, pacer = paced("wait", [1.6, 0.1, 0.1, 0.1, 0.1])
+    assert [number for number, _ in seen] == list(range(10)) and seen[1][1] == pytest.approx(1.6)
+    assert pacer.late == 2 and pacer.skipped == 0 and pacer.lag == pytest.approx(1.1)
+    assert seen[6] == (6, pytest.approx(3.0)), "once it has caught up, it is on time again"
+
+
+def test_skipping_goes_on_with_the_latest_and_keeps_true_times():
+    seen, pacer = paced("skip", [1.6, 0.1])
+    assert seen == [(0, 0.0), *[(k, pytest.approx(max(k / 2, 1.6))) for k in range(3, 10)]]
+    assert pacer.skipped == 2 and pacer.late == 0
+    seen, pacer = paced("skip", [99.0])
+    assert [number for number, _ in seen] == [0, 9] and pacer.skipped == 8, "of what is overdue the latest is shown"
+    assert [number for number, _ in paced("off", [99.0] * 10)[0]] == list(range(10))
+
+
+def test_questions_between_left_out_frames_come_before_the_next_one():
+    """Frames 1 to 4 are skipped; what was asked at their times stands before frame 5, in order."""
+    model, clock = small_model(), Clock()
+    pixels = random_pixels(8, model.config)
+    stream = Stream(model, WORDS_ALL, frames=9, text=300, settings=StreamConfig(threshold=0.0), max_words=1, log=True)
+    source = Paced(list(pixels), Fraction(2), "skip", clock=clock, sleep=clock.sleep)
+    live = Live(stream, [source], [Fraction(2)])
+    live.ask(0, Fraction(1), ASKED[0])
+    live.ask(0, Fraction(1, 4), ASKED[1])
+    [zero] = live.step()
+    clock.now += 2.6
+    rest = list(run(live))
+    assert zero.number == 0
+    assert [(one.number, one.question) for one in rest][:3] == [(0, ASKED[1]), (0, ASKED[0]), (5, None)]
+    assert [one.time for one in rest if one.question is None] == [Fraction(k, 2) for k in (5, 6, 7)]
