@@ -3,76 +3,93 @@
 python stream_tiny.py                                        # after python train_tiny.py
 python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
 python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
-python stream_tiny.py --save stream.png                      # a picture of what each routed layer kept
+python stream_tiny.py --html stream.html                     # a page to play it on, with what each routed layer kept
+python stream_tiny.py --draw                                 # the same in the terminal; --save stream.png: as a picture
 python stream_tiny.py --json                                 # one JSON object a line, for programs
+python stream_tiny.py --frames 5000 --window 8               # a long stream in constant memory
+python stream_tiny.py --frames 5000 --window 8 --state live.safetensors    # goes on where a crash has cut it off
+python stream_tiny.py --streams 8                            # several videos at once, in one batch
+python stream_tiny.py --calibrate                            # when to speak: sets the default threshold
 python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
 python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
 """
 
-import argparse
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mod.checkpoint import load_weights, read_config, read_tensors
 from mod.config import Config, ModelConfig, StreamConfig, UserError
-from mod.data import Clip, make_clip
-from mod.flags import Parser, run_script
+from mod.flags import Parser, add_fields, given, run_script
 from mod.layout import Vocabulary, user_ids
+from mod.live import Live, Paced, read_saved, restore
 from mod.real.llm import continue_text, find, load_llm, read_llm_config
-from mod.real.parts import assemble, read_words
+from mod.real.parts import load_run
+from mod.real.source import real_source
 from mod.real.tokenizer import TextTokenizer
 from mod.real.video import Video
 from mod.stream import Stream
-from mod.study.costs import dense, kv_bytes, layer_tokens
-from mod.study.plots import plot_stream
-from mod.train import pick_device
+from mod.study.calibrate import calibrated, sweep, table, write
+from mod.study.costs import window_that_fits
+from mod.study.page import check_page, write_page
+from mod.study.record import Moment, Recorder
+from mod.study.show import Printer, Synthetic, picture, terminal
+from mod.train import pick_device, synthetic
 from mod.videollm import VideoLLM
 
-ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more
-MOST_PICTURED = 100  # frames; a picture of more could not be looked at
+ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
+MOST_PICTURED, MOST_PAGED = 100, 5000  # frames; a picture, a page, of more could not be looked at
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="stream_tiny.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/tiny"), help="folder of a trained run")
-    parser.add_argument("--seed", type=int, default=0, help="which video; these are never trained on")
-    parser.add_argument(
-        "--frames", type=int, help="length of the stream; the run's clip length if not given, or the whole --video"
-    )
-    parser.add_argument("--video", help="stream this file instead; - is standard input, /dev/video0 a camera")
-    parser.add_argument("--fps", type=float, help="frames to look at in a second of --video; the run's if not given")
-    parser.add_argument(
+    parser = Parser(prog="stream_tiny.py", description=__doc__.split("\n")[0])
+    what = parser.add_argument_group("what is streamed")
+    what.add_argument("--checkpoint", type=Path, default=Path("runs/tiny"),
+                      help="folder of a trained run (default: %(default)s)")  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, help="which video; these are never trained on (default: 0)")
+    what.add_argument("--frames", type=int, help="length of the stream; the run's clip length if not given, or the "
+                      "whole --video")  # fmt: skip
+    what.add_argument("--streams", type=int, default=1, help="so many videos at once, --seed and the seeds after it "
+                      "(default: 1)")  # fmt: skip
+    what.add_argument("--video", action="append", help="stream this file instead; - is standard input, /dev/video0 a "
+                      "camera. Repeatable: all at once")  # fmt: skip
+    what.add_argument("--fps", type=float, help="frames to look at in a second of --video; the run's if not given")
+    what.add_argument(
         "--ask",
         action="append",
         default=[],
         metavar="WHEN:QUESTION",
-        help="ask after frame 6 (6:...) or 2.5 seconds in (2.5s:...): where is it ? where did it appear ? Repeatable",
+        help="ask after frame 6 (6:...), 2.5 seconds in (2.5s:...) or before the first frame (start:...): where is "
+        "it ? where did it appear ? Repeatable",
     )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help="speak when the probability of silence is below it; the run's if not given",
-    )
-    parser.add_argument("--llm", help="folder or hub name of a Llama-type checkpoint; with --text")
-    parser.add_argument("--text", help="continue this text with the language model of --llm, greedily, without video")
-    parser.add_argument("--max-tokens", type=int, default=20, help="length of the continuation of --text")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
-    parser.add_argument("--save", type=Path, help="write a picture of the stream, e.g. stream.png")
+    add_fields(parser, "a live stream", StreamConfig)
+    live = parser.add_argument_group("surviving, calibrating")
+    live.add_argument("--state", type=Path, help="keep the live stream in this file, and go on from it if it is there")
+    live.add_argument("--state-every", type=int, default=1, metavar="FRAMES",
+                      help="frames between two savings, which is what a crash loses at most (default: 1)")  # fmt: skip
+    live.add_argument("--calibrate", action="store_true", help="sweep the threshold over validation streams, print and "
+                      "draw what it does, and make the best one the run's default")  # fmt: skip
+    shown = parser.add_argument_group("what is shown, and how it runs")
+    shown.add_argument("--html", type=Path, help="write a page to play the stream on, e.g. stream.html")
+    shown.add_argument("--save", type=Path, help="write a picture of the stream, e.g. stream.png")
+    shown.add_argument("--draw", action="store_true", help="draw each frame and its kept patches in the terminal")
+    shown.add_argument("--json", action="store_true", help="one JSON object a line")
+    shown.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    shown.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
+    text = parser.add_argument_group("a language model alone")
+    text.add_argument("--llm", help="folder or hub name of a Llama-type checkpoint; with --text")
+    text.add_argument("--text", help="continue this text with the language model of --llm, greedily, without video")
+    text.add_argument("--max-tokens", type=int, default=20, help="length of the continuation (default: 20)")
     return parser
 
 
@@ -101,31 +118,33 @@ def go_on(arguments) -> int:
 
 @dataclass
 class Question:
-    frame: int  # asked after this frame
+    time: Fraction  # seconds
     text: str
 
 
-def parse_ask(ask: str, frames: int, fps: float, words: Vocabulary) -> Question:
-    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds."""
+def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Question:
+    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds, "start:..." before
+    the first. `frames`: how many there will be."""
     when, colon, text = ask.partition(":")
     when, text = when.strip(), text.strip()
     if isinstance(words, Vocabulary):
         text = " ".join(text.lower().replace("?", " ? ").split())
-    expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame) or "2.5s:where is it ?" (seconds)'
+    expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
     try:
-        frame = math.floor(float(when[:-1]) * fps + 1e-9) if when.endswith("s") else int(when)
-    except (ValueError, OverflowError):
+        seconds = when.removesuffix("s") if when != "start" else "-1"
+        moment = Fraction(seconds) if seconds != when else int(when) / fps
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise UserError(f"--ask got {ask!r}, {expected}") from None
     if not colon or not text:
         raise UserError(f"--ask got {ask!r}, {expected}")
-    if not 0 <= frame < frames:
-        there = f"frames 0 to {frames - 1} (0 to {(frames - 1) / fps:g} s)"
+    if when != "start" and not 0 <= moment * fps < frames:
+        there = f"frames 0 to {frames - 1} (0 to {float((frames - 1) / fps):g} s)"
         raise UserError(f"--ask got {ask!r}, but the stream has {there}; ask earlier or pass more --frames")
     words.encode(text)
-    return Question(frame, text)
+    return Question(moment, text)
 
 
-def check_picture(path: Path, frames: int) -> None:
+def check_picture(path: Path, frames: float) -> None:
     """Raises UserError, before anything is streamed, when the picture could not be written afterwards."""
     kinds = (".png", ".pdf", ".svg", ".jpg")
     if path.suffix not in kinds:
@@ -138,150 +157,214 @@ def check_picture(path: Path, frames: int) -> None:
         raise UserError(f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
 
 
-def load(folder: Path, device: torch.device, dtype: str) -> tuple[VideoLLM, Vocabulary | TextTokenizer, Config]:
-    """A trained run: model, words, configuration. Raises UserError when it is missing, damaged or another project's."""
-    config = read_config(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file() and (folder / "state.safetensors").is_file():
-        raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
-    model = assemble(replace(config, train=replace(config.train, dtype=dtype)), device)
-    load_weights(model, read_tensors(path)[0], path)
-    return model.to(getattr(torch, dtype)).eval(), read_words(config), config
+def fingerprint(folder: Path) -> str:
+    """Names a run by its configuration and weights, without reading all of large ones."""
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as file:
+        some = file.read(2**20)
+    return hashlib.sha256((folder / "config.json").read_bytes() + some + b"%d" % weights.stat().st_size).hexdigest()[
+        :16
+    ]
 
 
-class Printer:
-    """Prints what happens, for people or for programs, and counts what was right, where the truth is known."""
+@dataclass
+class Setting:
+    """All that a stream needs: the parts of a run, where pictures come from, and what the flags asked for."""
 
-    def __init__(self, stream: Stream, fps: float, as_json: bool, knows_truth: bool):
-        self.stream, self.fps, self.as_json, self.knows_truth = stream, fps, as_json, knows_truth
-        self.right = {"narrations": [], "silent frames": [], "answers": []}
-        if not as_json:
-            print(f"{'frame':>5} {'time':>8}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
+    model: VideoLLM
+    words: Vocabulary | TextTokenizer
+    config: Config
+    sources: Sequence[Synthetic | Video]
+    fps: list[Fraction]
+    frames: float  # at most; infinite when nothing bounds the stream
+    settings: StreamConfig
+    questions: list[Question]
 
-    def event(
-        self, frame: int, role: str, text: str | None, truth: str | None = None, *, judge: str | None = None
-    ) -> None:
-        """One line. `judge` names the count that this line belongs to; right means equal to the truth."""
-        judged = self.knows_truth and truth != "?"
-        if judge and judged:
-            self.right[judge].append(text == truth)
-        if self.as_json:
-            role = "silence" if text is None else role
-            entry = {
-                "frame": frame,
-                "time": frame / self.fps,
-                "role": role,
-                "text": text or "",
-                "cache_entries": self.stream.cache.lengths(),
-            }
-            print(json.dumps(entry), flush=True)
-        elif role == "user":
-            print(f"{'':>5} {'':>8}   user: {text}", flush=True)
-        else:
-            mark = "   <- differs" if judged and text != truth else ""
-            label = f"{frame:>5} {frame / self.fps:>6.2f} s" if judge != "answers" else f"{'':>5} {'':>8}"
-            known = (truth or ".") if self.knows_truth else ""
-            said = "." if text is None else text or "(nothing)"
-            print(f"{label}   {said:<34} {known}{mark}".rstrip(), flush=True)
+    @property
+    def knows_truth(self) -> bool:
+        return isinstance(self.sources[0], Synthetic)
+
+
+def stream_settings(arguments, config: Config, asked: int) -> StreamConfig:
+    """The flags' StreamConfig, with the window that --memory-mb allows. `asked`: tokens of all questions and answers.
+
+    Raises UserError when the memory does not hold a frame.
+    """
+    known = calibrated(arguments.checkpoint)
+    default = config.train.threshold if known is None else known
+    settings = StreamConfig(**{"threshold": default, **given(arguments, StreamConfig)})
+    if not settings.memory_mb:
+        return settings
+    budget, rows = int(settings.memory_mb * 1e6), len(arguments.video or range(arguments.streams))
+    number_bytes = getattr(torch, arguments.dtype).itemsize
+    needs = (config.model, budget // rows, config.train.max_words + 2, 1 + asked, settings.sinks, number_bytes)
+    window = window_that_fits(*needs)
+    if window < 1:
+        raise UserError(f"--memory-mb got {settings.memory_mb:g}, which does not hold a single frame; allow more")
+    return replace(settings, window=window, memory_mb=0.0)
+
+
+def open_stream(setting: Setting, trace: list | None) -> Stream:
+    """A stream with room for a longest response after every frame and question that it remembers."""
+    settings, longest = setting.settings, setting.config.train.max_words + 2
+    frames = setting.frames
+    if settings.window and settings.forgets_text:
+        frames = min(frames, settings.window + settings.sinks + 1)
+    if frames == math.inf:
+        raise UserError("--forget vision keeps all that is said, so the stream must end; pass --frames")
+    asked = sum(len(user_ids(setting.words, question.text)) + longest for question in setting.questions)
+    return Stream(setting.model, setting.words, len(setting.sources), frames=frames, text=1 + frames * longest + asked,
+                  settings=settings, max_words=setting.config.train.max_words, trace=trace)  # fmt: skip
 
 
 def run(arguments) -> int:
     if arguments.llm is not None or arguments.text is not None:
         return go_on(arguments)
-    if arguments.fps is not None and (arguments.video is None or not 0 < arguments.fps < math.inf):
+    check_flags(arguments)
+    device = pick_device(arguments.device, arguments.dtype)
+    model, words, config = load_run(arguments.checkpoint, device, arguments.dtype)
+    if arguments.calibrate:
+        return calibrate(arguments, model, words, config)
+    with ExitStack() as opened:
+        fps, frames = Fraction(str(arguments.fps or config.data.fps)), arguments.frames
+        if arguments.video:
+            sources = [opened.enter_context(Video(name, fps, config.model.image_size)) for name in arguments.video]
+            about = [video.about_frames for video in sources]
+            bounded = hasattr(arguments, "window") or hasattr(arguments, "memory_mb")
+            if frames is None:  # the length of a file is an estimate, and being cut off would cost more than some room
+                frames = math.inf if bounded else max(about) + 2 if all(about) else ENDLESS
+            there = arguments.frames or (max(about) if all(about) else math.inf)
+        else:
+            frames = there = frames or config.data.frames
+            seeds = range(arguments.seed, arguments.seed + arguments.streams)
+            sources = [Synthetic(config, seed, frames) for seed in seeds]
+        questions = [parse_ask(ask, there, fps, words) for ask in arguments.ask]
+        asked = sum(len(user_ids(words, question.text)) + config.train.max_words + 2 for question in questions)
+        settings = stream_settings(arguments, config, asked)
+        if any(name.startswith(("/dev/video", "camera:")) for name in arguments.video or ()):
+            late = given(arguments, StreamConfig).get("on_late", "skip")  # what a camera has seen in vain is old
+            settings = replace(settings, on_late=late)
+        for path, most in ((arguments.save, MOST_PICTURED), (arguments.html, MOST_PAGED)):
+            if path and frames > most and arguments.frames is None:
+                frames = most  # of a video; more than was asked for is refused below
+        if arguments.save:
+            check_picture(arguments.save, frames)
+        if arguments.html and frames > MOST_PAGED:
+            raise UserError(f"--html shows at most {MOST_PAGED} frames, got {frames}; pass fewer --frames")
+        setting = Setting(model, words, config, sources, [fps] * len(sources), frames, settings, questions)
+        return watch(arguments, setting)
+
+
+def check_flags(arguments) -> None:
+    """Raises UserError, before anything is loaded, for flags that make no sense."""
+    if arguments.fps is not None and (not arguments.video or not 0 < arguments.fps < math.inf):
         raise UserError(
             f"--fps got {arguments.fps}, expected more than 0, with --video; a synthetic stream has its run's"
         )
-    device = pick_device(arguments.device, arguments.dtype)
-    model, words, config = load(arguments.checkpoint, device, arguments.dtype)
-    frames = config.data.frames if arguments.frames is None else arguments.frames
-    if frames < 1:
-        raise UserError(f"--frames got {frames}, expected at least 1; ask for more")
-    if arguments.seed < 0:
-        raise UserError(f"--seed got {arguments.seed}, expected 0 or more; pass another")
-    if arguments.video is None:
-        clip = make_clip(replace(config.data, question_rate=0.0), config.model, "test", arguments.seed, 0, frames)
-        return watch(arguments, model, words, config, clip.frames, frames, config.data.fps, clip)
-    with Video(arguments.video, arguments.fps or config.data.fps, config.model.image_size) as video:
-        frames = arguments.frames or video.about_frames or ENDLESS
-        return watch(arguments, model, words, config, video, frames, float(video.fps))
+    for name, least in (("frames", 1), ("seed", 0), ("streams", 1), ("state_every", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            least = f"at least {least}" if least else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')} got {value}, expected {least}; pass another")
+    several = arguments.streams > 1 or len(arguments.video or ()) > 1
+    if arguments.streams > 1 and arguments.video:
+        raise UserError(f"--streams got {arguments.streams} with --video; name several --video instead")
+    if several and (arguments.save or arguments.html or arguments.draw):
+        raise UserError("--save, --html and --draw show one stream, got several; leave them out")
+    if arguments.json and arguments.draw:
+        raise UserError("got --json and --draw, which both write to the terminal; leave one out")
+    if arguments.html:
+        check_page(arguments.html)
+    StreamConfig(**given(arguments, StreamConfig))
+    if arguments.state and not arguments.state.parent.is_dir():
+        raise UserError(f"--state got {arguments.state}, but its folder does not exist; name a file in a folder")
 
 
-def watch(
-    arguments,
-    model: VideoLLM,
-    words: Vocabulary | TextTokenizer,
-    config: Config,
-    pictures: Iterable[np.ndarray],
-    frames: int,
-    fps: float,
-    clip: Clip | None = None,
-) -> int:
-    """Stream at most `frames` pictures (3, side, side), ask what is to be asked, print what happens; `clip` knows the
-    truth of a synthetic stream."""
-    if arguments.save:
-        check_picture(arguments.save, frames)
-    questions = [parse_ask(ask, frames, fps, words) for ask in arguments.ask]
-    threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
-    if clip is None and arguments.frames is None:
-        frames += 2  # the length of a file is an estimate, and being cut off would cost more than some room
-    longest = config.train.max_words + 2
-    asked = sum(len(user_ids(words, question.text)) for question in questions)
-    text = 1 + (frames + len(questions)) * longest + asked
-    trace: list = []
-    stream = Stream(
-        model,
-        words,
-        frames=frames,
-        text=text,
-        settings=StreamConfig(threshold=threshold),
-        max_words=config.train.max_words,
-        trace=trace if arguments.save else None,
-    )
-    printer = Printer(stream, fps, arguments.json, clip is not None)
-    spoken, captions, seen, decided = 0.0, [], [], []
-    for t, picture in enumerate(islice(pictures, frames)):
-        already, started = len(trace), time.perf_counter()
-        [said] = stream.frame(torch.as_tensor(picture)[None])
-        spoken += time.perf_counter() - started
-        # The frame's own routing comes first; the words after it are text and are never routed.
-        decided += [routing for routing in trace[already:] if len(routing.kept)]
-        truth = next((say.text for say in clip.said if say.frame == t), None) if clip else None
-        printer.event(t, "assistant", said, truth, judge="silent frames" if truth is None else "narrations")
-        captions.append((said or "").replace(" ", "\n"))
-        for question in (question for question in questions if question.frame == t):
-            stream.hear([question.text])
-            printer.event(t, "user", question.text)
-            [answer] = stream.respond([True])
-            printer.event(t, "assistant", answer, clip and clip.truth[t].get(question.text, "?"), judge="answers")
-            captions[-1] += f"\nQ: {question.text}\nA: {answer}"
-        if arguments.save:
-            seen.append(picture)
-    shown = stream.seen[0]
-    if clip is None and shown == frames and arguments.frames is None:
-        print(f"stopped after {frames} frames; for more pass --frames", file=sys.stderr)
-    if arguments.save:
-        plot_stream(arguments.save, np.stack(seen), decided, captions, [t / fps for t in range(shown)], config.model)
-    if late := [question.text for question in questions if question.frame >= shown]:
-        print(f"never asked, because the video ended first: {', '.join(late)}", file=sys.stderr)
-    if clip is None and pictures.skipped:
-        print(f"skipped {pictures.skipped} damaged packets or pictures", file=sys.stderr)
-    if arguments.json:
-        return 0
-    fed = stream.held()[1]
-    full = dense(config.model)
-    print()
-    if clip:
-        scores = ", ".join(f"{sum(flags)} of {len(flags)} {name}" for name, flags in printer.right.items() if flags)
-        print(f"right: {scores}")
-    print(f"speed: {shown / spoken:.0f} frames a second on {stream.device}, answers to questions not counted")
-    held, whole = " ".join(map(str, stream.cache.lengths())), " ".join(map(str, layer_tokens(full, shown, fed)))
-    number = stream.cache.layers[0].k.element_size()
-    print(f"cache: {held} entries in layers 0 to {config.model.depth - 1}, {stream.cache.bytes():,} bytes")
-    print(f" full: {whole} entries with full computation, {kv_bytes(full, shown, fed, number):,} bytes")
-    if arguments.save:
-        print(f"wrote {arguments.save}")
+def calibrate(arguments, model: VideoLLM, words: Vocabulary | TextTokenizer, config: Config) -> int:
+    source = real_source(config, words, model) if config.real.data else synthetic(config, words)
+    clips = source.validation(config.train.eval_clips)
+    print(f"streaming {len(clips)} validation clips at each threshold, about a minute for the tiny model")
+    result = sweep(model, words, clips, config.train.max_words)
+    write(result, arguments.checkpoint)
+    print(f"{table(result)}\nwrote {arguments.checkpoint / 'calibration.json'} and calibration.png")
     return 0
+
+
+def begin(arguments, setting: Setting, stream: Stream, about: dict) -> tuple[Live, list[Paced]]:
+    """The live stream, from its beginning or as --state has kept it, and its clocks."""
+    saved = arguments.state is not None and arguments.state.is_file()
+    tensors, note = read_saved(arguments.state, about) if saved else ({}, {"last": [-1] * stream.rows, "given": []})
+    end, on_late = None if setting.frames == math.inf else setting.frames, setting.settings.on_late
+    paced = [
+        Paced(islice(source, last + 1, end), fps, on_late, first=last + 1)
+        for source, fps, last in zip(setting.sources, setting.fps, note["last"], strict=True)
+    ]
+    live = Live(stream, paced, setting.fps)
+    if saved:
+        restore(live, tensors, note)
+        print(f"going on after frame {max(note['last'])}, as {arguments.state} has it", file=sys.stderr)
+    for ask, question in zip(arguments.ask, setting.questions, strict=True):
+        for row in range(0 if ask in note["given"] else stream.rows):  # given before, so answered, or in the queue
+            live.ask(row, question.time, question.text)
+    return live, paced
+
+
+def watch(arguments, setting: Setting) -> int:
+    """Let the stream happen and show it; then what it came to."""
+    shows = bool(arguments.html or arguments.save or arguments.draw)
+    trace: list | None = [] if shows else None
+    stream = open_stream(setting, trace)
+    rule = {name: getattr(setting.settings, name) for name in ("window", "sinks", "forget", "positions")}
+    source = arguments.video or [f"seed {arguments.seed + row}" for row in range(stream.rows)]
+    about = {"run": fingerprint(arguments.checkpoint), "source": source, "fps": str(setting.fps[0]), **rule}
+    live, paced = begin(arguments, setting, stream, about)
+    printer = Printer(stream, setting.fps, arguments.json, setting.knows_truth)
+    recorder, moments = Recorder(stream, 0, trace), []
+    frames, spent, fed = 0, 0.0, list(stream.position)
+    started = time.perf_counter()
+    while happened := live.step():
+        seconds = time.perf_counter() - started
+        for one in happened:
+            truth = setting.sources[one.row].truth(one) if setting.knows_truth else None
+            asked = len(user_ids(setting.words, one.question)) if one.question else stream.model.config.frame_tokens
+            printer.show(one, truth, stream.position[one.row] - fed[one.row] - asked)
+            fed[one.row] = stream.position[one.row]
+            if shows:
+                moments += recorder.note(one, truth, moments[-1] if moments else None, seconds)
+                if arguments.draw and one.question is None:
+                    print(terminal(moments[-1], stream.model.config), flush=True)
+                if not (arguments.html or arguments.save):
+                    del moments[:-1]
+        if happened[0].question is None:
+            frames, spent = frames + len(happened), spent + seconds
+        if arguments.state and (happened[0].question or frames % arguments.state_every == 0):
+            live.save(arguments.state, about, arguments.ask)
+        started = time.perf_counter()
+    finish(arguments, setting, live, frames, moments)
+    if not arguments.json and frames:
+        printer.summary(frames, spent, paced)
+    return 0
+
+
+def finish(arguments, setting: Setting, live: Live, frames: int, moments: list[Moment]) -> None:
+    """When the stream has ended: write the pictures, and say what did not happen."""
+    model, note = live.stream.model.config, partial(print, file=sys.stderr)
+    if not frames:
+        note(f"nothing to stream: it has ended after frame {max(live.last)}; pass more --frames")
+    if not setting.knows_truth:
+        if arguments.frames is None and max(live.last) + 1 == setting.frames:
+            note(f"stopped after {setting.frames} frames; for more pass --frames")
+        if damaged := sum(video.skipped for video in setting.sources):
+            note(f"skipped {damaged} damaged packets or pictures")
+    if late := [text for queue in live.questions for _, _, text in queue]:
+        note(f"never asked, because the video ended first: {', '.join(late)}")
+    if arguments.save and moments:
+        picture(arguments.save, moments, model)
+        note(f"wrote {arguments.save}")
+    if arguments.html and moments:
+        name = ", ".join(arguments.video) if arguments.video else f"synthetic video {arguments.seed}"
+        write_page(arguments.html, moments, model, f"{name}, streamed through {arguments.checkpoint}")
+        note(f"wrote {arguments.html}")
 
 
 def main(argv: list[str] | None = None) -> int:

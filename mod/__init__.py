@@ -19,6 +19,7 @@ Read the files in this order, each holds one idea:
     parallel  several processes, one training run
     checkpoint  files that survive a crash, and runs that continue bit for bit
     train     the training loop
+    live      frames and questions with their times, in order; saved and restored
 
 Size letters, the same in every file (lower case inside einops patterns):
 

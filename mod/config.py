@@ -1,6 +1,7 @@
 """Every size and switch of the model, the data, the training and the real parts, with named presets.
 
-Five frozen dataclasses, and the run that four of them make. A wrong value is refused here, in one sentence, before anything is built.
+Five frozen dataclasses, and the run that four of them make. A wrong value is refused here, in one sentence, before
+anything is built.
 The one representation of "who skips what" is `ModelConfig.keep`: a keep ratio for each layer. The dense model is
 (1, 1, 1, 1), MoD is (1, r, 1, r), early exit is (1, 1, 0, 0), skipping every other layer is (1, 0, 1, 0).
 
@@ -359,6 +360,10 @@ class StreamConfig:
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(
             not (self.window and self.memory_mb), "got window and memory_mb, expected one of them; leave the other out"
+        )
+        _require(
+            not (self.memory_mb and self.forget == "vision"),
+            "memory_mb cannot bound a dialogue that is never forgotten; pass --forget all, or --window",
         )
 
     @property

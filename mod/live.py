@@ -1,9 +1,9 @@
 """A stream with a clock: frames and questions come with their times, happen in order, and survive a crash.
 
-Frame k of a source stands at k / fps seconds. Things happen one after the other in the order of their times; at the same
-time the frame comes first, then the questions as they were asked. Nothing is interrupted: a question that comes while
-the model speaks waits until it has finished, and so does the next frame. A question asked at time s therefore stands
-after the last frame at or before s and after what was said about it, exactly where `layout.lay_out` puts it.
+Frame k of a source stands at k / fps seconds. Things happen one after the other in the order of their times; at the
+same time the frame comes first, then the questions as they were asked. Nothing is interrupted: a question that comes
+while the model speaks waits until it has finished, and so does the next frame. A question asked at time s therefore
+stands after the last frame at or before s and after what was said about it, exactly where `layout.lay_out` puts it.
 
 Several streams run through the model together, a batch whenever things of a kind stand at the same time.
 
@@ -34,6 +34,7 @@ class Paced:
     on_late  what happens when the reader is slower: "wait" hands over every picture, however late; "skip" leaves out
              those in whose place a later one is due already; "off" does not look at the clock
     late, skipped, lag  pictures handed over later than the next one was due, pictures left out, the largest delay in s
+    slept    seconds spent waiting for a picture's time
 
     Times count from the first picture, so that nothing drifts. `first` is the number that the pictures begin with.
     """
@@ -42,7 +43,7 @@ class Paced:
                  clock=clocks.monotonic, sleep=clocks.sleep):  # fmt: skip
         self.pictures, self.fps, self.on_late, self.first = pictures, fps, on_late, first
         self.clock, self.sleep = clock, sleep
-        self.late, self.skipped, self.lag = 0, 0, 0.0
+        self.late, self.skipped, self.lag, self.slept = 0, 0, 0.0, 0.0
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         began, overdue = None, None  # overdue: the latest picture that is being left out, unless it is the last of all
@@ -55,6 +56,7 @@ class Paced:
             delay = now - began - float((number - self.first) / self.fps)
             if delay < 0:
                 self.sleep(-delay)
+                self.slept -= delay
             if self.on_late == "skip":
                 self.skipped += overdue is not None
                 overdue = (number, picture) if delay * self.fps >= 1 else None
@@ -146,12 +148,16 @@ class Live:
             heapq.heappop(self.questions[row])
         return [Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row]) for row in rows]
 
-    def save(self, path: Path, about: dict) -> None:
-        """Write all that the rest depends on, in one safetensors file: cache, positions, questions still to be asked;
-        `about` says what it is a stream of. The old file is there until the new one is whole."""
+    def save(self, path: Path, about: dict, given: Sequence[str] = ()) -> None:
+        """Write all that the rest depends on, in one safetensors file: cache, positions, questions still to be asked.
+        The old file is there until the new one is whole.
+
+        about  says what it is a stream of       given  the questions that have been put into the queues so far
+        """
         tensors, numbers = self.stream.state()
         queues = [[(str(time), number, text) for time, number, text in row] for row in self.questions]
-        note = {"about": about, "stream": numbers, "last": self.last, "questions": queues, "asked": self.asked}
+        note = {"about": about, "stream": numbers, "last": self.last, "questions": queues, "asked": self.asked,
+                "given": list(given)}  # fmt: skip
         write_tensors(path, tensors, {"live": json.dumps(note)})
 
 

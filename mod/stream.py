@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mod.block import PAD
 from mod.cache import KVCache
-from mod.config import StreamConfig, UserError
+from mod.config import StreamConfig
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.videollm import VideoLLM
 

@@ -3,7 +3,7 @@
 A step depends on nothing but the weights, the optimizers' memory and its own number (clips are made from their number),
 so a run that is killed and resumed ends with the same weights, bit for bit (same machine, same number of threads).
 
-Read next: ../train_tiny.py
+Read next: live.py
 """
 
 import json

@@ -11,8 +11,8 @@ first token of the frame that pushes it out, whole, and never comes back. What n
 Positions. "absolute": tokens keep the position they came with, which grows forever. "contiguous": a token stands where
 it would if what it can no longer see had never been; when a frame goes, the keys behind it are turned back by as many
 positions as it took (rotations add up, so the turn is exact and nothing is computed again), and no token ever stands
-further than the window is long. RoPE sees distances only: the one thing that changes is how far the sinks, and text that
-stayed, seem to be.
+further than the window is long. RoPE sees distances only: the one thing that changes is how far the sinks, and text
+that stayed, seem to be.
 
 Read next: cache.py
 """

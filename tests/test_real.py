@@ -19,7 +19,7 @@ from mod.data import WORDS
 from mod.real import make_streams
 from mod.real.llm import load_llm, read_llm_config
 from mod.real.lora import changes
-from mod.real.parts import assemble, read_words, with_real_sizes
+from mod.real.parts import assemble, load_run, read_words, with_real_sizes
 from mod.real.source import features_file, real_source
 from mod.stream import Stream
 from mod.train import train
@@ -140,7 +140,7 @@ class TestTraining:
         names = set(read_tensors(tmp_path / "run" / "model.safetensors")[0])
         assert ("decoder.embed.weight" in names) == (kind == "full") and "decoder.layers.1.router.w.weight" in names
         assert not any("lora_" in name or name.startswith("vit.") for name in names)
-        model, _, _ = stream_tiny.load(tmp_path / "run", torch.device("cpu"), "float32")
+        model, _, _ = load_run(tmp_path / "run", torch.device("cpu"), "float32")
         assert model.config.depth == 3
 
     def test_real_parts_with_the_synthetic_stream(self, files, tmp_path, capsys):
@@ -160,7 +160,7 @@ class TestReloading:
     def test_the_run_reloads_to_the_same_outputs_and_streams_as_it_computes_offline(self, trained, files):
         config = read_config(trained)
         model = assemble(config, torch.device("cpu"))
-        again, words, _ = stream_tiny.load(trained, torch.device("cpu"), "float32")
+        again, words, _ = load_run(trained, torch.device("cpu"), "float32")
         batch = as_batch(model.config, [(3, [])], torch.float32)
         assert not torch.allclose(offline(model, batch), offline(again, batch)), "training has changed something"
         for name, tensor in read_tensors(trained / "model.safetensors")[0].items():

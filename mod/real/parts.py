@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mod.checkpoint import load_weights, read_config, read_tensors
 from mod.config import Config, ModelConfig, UserError
 from mod.data import vocabulary
 from mod.decoder import Decoder
@@ -110,3 +111,16 @@ def sizes_only(sizes: ModelConfig) -> VideoLLM:
     """A model without memory: for counting."""
     with torch.device("meta"):
         return VideoLLM(sizes)
+
+
+def load_run(
+    folder: Path, device: torch.device, dtype: str = "float32"
+) -> tuple[VideoLLM, Vocabulary | TextTokenizer, Config]:
+    """A trained run: model, words, configuration. Raises UserError when it is missing, damaged or another project's."""
+    config = read_config(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file() and (folder / "state.safetensors").is_file():
+        raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
+    model = assemble(replace(config, train=replace(config.train, dtype=dtype)), device)
+    load_weights(model, read_tensors(path)[0], path)
+    return model.to(getattr(torch, dtype)).eval(), read_words(config), config

@@ -70,13 +70,19 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     return sum(parts[name] for name in DECODER)
 
 
-def frame_flops(config: ModelConfig, cached: int, text: int) -> int:
-    """FLOPs of the decoder's layers for one more frame, after `cached` frames and `text` text tokens."""
+def chunk_flops(config: ModelConfig, frames: int, text: int, held_frames: int, held_text: int) -> int:
+    """FLOPs of the decoder's layers for a chunk of a stream: so many new frames and text tokens, after which the cache
+    stands for `held_frames` frames and `held_text` text tokens."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     linear = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden
-    seen = layer_tokens(config, cached + 1, text)
-    products = sum(2 * n * linear + 4 * n * s * queries for n, s in zip(config.kept, seen, strict=True))
-    return products + 2 * config.frame_tokens * config.dim * learned_layers(config)
+    new, seen = layer_tokens(config, frames, text), layer_tokens(config, held_frames, held_text)
+    products = sum(2 * n * linear + 4 * n * s * queries for n, s in zip(new, seen, strict=True))
+    return products + 2 * frames * config.frame_tokens * config.dim * learned_layers(config)
+
+
+def frame_flops(config: ModelConfig, cached: int, text: int) -> int:
+    """FLOPs of the decoder's layers for one more frame, after `cached` frames and `text` text tokens."""
+    return chunk_flops(config, 1, 0, cached + 1, text)
 
 
 def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str, int]:
@@ -121,6 +127,16 @@ def frames_that_fit(config: ModelConfig, budget: int, text: int, number_bytes: i
     """The longest stream, in frames, whose keys and values fit into `budget` bytes beside `text` text tokens."""
     empty = kv_bytes(config, 0, text, number_bytes)
     return max(0, (budget - empty) // (kv_bytes(config, 1, text, number_bytes) - empty))
+
+
+def window_that_fits(
+    config: ModelConfig, budget: int, words: int, spare: int, sinks: int = 0, number_bytes: int = 4
+) -> int:
+    """The longest window, in frames, whose keys and values surely fit into `budget` bytes: with `words` text tokens
+    after each of its frames and those of `sinks`, and `spare` more. 0 when not even one frame fits."""
+    entry = 2 * config.kv_heads * config.head_dim * number_bytes
+    frame = (sum(config.kept) + config.depth * words) * entry
+    return max(0, (budget - config.depth * spare * entry) // frame - sinks)
 
 
 def ratios(config: ModelConfig, frames: int, text: int, whole: ModelConfig | None = None) -> dict[str, float]:

@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mod.decoder import Routing
+from mod.layout import user_ids
+from mod.live import Happened
+from mod.stream import Stream
+from mod.study.costs import chunk_flops, dense
+
 
 @dataclass
 class Line:
@@ -33,7 +39,7 @@ class Moment:
     said         lines in order; a rightly silent frame has none
     entries      cache entries of every layer, when all has been said
     held         frames and text tokens that the cache still stands for
-    flops        of the decoder's layers since the stream began, cumulative: this model, and full computation of the same
+    flops        of the decoder's layers so far, cumulative: this model's, and full computation's of the same stream
     seconds      of the clock for the frame and everything said after it
     """
 
@@ -47,3 +53,54 @@ class Moment:
     held: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
     seconds: float = 0.0
+
+
+class Recorder:
+    """Turns what happens in one row of a live stream into Moments, one a frame; questions before the first frame are
+    counted, but have no moment.
+
+    `trace` is the list that the stream's routed layers write into; only a stream of one row can be told apart there.
+    """
+
+    def __init__(self, stream: Stream, row: int, trace: list[Routing] | None):
+        self.stream, self.row, self.trace = stream, row, trace
+        config = stream.model.config
+        self.models, self.flops = (config, dense(config)), [0, 0]
+        self.position = stream.position[row]
+
+    def _count(self, frames: int, chunks: list[int]) -> None:
+        """Add the FLOPs of so many new frames, then of chunks of text of these lengths."""
+        held_frames, held_text = self.stream.held(self.row)
+        text = held_text - sum(chunks)
+        for number, model in enumerate(self.models):
+            self.flops[number] += chunk_flops(model, frames, 0, held_frames, text) if frames else 0
+            for end in range(1, len(chunks) + 1):
+                after = text + sum(chunks[:end])
+                self.flops[number] += chunk_flops(model, 0, chunks[end - 1], held_frames, after)
+
+    def note(self, happened: Happened, truth: str | None, before: Moment | None, seconds: float) -> list[Moment]:
+        """A new moment for a frame; none for a question, which is added to the moment `before`.
+
+        truth  what should have been said ("": nothing), None where nobody knows
+        """
+        fed, self.position = self.stream.position[self.row] - self.position, self.stream.position[self.row]
+        if happened.question is None:
+            self._count(1, [1] * (fed - self.stream.model.config.frame_tokens))  # a reply is fed word by word
+            moment = Moment(happened.number, float(happened.time), happened.picture)
+            if self.trace is not None:
+                # The frame's own routing; the words after it are text and are never routed.
+                for routing in (routing for routing in self.trace if len(routing.kept)):
+                    moment.kept[routing.layer] = routing.kept[0].cpu().numpy()
+                    moment.scores[routing.layer] = routing.scores[0].float().cpu().numpy()
+                self.trace.clear()
+        else:
+            asked = len(user_ids(self.stream.words, happened.question))
+            self._count(0, [asked] + [1] * (fed - asked))
+            moment = before or Moment(-1, 0.0, None)
+            moment.said.append(Line("user", happened.question))
+        said = happened.reply or ""
+        if said or (truth or happened.question is not None):
+            moment.said.append(Line("assistant", said, truth))
+        moment.entries, moment.held = self.stream.cache.lengths(self.row), self.stream.held(self.row)
+        moment.flops, moment.seconds = tuple(self.flops), moment.seconds + seconds
+        return [moment] if happened.question is None else []

@@ -1,0 +1,126 @@
+"""A live stream shown as it happens: a line for each thing said, beside the truth where it is known, and a summary."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mod.config import Config, ModelConfig
+from mod.data import Clip, endless
+from mod.decoder import Routing
+from mod.live import Happened, Paced
+from mod.stream import Stream
+from mod.study.costs import dense, kv_bytes, layer_tokens
+from mod.study.draw import drawing
+from mod.study.plots import plot_stream
+from mod.study.record import Moment
+
+
+class Synthetic:
+    """The pictures of a synthetic stream, which remembers the truth about the latest of them."""
+
+    def __init__(self, config: Config, seed: int, frames: int):
+        self.clips = islice(endless(replace(config.data, question_rate=0.0), config.model, "test", seed), frames)
+        self.truths: dict[int, Clip] = {}
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number, clip in enumerate(self.clips):
+            self.truths[number] = clip
+            self.truths.pop(number - 2, None)  # a frame may be read ahead while the one before is asked about
+            yield clip.frames[0]
+
+    def truth(self, happened: Happened) -> str | None:
+        """What should have been said ("": nothing), None where nobody knows."""
+        clip = self.truths.get(happened.number)
+        if happened.question is None:
+            return clip.said[0].text if clip.said else ""
+        return clip.truth[0].get(happened.question) if clip else None
+
+
+class Printer:
+    """Prints what happens, for people or for programs, and counts what was right, where the truth is known."""
+
+    def __init__(self, stream: Stream, fps: Sequence[Fraction], as_json: bool, knows_truth: bool):
+        self.stream, self.fps, self.as_json, self.knows_truth = stream, fps, as_json, knows_truth
+        self.right = {"narrations": [], "silent frames": [], "answers": []}
+        if not as_json:
+            print(f"{self._label('')}{'frame':>5} {'time':>8}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
+
+    def _label(self, row: int | str) -> str:
+        return f"{row:<3}" if self.stream.rows > 1 else ""
+
+    def show(self, happened: Happened, truth: str | None, replied: int) -> None:
+        """One thing that has happened; `replied`: tokens of the reply."""
+        said, right = happened.reply or "", truth is None or (happened.reply or "") == truth
+        if truth is not None:
+            kind = "answers" if happened.question else "narrations" if truth else "silent frames"
+            self.right[kind].append(right)
+        if self.as_json:
+            entries = self.stream.cache.lengths(happened.row)
+            if happened.question:
+                self._json(happened, "user", happened.question, [number - replied for number in entries])
+            self._json(happened, "silence" if happened.reply is None else "assistant", said, entries)
+            return
+        label, when = self._label(happened.row), f"{happened.number:>5} {float(happened.time):>6.2f} s"
+        if happened.question:
+            when = " " * len(when)
+            print(f"{label}{when}   user: {happened.question}")
+        known = "" if not self.knows_truth else "?" if truth is None else truth or "."
+        shown = "." if happened.reply is None else said or "(nothing)"
+        print(f"{label}{when}   {shown:<34} {known}{'' if right else '   <- differs'}".rstrip(), flush=True)
+
+    def _json(self, happened: Happened, role: str, text: str, entries: list[int]) -> None:
+        row = {"stream": happened.row} if self.stream.rows > 1 else {}
+        entry = {"frame": happened.number, "time": float(happened.number / self.fps[happened.row]), "role": role}
+        print(json.dumps(row | entry | {"text": text, "cache_entries": entries}), flush=True)
+
+    def summary(self, frames: int, seconds: float, paced: Sequence[Paced]) -> None:
+        """What it came to: rights, speed over so many frames, delays, and the cache against full computation."""
+        stream, config = self.stream, self.stream.model.config
+        print()
+        if self.knows_truth:
+            scores = (f"{sum(flags)} of {len(flags)} {name}" for name, flags in self.right.items() if flags)
+            print(f"right: {', '.join(scores)}")
+        busy = seconds - sum(one.slept for one in paced)
+        print(f"speed: {frames / busy:.0f} frames a second on {stream.device}, answers to questions not counted")
+        if any(one.on_late != "off" for one in paced):
+            late, skipped = sum(one.late for one in paced), sum(one.skipped for one in paced)
+            lag = max(one.lag for one in paced)
+            print(f"clock: {late} frames later than the next was due, {skipped} skipped, at most {lag:.2f} s behind")
+        held, each = stream.held(), " in each stream" if stream.rows > 1 else ""
+        entries, full = " ".join(map(str, stream.cache.lengths())), dense(config)
+        number = stream.cache.layers[0].k.element_size()
+        whole = " ".join(map(str, layer_tokens(full, *held)))
+        print(f"cache: {entries} entries in layers 0 to {config.depth - 1}{each}, {stream.cache.bytes():,} bytes")
+        print(f" full: {whole} entries with full computation, {kv_bytes(full, *held, number):,} bytes")
+
+
+def terminal(moment: Moment, config: ModelConfig) -> str:
+    """The frame and what was kept of it, as wide as the terminal; without colours where these are not wanted."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    return drawing(moment, config, shutil.get_terminal_size((100, 24)).columns, colour=colour)
+
+
+def picture(path: Path, moments: Sequence[Moment], config: ModelConfig) -> None:
+    """The frames in a row, what each routed layer kept, and below what was said."""
+    trace = [
+        Routing(layer, torch.from_numpy(moment.kept[layer][None]), torch.from_numpy(moment.scores[layer][None]))
+        for moment in moments
+        for layer in moment.kept
+    ]
+    captions = []
+    for moment in moments:
+        narration = [line.text for line in moment.said[:1] if line.role == "assistant"]
+        talk = moment.said[len(narration) :]
+        lines = [narration[0].replace(" ", "\n") if narration else ""]
+        captions.append("\n".join(lines + [f"{'Q' if line.role == 'user' else 'A'}: {line.text}" for line in talk]))
+    frames, times = np.stack([moment.picture for moment in moments]), [moment.time for moment in moments]
+    plot_stream(path, frames, trace, captions, times, config)
