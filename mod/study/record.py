@@ -10,6 +10,8 @@ from mod.live import Happened
 from mod.stream import Stream
 from mod.study.costs import chunk_flops, dense
 
+NOTHING = "(nothing)"  # stands for a response of no words, which is not the same as silence
+
 
 @dataclass
 class Line:
@@ -98,7 +100,7 @@ class Recorder:
             self._count(0, [asked] + [1] * (fed - asked))
             moment = before or Moment(-1, 0.0, None)
             moment.said.append(Line("user", happened.question))
-        said = happened.reply or ""
+        said = "" if happened.reply is None else happened.reply or NOTHING
         if said or (truth or happened.question is not None):
             moment.said.append(Line("assistant", said, truth))
         moment.entries, moment.held = self.stream.cache.lengths(self.row), self.stream.held(self.row)

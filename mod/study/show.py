@@ -21,7 +21,7 @@ from mod.stream import Stream
 from mod.study.costs import dense, kv_bytes, layer_tokens
 from mod.study.draw import drawing
 from mod.study.plots import plot_stream
-from mod.study.record import Moment
+from mod.study.record import NOTHING, Moment
 
 
 class Synthetic:
@@ -74,7 +74,7 @@ class Printer:
             when = " " * len(when)
             print(f"{label}{when}   user: {happened.question}")
         known = "" if not self.knows_truth else "?" if truth is None else truth or "."
-        shown = "." if happened.reply is None else said or "(nothing)"
+        shown = "." if happened.reply is None else said or NOTHING
         print(f"{label}{when}   {shown:<34} {known}{'' if right else '   <- differs'}".rstrip(), flush=True)
 
     def _json(self, happened: Happened, role: str, text: str, entries: list[int]) -> None:

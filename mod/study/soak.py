@@ -9,6 +9,7 @@ positions, counts and cache stay what they should be. At the end the old stream 
 been filled, see the same frames in turns: what makes the machine slow makes both slow, what grows with age only one.
 """
 
+import math
 import statistics
 import sys
 import time
@@ -140,6 +141,11 @@ def ends(results: dict) -> tuple[list[dict], list[dict]]:
     return full[:some], full[-some:]
 
 
+def times(one: float | None, other: float | None) -> str:
+    """A ratio of two times; "-" where there was no silent frame."""
+    return f"{one / other:.2f}" if one and other else "-"
+
+
 def report(results: dict) -> str:
     """The results as Markdown."""
     first, last = ends(results)
@@ -165,8 +171,8 @@ def report(results: dict) -> str:
         lines.append(f"| {title} | {shares[0]} | {shares[1]} |")
     later = max(mib[1:] or mib)
     lines += [
-        f"| latency of a silent frame, {size:,} frames | 1 | {blocks[-1]['latency'] / full['latency']:.2f} |",
-        f"| the same, in turns with a fresh stream | 1 | {results['old_to_fresh']:.2f} |",
+        f"| latency of a silent frame, {size:,} frames | 1 | {times(blocks[-1]['latency'], full['latency'])} |",
+        f"| the same, in turns with a fresh stream | 1 | {times(results['old_to_fresh'], 1)} |",
         f"| memory of the process, MiB | {mib[min(1, len(mib) - 1)]:.0f} | {mib[-1]:.0f} (at most {later:.0f}) |",
     ]
     return "\n".join(lines) + "\n"
@@ -180,8 +186,8 @@ def plot(results: dict, path: Path) -> None:
     rss, latency, right = figure.subplots(1, 3)
     rss.plot(frames, [block["rss"] / 2**20 for block in blocks], color=BLUE)
     rss.set(title="Memory of the process", ylabel="resident memory (MiB)", ylim=(0, None))
-    base = blocks[min(1, len(blocks) - 1)]["latency"]
-    latency.plot(frames, [block["latency"] / base for block in blocks], color=BLUE)
+    base = blocks[min(1, len(blocks) - 1)]["latency"] or math.nan
+    latency.plot(frames, [(block["latency"] or math.nan) / base for block in blocks], color=BLUE)
     latency.axhspan(0.9, 1.1, color="grey", alpha=0.2, label="within 10 %")
     latency.set(title="Latency of a silent frame", ylabel="median of a block / of the second block", ylim=(0, None))
     latency.legend(fontsize=8)
@@ -204,7 +210,8 @@ def run(arguments) -> int:
         )
     torch.set_num_threads(1)
     model, words, config = load_run(arguments.checkpoint, torch.device("cpu"))
-    settings = StreamConfig(threshold=config.train.threshold, window=arguments.window, positions=arguments.positions)
+    threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
+    settings = StreamConfig(threshold=threshold, window=arguments.window, positions=arguments.positions)
     print(f"{arguments.frames:,} frames of {arguments.checkpoint}, about {arguments.frames / 4000:.0f} min; one core")
     results = soak(model, words, config, settings, arguments.frames, arguments.block)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -224,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=8, help="frames to remember (default: %(default)s)")
     parser.add_argument("--positions", choices=("absolute", "contiguous"), default="contiguous",
                         help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--threshold", type=float, help="when to speak; the run's if not given")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
     return run_script(run, parser.parse_args(argv), "mod.study.soak")
 
