@@ -75,15 +75,15 @@ MUTATIONS = [
     (
         "non-square is_causal for a chunk after a cache", "mod/block.py", "causal, mask = pos is not None and past is None, None",
         "causal, mask = pos is not None, None",
-        "tests/test_block.py", ("            mask = rearrange(k_pos", "            _ = rearrange(k_pos"),
+        "tests/test_block.py", ("            k, v, mask = past.append", "            k, v, _ = past.append"),
     ),
     (
-        "a chunk sees its own future", "mod/block.py", '<= rearrange(pos, "b t -> b 1 t 1")', '<= rearrange(pos, "b t -> b 1 t 1").amax(2, keepdim=True)',
+        "a chunk sees its own future", "mod/cache.py", '<= rearrange(pos, "b t -> b t 1")', '<= rearrange(pos, "b t -> b t 1").amax(1, keepdim=True)',
         "tests/test_block.py",
     ),
     (
-        "empty cache slots are keys", "mod/cache.py", "return self.k[:, :, :longest], self.v[:, :, :longest], self.pos[:, :longest]",
-        "return self.k, self.v, self.pos.where(self.pos < PAD, 0)", "tests/test_stream.py",
+        "empty cache slots are keys", "mod/cache.py", "k_pos, k_frame = self.pos[:, :longest], self.frame[:, :longest]",
+        "longest = self.pos.shape[1]\n        k_pos, k_frame = self.pos.where(self.pos < PAD, 0), self.frame", "tests/test_stream.py",
     ),
     (
         "one layer's cache length is stale", "mod/cache.py", "self.length = length\n", "self.length = length - (longest % 7 == 6)\n",
@@ -220,6 +220,65 @@ MUTATIONS = [
     ),
     (
         "weights that should be split are copied", "mod/parallel.py", "if not split:", "if True:", "tests/test_parallel.py",
+    ),
+    (
+        "a window that is one frame too long", "mod/window.py", "leaving = max(0, seen - size)", "leaving = max(0, seen - size - 1)", "tests/test_window.py",
+    ),
+    (
+        "the text goes with its frame when it should stay", "mod/window.py", "if self.config.forgets_text else start + self.frame_tokens", "if True else 0",
+        "tests/test_window.py",
+    ),
+    (
+        "keys are turned the wrong way when a frame goes", "mod/cache.py", "behind * (start - stop)", "behind * (stop - start)", "tests/test_window.py",
+    ),
+    (
+        "the sinks are turned as well", "mod/cache.py", "(self.pos[:, :used] >= stop[:, None]) & ", "", "tests/test_window.py",
+    ),
+    (
+        "within a chunk of several frames nothing is forgotten", "mod/window.py", "if not self.hides_within:", "if True:", "tests/test_window.py",
+    ),
+    (
+        "a full cache forgets all the same", "mod/cache.py", "                self.window.restore(before)\n", "                pass\n", "tests/test_window.py",
+    ),
+    (
+        "angles lose their precision after hours", "mod/block.py", 'if x.device.type == "mps" else torch.float64', "if True else 0", "tests/test_window.py",
+    ),
+    (
+        "a question at a frame's time comes before the frame", "mod/live.py",
+        "return (question, QUESTION) if question is not None and question < frame else (frame, FRAME)",
+        "return (question, QUESTION) if question is not None and question <= frame else (frame, FRAME)", "tests/test_live.py",
+    ),
+    (
+        "the second of two questions is lost", "mod/live.py", "            heapq.heappop(self.questions[row])\n", "            self.questions[row].clear()\n",
+        "tests/test_live.py",
+    ),
+    (
+        "timestamps drift: the interval of frames is rounded", "mod/live.py", "float((number - self.first) / self.fps)",
+        "(number - self.first) * round(float(1 / self.fps), 2)", "tests/test_live.py",
+    ),
+    (
+        "a late frame is left out though none has come after it", "mod/live.py", "        if overdue:\n            yield overdue", "        if False:\n            yield overdue",
+        "tests/test_live.py",
+    ),
+    (
+        "a restored stream forgets how far its keys were turned", "mod/window.py", '"gone": list(self.gone)', '"gone": [0] * len(self.gone)', "tests/test_live.py",
+    ),
+    (
+        "the refractory period is not kept", "mod/stream.py", "wants[row] and not self.quiet[row]", "wants[row]", "tests/test_live.py",
+    ),
+    (
+        "a stream is saved before what it says is shown", "stream_tiny.py", "        seconds = time.perf_counter() - started\n",
+        "        seconds = time.perf_counter() - started\n        live.save(arguments.state, about, arguments.ask) if arguments.state else None\n        time.sleep(0.02 * bool(arguments.state))\n",
+        "tests/test_watch.py",
+    ),
+    (
+        "false narrations counted as right silences", "mod/study/calibrate.py", "false = quiet - sum(silent)", "false = sum(silent)", "tests/test_watch.py",
+    ),
+    (
+        "FLOPs of a question counted word by word", "mod/study/record.py", "[asked] + [1] * (fed - asked)", "[1] * fed", "tests/test_watch.py",
+    ),
+    (
+        "the page shows the truth in place of what was said", "mod/study/page.py", '"text": line.text', '"text": line.truth or line.text', "tests/test_page.py",
     ),
     (
         "sparks never fade", "mod/data.py", "        self.spark = None\n        for sprite", "        for sprite", "tests/test_data.py",

@@ -221,7 +221,7 @@ def test_a_short_soak(trained, tmp_path, capsys):
 
 def test_a_soak_notices_what_drifts(trained):
     model, words, config = load_run(trained, torch.device("cpu"))
-    watched = soak.Watched(model, words, StreamConfig(window=2), 3)
+    watched = soak.Watched(model, words, StreamConfig(window=2), 3, 9)
     for clip in validation_clips(config, 1):
         watched.see(type(clip)(clip.frames[:1], [], None, [{}]), soak.Block())
     watched.check()

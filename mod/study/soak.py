@@ -56,9 +56,10 @@ class Block:
 class Watched:
     """A stream, fed clips of one frame each, whose every count is held against its own."""
 
-    def __init__(self, model: VideoLLM, words: Vocabulary, settings: StreamConfig, max_words: int):
+    def __init__(self, model: VideoLLM, words: Vocabulary, settings: StreamConfig, max_words: int, frames: int):
         remembered = settings.window + settings.sinks
-        text = 1 + (remembered + 1) * (2 * (max_words + 2) + LONGEST_QUESTION)
+        spoken_of = remembered + 1 if settings.forgets_text else frames
+        text = 1 + spoken_of * (2 * (max_words + 2) + LONGEST_QUESTION)
         self.stream = Stream(model, words, frames=remembered, text=text, settings=settings, max_words=max_words)
         self.words, self.frames, self.tokens, self.furthest = words, 0, 1, 0
 
@@ -99,8 +100,7 @@ class Watched:
 
 def soak(model: VideoLLM, words: Vocabulary, config: Config, settings: StreamConfig, frames: int, size: int) -> dict:
     """Stream so many frames, measured in blocks of `size`; the last block in turns with a fresh stream."""
-    old = Watched(model, words, settings, config.train.max_words)
-    fresh = Watched(model, words, settings, config.train.max_words)
+    old, fresh = (Watched(model, words, settings, config.train.max_words, frames) for _ in range(2))
     begins = frames - size - settings.window - settings.sinks  # where the fresh stream does, so that its window is full
     blocks, block, turns = [], Block(), []
     source = islice(endless(config.data, config.model, "test", 0), frames)
@@ -185,11 +185,12 @@ def plot(results: dict, path: Path) -> None:
     figure = Figure(figsize=(14, 4), layout="constrained")
     rss, latency, right = figure.subplots(1, 3)
     rss.plot(frames, [block["rss"] / 2**20 for block in blocks], color=BLUE)
-    rss.set(title="Memory of the process", ylabel="resident memory (MiB)", ylim=(0, None))
+    most = max(block["rss"] for block in blocks) / 2**20
+    rss.set(title="Memory of the process", ylabel="resident memory (MiB)", ylim=(0, 1.2 * most))
     base = blocks[min(1, len(blocks) - 1)]["latency"] or math.nan
     latency.plot(frames, [(block["latency"] or math.nan) / base for block in blocks], color=BLUE)
     latency.axhspan(0.9, 1.1, color="grey", alpha=0.2, label="within 10 %")
-    latency.set(title="Latency of a silent frame", ylabel="median of a block / of the second block", ylim=(0, None))
+    latency.set(title="Latency of a silent frame", ylabel="median of a block / of the second block", ylim=(0, 1.3))
     latency.legend(fontsize=8)
     styles = {"narrations": (BLUE, "-"), "silent": (ORANGE, "--"), "answers": (GREEN, ":")}
     for name, (colour, style) in styles.items():
