@@ -268,7 +268,7 @@ MUTATIONS = [
     ),
     (
         "a stream is saved before what it says is shown", "stream_tiny.py", "        seconds = time.perf_counter() - started\n",
-        "        seconds = time.perf_counter() - started\n        live.save(arguments.state, about, arguments.ask) if arguments.state else None\n        time.sleep(0.02 * bool(arguments.state))\n",
+        "        seconds = time.perf_counter() - started\n        live.save(arguments.state, about, arguments.ask) if arguments.state else None\n        time.sleep(0.2 * bool(arguments.state))\n",
         "tests/test_watch.py",
     ),
     (

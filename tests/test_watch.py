@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_a_stream_killed_at_any_moment_goes_on_identically(trained, tmp_path, ca
     command = [sys.executable, str(ROOT / "stream_tiny.py"), *flags, "--json", "--device", "cpu", "--state", str(tmp_path / "live.st")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     first = [process.stdout.readline() for _ in range(12)]
+    time.sleep(0.1)  # it has just told something; be it somewhere else when it is killed
     process.send_signal(signal.SIGKILL)
     rest = process.stdout.read()
     assert process.wait() == -signal.SIGKILL

@@ -102,7 +102,7 @@ def test_streaming_with_eviction_equals_the_offline_pass_under_its_mask(talk, la
     torch.testing.assert_close(logits, offline_under(model, batch, rule), rtol=1e-8, atol=1e-8)
 
     frame = batch.frame[0].tolist()
-    last_chunk_may_hold_more = len(set(f for f in frame if f >= 0)) - rule.sinks > rule.window
+    last_chunk_may_hold_more = len({f for f in frame if f >= 0}) - rule.sinks > rule.window
     visible, _ = seen_and_places(frame, rule)
     remembered = visible[-1]
     dense = [number for number, ratio in enumerate(model.config.keep) if ratio == 1]
@@ -205,6 +205,16 @@ def test_a_frame_in_the_middle_of_a_chunk_is_refused_where_positions_would_chang
     cache = KVCache(model.config, frames=9, text=9, stream=rule, dtype=torch.float64)
     with pytest.raises(ValueError, match="a chunk of its own"):
         model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), cache=cache)
+
+
+def test_a_frame_that_does_not_fit_is_as_if_it_had_not_come():
+    model = small_model(layers="none")
+    stream = Stream(model, WORDS_ALL, frames=1, text=5, settings=StreamConfig(window=1))
+    stream.hear([" ".join(["where"] * 8)])  # before the first frame, in the room that was meant for it
+    before = stream.cache.window.state()
+    with pytest.raises(UserError, match="the cache is full"):
+        stream.see(random_pixels(1, model.config))
+    assert stream.cache.window.state() == before and stream.seen == [0] and stream.position == [10]
 
 
 def test_a_question_that_does_not_fit_loses_nothing():

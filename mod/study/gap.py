@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
 from mod.config import Config, StreamConfig, UserError
 from mod.data import endless
 from mod.flags import Parser, run_script
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.real.parts import load_run
 from mod.stream import Stream
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
+from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.videollm import VideoLLM
 
 RULES = {
@@ -169,12 +168,7 @@ def run(arguments) -> int:
                 )
                 for name, rule in RULES.items()
             }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gap"
-    write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), report(results))
-    plot(results, path.with_suffix(".png"))
-    print(f"{report(results)}\nwrote {path}.json, .md and .png")
+    publish(arguments.out / "gap", results, report(results), plot)
     return 0
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from einops import rearrange
 from matplotlib.figure import Figure  # not pyplot: no global state, no window, any machine
 from matplotlib.patches import Rectangle
 
+from mod.checkpoint import to_json, write_text
 from mod.config import ModelConfig, UserError
 from mod.decoder import Routing
 from mod.flags import Parser, run_script
@@ -31,6 +33,15 @@ def save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(path.stem + ".tmp" + path.suffix)
     figure.savefig(temporary, dpi=130)
     os.replace(temporary, path)
+
+
+def publish(path: Path, results: dict, text: str, plot: Callable[[dict, Path], None]) -> None:
+    """Write a study's results beside each other: as JSON, as Markdown, and drawn; then print the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    plot(results, path.with_suffix(".png"))
+    print(f"{text}\nwrote {path}.json, .md and .png")
 
 
 def read_log(folder: Path) -> list[dict]:

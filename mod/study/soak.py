@@ -21,7 +21,6 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
 from mod.config import Config, StreamConfig, UserError
 from mod.data import Clip, endless
 from mod.flags import Parser, run_script
@@ -30,7 +29,7 @@ from mod.real.parts import load_run
 from mod.stream import Stream
 from mod.study.costs import layer_tokens
 from mod.study.machine import memory
-from mod.study.plots import BLUE, GREEN, ORANGE, save
+from mod.study.plots import BLUE, GREEN, ORANGE, publish, save
 from mod.videollm import VideoLLM
 
 LONGEST_QUESTION = 8  # tokens
@@ -215,12 +214,7 @@ def run(arguments) -> int:
     settings = StreamConfig(threshold=threshold, window=arguments.window, positions=arguments.positions)
     print(f"{arguments.frames:,} frames of {arguments.checkpoint}, about {arguments.frames / 4000:.0f} min; one core")
     results = soak(model, words, config, settings, arguments.frames, arguments.block)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "soak"
-    write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), report(results))
-    plot(results, path.with_suffix(".png"))
-    print(f"{report(results)}\nwrote {path}.json, .md and .png")
+    publish(arguments.out / "soak", results, report(results), plot)
     return 0
 
 

@@ -22,7 +22,7 @@ from mod.flags import Parser, run_script
 from mod.layout import Vocabulary
 from mod.real.parts import load_run
 from mod.study.gap import RULES
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
+from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.study.soak import Block, Watched, rate
 from mod.videollm import VideoLLM
 
@@ -76,7 +76,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xticks(results["windows"], list(map(str, results["windows"])), minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, loc="lower left")
+    figure.axes[1].legend(fontsize=8, loc="lower left")
     save(figure, path)
 
 
@@ -99,9 +99,7 @@ def run(arguments) -> int:
         measured = measure(model, words, config, RULES[name], window, arguments.frames)
         results["rules"].setdefault(name, {})[str(window)] = measured
         write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), report(results))
-    plot(results, path.with_suffix(".png"))
-    print(f"{report(results)}\nwrote {path}.json, .md and .png")
+    publish(path, results, report(results), plot)
     return 0
 
 
