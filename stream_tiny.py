@@ -14,7 +14,6 @@ python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - i
 python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -34,7 +33,7 @@ from mod.flags import Parser, add_fields, given, run_script
 from mod.layout import Vocabulary, user_ids
 from mod.live import Live, Paced, read_saved, restore
 from mod.real.llm import continue_text, find, load_llm, read_llm_config
-from mod.real.parts import load_run
+from mod.real.parts import fingerprint, load_run
 from mod.real.source import real_source
 from mod.real.tokenizer import TextTokenizer
 from mod.real.video import Video
@@ -48,6 +47,7 @@ from mod.train import pick_device, synthetic
 from mod.videollm import VideoLLM
 
 ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
+ROOM = 10**9  # frames, tokens: no limit; memory is taken as it fills
 MOST_PICTURED, MOST_PAGED = 100, 5000  # frames; a picture, a page, of more could not be looked at
 
 
@@ -157,64 +157,84 @@ def check_picture(path: Path, frames: float) -> None:
         raise UserError(f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
 
 
-def fingerprint(folder: Path) -> str:
-    """Names a run by its configuration and weights, without reading all of large ones."""
-    weights = folder / "model.safetensors"
-    with weights.open("rb") as file:
-        some = file.read(2**20)
-    return hashlib.sha256((folder / "config.json").read_bytes() + some + b"%d" % weights.stat().st_size).hexdigest()[
-        :16
-    ]
-
-
 @dataclass
 class Setting:
-    """All that a stream needs: the parts of a run, where pictures come from, and what the flags asked for."""
+    """All that a stream needs: the parts of a run, where pictures come from, and what the flags asked for.
+
+    frames         how many there will be at most; infinite when nothing bounds the stream
+    question_room  tokens that remembered questions and answers may take up; None for any number
+    saved          tensors and note of the live stream that goes on, if one does
+    """
 
     model: VideoLLM
     words: Vocabulary | TextTokenizer
     config: Config
     sources: Sequence[Synthetic | Video]
-    fps: list[Fraction]
-    frames: float  # at most; infinite when nothing bounds the stream
+    fps: Fraction
+    frames: float
     settings: StreamConfig
+    question_room: int | None
     questions: list[Question]
+    about: dict
+    saved: tuple[dict, dict] | None
 
     @property
     def knows_truth(self) -> bool:
         return isinstance(self.sources[0], Synthetic)
 
 
-def stream_settings(arguments, config: Config, asked: int) -> StreamConfig:
-    """The flags' StreamConfig, with the window that --memory-mb allows. `asked`: tokens of all questions and answers.
+def is_camera(name: str) -> bool:
+    return name.startswith(("/dev/video", "camera:"))
 
-    Raises UserError when the memory does not hold a frame.
-    """
+
+def stream_settings(arguments, config: Config) -> StreamConfig:
+    """The flags' StreamConfig; the threshold is the calibrated one, else the run's, and a camera skips late frames."""
     known = calibrated(arguments.checkpoint)
-    default = config.train.threshold if known is None else known
-    settings = StreamConfig(**{"threshold": default, **given(arguments, StreamConfig)})
-    if not settings.memory_mb:
-        return settings
-    budget, rows = int(settings.memory_mb * 1e6), len(arguments.video or range(arguments.streams))
-    number_bytes = getattr(torch, arguments.dtype).itemsize
-    needs = (config.model, budget // rows, config.train.max_words + 2, 1 + asked, settings.sinks, number_bytes)
-    window = window_that_fits(*needs)
+    default = {"threshold": config.train.threshold if known is None else known}
+    if any(map(is_camera, arguments.video or ())):
+        default["on_late"] = "skip"  # what a camera has seen in vain is old
+    return StreamConfig(**{**default, **given(arguments, StreamConfig)})
+
+
+def divide_memory(arguments, settings: StreamConfig, config: Config, asked: int) -> tuple[StreamConfig, int]:
+    """--memory-mb as a window and the room for questions: `asked` tokens of those that are known, or two long ones.
+
+    Raises UserError when not even one frame fits.
+    """
+    longest, rows = config.train.max_words + 2, len(arguments.video or range(arguments.streams))
+    room, number_bytes = max(asked, 2 * (16 + longest)), getattr(torch, arguments.dtype).itemsize
+    if settings.contiguous:
+        number_bytes = (number_bytes + 4) / 2  # keys that are turned are kept in float32
+    budget = int(settings.memory_mb * 1e6) // rows
+    window = window_that_fits(config.model, budget, longest, 1 + room, settings.sinks, number_bytes)
     if window < 1:
         raise UserError(f"--memory-mb got {settings.memory_mb:g}, which does not hold a single frame; allow more")
-    return replace(settings, window=window, memory_mb=0.0)
+    return replace(settings, window=window, memory_mb=0.0), room
+
+
+def how_long(arguments, sources: Sequence[Synthetic | Video], remembers_all: bool) -> tuple[float, float]:
+    """The most frames that are streamed, and how many there will be as far as is known, which questions go by."""
+    known = [source.about_frames for source in sources if isinstance(source, Video)]
+    there = max(known) if all(known) and known else math.inf
+    if arguments.frames is not None or not arguments.video:
+        return arguments.frames, arguments.frames
+    if not remembers_all:
+        return math.inf, there
+    # The length of a file is an estimate, and being cut off would cost more than some room.
+    most = there + 2 if there < math.inf else ENDLESS
+    for asked, limit in ((arguments.save, MOST_PICTURED), (arguments.html, MOST_PAGED)):
+        most = min(most, limit) if asked else most
+    return most, there
 
 
 def open_stream(setting: Setting, trace: list | None) -> Stream:
-    """A stream with room for a longest response after every frame and question that it remembers."""
-    settings, longest = setting.settings, setting.config.train.max_words + 2
-    frames = setting.frames
-    if settings.window and settings.forgets_text:
-        frames = min(frames, settings.window + settings.sinks + 1)
-    if frames == math.inf:
-        raise UserError("--forget vision keeps all that is said, so the stream must end; pass --frames")
-    asked = sum(len(user_ids(setting.words, question.text)) + longest for question in setting.questions)
-    return Stream(setting.model, setting.words, len(setting.sources), frames=frames, text=1 + frames * longest + asked,
-                  settings=settings, max_words=setting.config.train.max_words, trace=trace)  # fmt: skip
+    """A stream with room for a longest response after every frame that it remembers, and for the questions."""
+    settings, longest, text = setting.settings, setting.config.train.max_words + 2, ROOM
+    if setting.question_room is not None:
+        text = 1 + setting.question_room + (settings.window + settings.sinks + 1) * longest
+    frames = ROOM if setting.frames == math.inf else setting.frames
+    return Stream(setting.model, setting.words, len(setting.sources), frames=frames, text=text, settings=settings,
+                  max_words=setting.config.train.max_words, trace=trace)  # fmt: skip
 
 
 def run(arguments) -> int:
@@ -225,34 +245,36 @@ def run(arguments) -> int:
     model, words, config = load_run(arguments.checkpoint, device, arguments.dtype)
     if arguments.calibrate:
         return calibrate(arguments, model, words, config)
+    settings = stream_settings(arguments, config)
+    if not arguments.video and arguments.frames is None:
+        arguments.frames = config.data.frames
     with ExitStack() as opened:
-        fps, frames = Fraction(str(arguments.fps or config.data.fps)), arguments.frames
+        fps = Fraction(str(arguments.fps or config.data.fps))
+        seeds = range(arguments.seed, arguments.seed + arguments.streams)
         if arguments.video:
             sources = [opened.enter_context(Video(name, fps, config.model.image_size)) for name in arguments.video]
-            about = [video.about_frames for video in sources]
-            bounded = hasattr(arguments, "window") or hasattr(arguments, "memory_mb")
-            if frames is None:  # the length of a file is an estimate, and being cut off would cost more than some room
-                frames = math.inf if bounded else max(about) + 2 if all(about) else ENDLESS
-            there = arguments.frames or (max(about) if all(about) else math.inf)
         else:
-            frames = there = frames or config.data.frames
-            seeds = range(arguments.seed, arguments.seed + arguments.streams)
-            sources = [Synthetic(config, seed, frames) for seed in seeds]
-        questions = [parse_ask(ask, there, fps, words) for ask in arguments.ask]
-        asked = sum(len(user_ids(words, question.text)) + config.train.max_words + 2 for question in questions)
-        settings = stream_settings(arguments, config, asked)
-        if any(name.startswith(("/dev/video", "camera:")) for name in arguments.video or ()):
-            late = given(arguments, StreamConfig).get("on_late", "skip")  # what a camera has seen in vain is old
-            settings = replace(settings, on_late=late)
-        for path, most in ((arguments.save, MOST_PICTURED), (arguments.html, MOST_PAGED)):
-            if path and frames > most and arguments.frames is None:
-                frames = most  # of a video; more than was asked for is refused below
+            sources = [Synthetic(config, seed, arguments.frames) for seed in seeds]
+        frames, there = how_long(arguments, sources, not (settings.window or settings.memory_mb))
         if arguments.save:
             check_picture(arguments.save, frames)
-        if arguments.html and frames > MOST_PAGED:
+        if arguments.html and MOST_PAGED < frames < math.inf:
             raise UserError(f"--html shows at most {MOST_PAGED} frames, got {frames}; pass fewer --frames")
-        setting = Setting(model, words, config, sources, [fps] * len(sources), frames, settings, questions)
-        return watch(arguments, setting)
+        questions = [parse_ask(ask, there, fps, words) for ask in arguments.ask]
+        rule = {name: getattr(settings, name) for name in ("window", "memory_mb", "sinks", "forget", "positions")}
+        about = {"run": fingerprint(arguments.checkpoint), "fps": str(fps), "dtype": arguments.dtype, **rule,
+                 "source": arguments.video or [f"seed {seed}" for seed in seeds]}  # fmt: skip
+        saved = read_saved(arguments.state, about) if arguments.state and arguments.state.is_file() else None
+        room = None
+        if saved and settings.memory_mb:
+            kept = saved[1]["kept"]
+            settings, room = replace(settings, window=kept["window"], memory_mb=0.0), kept["question_room"]
+        elif settings.memory_mb:
+            asked = sum(len(user_ids(words, question.text)) + config.train.max_words + 2 for question in questions)
+            settings, room = divide_memory(arguments, settings, config, asked)
+        return watch(
+            arguments, Setting(model, words, config, sources, fps, frames, settings, room, questions, about, saved)
+        )
 
 
 def check_flags(arguments) -> None:
@@ -276,8 +298,16 @@ def check_flags(arguments) -> None:
     if arguments.html:
         check_page(arguments.html)
     StreamConfig(**given(arguments, StreamConfig))
-    if arguments.state and not arguments.state.parent.is_dir():
-        raise UserError(f"--state got {arguments.state}, but its folder does not exist; name a file in a folder")
+    if arguments.state and (arguments.state.is_dir() or not arguments.state.parent.is_dir()):
+        raise UserError(
+            f"--state got {arguments.state}, but its folder does not exist or it is one itself; name a file in a folder"
+        )
+    forgets = getattr(arguments, "window", 0) or getattr(arguments, "memory_mb", 0)
+    for name in ("sinks", "forget", "positions"):
+        if hasattr(arguments, name) and not forgets:
+            raise UserError(f"--{name} does nothing when everything is remembered; pass --window, or leave it out")
+    if arguments.state_every != 1 and not arguments.state:
+        raise UserError(f"--state-every got {arguments.state_every}, but no --state to save; name a file")
 
 
 def calibrate(arguments, model: VideoLLM, words: Vocabulary | TextTokenizer, config: Config) -> int:
@@ -290,60 +320,70 @@ def calibrate(arguments, model: VideoLLM, words: Vocabulary | TextTokenizer, con
     return 0
 
 
-def begin(arguments, setting: Setting, stream: Stream, about: dict) -> tuple[Live, list[Paced]]:
+def begin(arguments, setting: Setting, stream: Stream) -> tuple[Live, list[Paced]]:
     """The live stream, from its beginning or as --state has kept it, and its clocks."""
-    saved = arguments.state is not None and arguments.state.is_file()
-    tensors, note = read_saved(arguments.state, about) if saved else ({}, {"last": [-1] * stream.rows, "given": []})
-    end, on_late = None if setting.frames == math.inf else setting.frames, setting.settings.on_late
-    paced = [
-        Paced(islice(source, last + 1, end), fps, on_late, first=last + 1)
-        for source, fps, last in zip(setting.sources, setting.fps, note["last"], strict=True)
-    ]
-    live = Live(stream, paced, setting.fps)
-    if saved:
+    tensors, note = setting.saved or ({}, {"last": [-1] * stream.rows})
+    paced = []
+    for name, source, last in zip(setting.about["source"], setting.sources, note["last"], strict=True):
+        # A camera goes on with what it sees now; anything else is gone through again up to where the stream was.
+        passed = 0 if arguments.video and is_camera(name) else last + 1
+        end = None if setting.frames == math.inf else setting.frames - (last + 1 - passed)
+        paced.append(Paced(islice(source, passed, end), setting.fps, setting.settings.on_late, first=last + 1))
+    live = Live(stream, paced, [setting.fps] * stream.rows, setting.question_room)
+    if setting.saved:
         restore(live, tensors, note)
         print(f"going on after frame {max(note['last'])}, as {arguments.state} has it", file=sys.stderr)
+    known = live.kept.get("given", [])  # answered already, or in the queue
     for ask, question in zip(arguments.ask, setting.questions, strict=True):
-        for row in range(0 if ask in note["given"] else stream.rows):  # given before, so answered, or in the queue
+        for row in range(0 if ask in known else stream.rows):
             live.ask(row, question.time, question.text)
+    given = known + [ask for ask in arguments.ask if ask not in known]
+    live.kept = {"given": given, "window": setting.settings.window, "question_room": setting.question_room}
     return live, paced
 
 
 def watch(arguments, setting: Setting) -> int:
-    """Let the stream happen and show it; then what it came to."""
+    """Let the stream happen and show it; then, or after Ctrl-C, what it came to."""
     shows = bool(arguments.html or arguments.save or arguments.draw)
     trace: list | None = [] if shows else None
     stream = open_stream(setting, trace)
-    rule = {name: getattr(setting.settings, name) for name in ("window", "sinks", "forget", "positions")}
-    source = arguments.video or [f"seed {arguments.seed + row}" for row in range(stream.rows)]
-    about = {"run": fingerprint(arguments.checkpoint), "source": source, "fps": str(setting.fps[0]), **rule}
-    live, paced = begin(arguments, setting, stream, about)
-    printer = Printer(stream, setting.fps, arguments.json, setting.knows_truth)
+    live, paced = begin(arguments, setting, stream)
+    printer = Printer(stream, arguments.json, setting.knows_truth)
     recorder, moments = Recorder(stream, 0, trace), []
-    frames, spent, fed = 0, 0.0, list(stream.position)
-    started = time.perf_counter()
-    while happened := live.step():
-        seconds = time.perf_counter() - started
-        for one in happened:
-            truth = setting.sources[one.row].truth(one) if setting.knows_truth else None
-            asked = len(user_ids(setting.words, one.question)) if one.question else stream.model.config.frame_tokens
-            printer.show(one, truth, stream.position[one.row] - fed[one.row] - asked)
-            fed[one.row] = stream.position[one.row]
-            if shows:
-                moments += recorder.note(one, truth, moments[-1] if moments else None, seconds)
-                if arguments.draw and one.question is None:
-                    print(terminal(moments[-1], stream.model.config), flush=True)
-                if not (arguments.html or arguments.save):
-                    del moments[:-1]
-        if happened[0].question is None:
-            frames, spent = frames + len(happened), spent + seconds
-        if arguments.state and (happened[0].question or frames % arguments.state_every == 0):
-            live.save(arguments.state, about, arguments.ask)
-        started = time.perf_counter()
+    frames, spent, unsaved, fed, code = 0, 0.0, 0, list(stream.position), 0
+    try:
+        started, slept = time.perf_counter(), 0.0
+        while happened := live.step():
+            seconds = time.perf_counter() - started
+            for one in happened:
+                truth = setting.sources[one.row].truth(one) if setting.knows_truth else None
+                asked = len(user_ids(setting.words, one.question)) if one.question else stream.model.config.frame_tokens
+                printer.show(one, truth, max(0, stream.position[one.row] - fed[one.row] - asked))
+                fed[one.row] = stream.position[one.row]
+                if shows:
+                    moments += recorder.note(one, truth, moments[-1] if moments else None, seconds)
+                    if arguments.draw and one.question is None:
+                        print(terminal(moments[-1], stream.model.config), flush=True)
+                    if not (arguments.html or arguments.save):
+                        del moments[:-1]
+            if happened[0].question is None:
+                frames, unsaved = frames + len(happened), unsaved + 1
+                spent += seconds - (sum(one.slept for one in paced) - slept)
+            if arguments.state and (happened[0].question or unsaved >= arguments.state_every):
+                live.save(arguments.state, setting.about)
+                unsaved = 0
+            started, slept = time.perf_counter(), sum(one.slept for one in paced)
+            if arguments.html and len(moments) >= MOST_PAGED:
+                print(f"stopped after {MOST_PAGED} frames, the most that a page can show", file=sys.stderr)
+                break
+    except KeyboardInterrupt:  # the usual end of an endless stream; what was shown is kept
+        print("interrupted" + (f"; go on with --state {arguments.state}" if arguments.state else ""), file=sys.stderr)
+        code = 130
+    if arguments.state and unsaved and not code:
+        live.save(arguments.state, setting.about)
     finish(arguments, setting, live, frames, moments)
-    if not arguments.json and frames:
-        printer.summary(frames, spent, paced)
-    return 0
+    printer.summary(frames, spent, paced)
+    return code
 
 
 def finish(arguments, setting: Setting, live: Live, frames: int, moments: list[Moment]) -> None:

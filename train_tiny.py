@@ -38,6 +38,7 @@ RUN_FILES = (
     "metrics.json",
     "curve.png",
 )
+CALIBRATION = ("calibration.json", "calibration.png")  # of stream_tiny.py --calibrate; they go with the weights
 
 
 EVALUATION = {"threshold", "max_words", "eval_clips", "device", "dtype"}  # what a finished run may be measured with
@@ -185,7 +186,7 @@ def train_run(config: Config, arguments, device: torch.device) -> int:
     print_plan(config, out, frames, text, seconds)
     meet()  # before the first process writes what others look for
     if arguments.overwrite and rank() == 0:
-        for name in RUN_FILES:
+        for name in (*RUN_FILES, *CALIBRATION):
             (out / name).unlink(missing_ok=True)
     build = VideoLLM if model is None else lambda _: model
     _, metrics = train(config, out, arguments.resume, build, source)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mod.config import ModelConfig
 
 # A padded token stands at the end of time: no real query is late enough to see it, so no other mask is needed.
-PAD = 2**30
+PAD = 2**62
 
 
 class RMSNorm(nn.Module):

@@ -32,8 +32,11 @@ class LayerCache:
     ):  # fmt: skip
         self.capacity, self.window = capacity, window
         slots = min(capacity, FIRST)
-        self.k = torch.zeros(rows, kv_heads, slots, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        # Keys that will be turned again and again are kept in float32 at least: half precision would round every time.
+        turned = window is not None and window.config.contiguous
+        wide = torch.promote_types(dtype, torch.float32) if turned else dtype
+        self.k = torch.zeros(rows, kv_heads, slots, head_dim, dtype=wide, device=device)
+        self.v = torch.zeros(rows, kv_heads, slots, head_dim, dtype=dtype, device=device)
         self.pos = torch.full((rows, slots), PAD, dtype=torch.long, device=device)
         self.frame = torch.full((rows, slots), -1, dtype=torch.long, device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
@@ -67,8 +70,9 @@ class LayerCache:
         sees = rearrange(k_pos, "b s -> b 1 s") <= rearrange(pos, "b t -> b t 1")
         if self.window and (hidden := self.window.hidden(pos, k_pos, k_frame)) is not None:
             sees = sees & ~hidden | (pos == PAD)[:, :, None]  # padding sees something, or its softmax would be nan
-        return self.k[:, :, :longest], self.v[:, :, :longest], rearrange(sees, "b t s -> b 1 t s")
+        return self.k[:, :, :longest].to(self.v.dtype), self.v[:, :, :longest], rearrange(sees, "b t s -> b 1 t s")
 
+    @torch.inference_mode(False)  # or what is made here could be changed in inference mode alone
     def grow(self, slots: int) -> None:
         """Have at least so many slots: twice as many as before, so that growing costs little on average."""
         have = self.pos.shape[1]
@@ -128,8 +132,8 @@ class KVCache:
 
     def bytes(self, row: int = 0) -> int:
         """Bytes of the keys and values that one stream holds (what is in use, not what is allocated)."""
-        entry = 2 * self.config.kv_heads * self.config.head_dim * self.layers[0].k.element_size()
-        return sum(self.lengths(row)) * entry
+        number_bytes = self.layers[0].k.element_size() + self.layers[0].v.element_size()
+        return sum(self.lengths(row)) * self.config.kv_heads * self.config.head_dim * number_bytes
 
     def make_room(self, pos: Tensor, frame: Tensor) -> None:
         """Tokens at pos (B, T), of frames (B, T), are about to come: forget what none of them can see.
@@ -139,12 +143,12 @@ class KVCache:
         real = pos < PAD
         vision = (real & (frame >= 0)).sum(1)
         text, frames = real.sum(1) - vision, vision // self.config.frame_tokens
-        before = self.window.state() if self.window else {}
-        spans = self.window.arrive(pos, frame) if self.window else []
-        spans = [(start.to(pos.device), stop.to(pos.device)) for start, stop in spans]
+        before, spans = self.window.state() if self.window else {}, []
         try:
+            if self.window:
+                spans = [(start.to(pos.device), stop.to(pos.device)) for start, stop in self.window.arrive(pos, frame)]
             self.require(frames, text, spans)
-        except UserError:
+        except ValueError:
             if self.window:
                 self.window.restore(before)
             raise
@@ -177,7 +181,9 @@ class KVCache:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. Raises UserError when it is another model's, or more than there is room for."""
+        """Put back what `state` gave. Raises UserError, with nothing changed, when it is another model's, or more than
+        there is room for."""
+        saved = []
         for number, layer in enumerate(self.layers):
             held = {name: tensors.get(f"{number}.{name}") for name in ("k", "v", "pos", "frame", "length")}
             k, used = held["k"], 0 if held["pos"] is None else held["pos"].shape[-1]
@@ -192,11 +198,16 @@ class KVCache:
                 raise UserError(
                     f"the saved stream holds {used} entries, room for {layer.capacity}; ask for more frames"
                 )
+            saved.append((held, used))
+        for layer, (held, used) in zip(self.layers, saved, strict=True):
             layer.grow(used)
-            for name in ("k", "v"):
-                getattr(layer, name)[:, :, :used] = held[name].to(layer.k.device)
-            for name in ("pos", "frame"):
-                getattr(layer, name)[:, :used] = held[name].to(layer.k.device)
+            layer.pos.fill_(PAD)
+            layer.frame.fill_(-1)
+            layer.k[:, :, :used], layer.v[:, :, :used] = held["k"].to(layer.k.device), held["v"].to(layer.k.device)
+            layer.pos[:, :used], layer.frame[:, :used] = (
+                held["pos"].to(layer.k.device),
+                held["frame"].to(layer.k.device),
+            )
             layer.length = held["length"].to(layer.k.device)
 
     def mark(self) -> list[Tensor]:

@@ -23,6 +23,7 @@ import torch
 
 from mod.checkpoint import read_tensors, write_tensors
 from mod.config import UserError
+from mod.layout import user_ids
 from mod.stream import Stream
 
 FRAME, QUESTION = 0, 1  # at the same time a frame comes before a question
@@ -62,11 +63,16 @@ class Paced:
                 overdue = (number, picture) if delay * self.fps >= 1 else None
                 if overdue:
                     continue
-            self.late += delay * self.fps >= 1
-            self.lag = max(self.lag, delay)
+            self._count(delay)
             yield number, picture
         if overdue:
+            self._count(delay)
             yield overdue
+
+    def _count(self, delay: float) -> None:
+        """Note that a picture is handed over so many seconds after its time."""
+        self.late += delay * self.fps >= 1
+        self.lag = max(self.lag, delay)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Happened:
     picture: np.ndarray | None
     question: str | None
     reply: str | None
+    refused: bool = False  # was there no room for the question?
 
 
 class Live:
@@ -86,17 +93,25 @@ class Live:
 
     sources  per row, an iterator of (number, picture), numbers rising; such as `Paced`
     fps      per row, frames a second
+    question_room  tokens that questions and their answers may take up, of those that are remembered; a question that
+             does not fit is refused, and the stream goes on. None: any number
     """
 
-    def __init__(self, stream: Stream, sources: Sequence[Iterable[tuple[int, np.ndarray]]], fps: Sequence[Fraction]):
+    def __init__(self, stream: Stream, sources: Sequence[Iterable[tuple[int, np.ndarray]]], fps: Sequence[Fraction],
+                 question_room: int | None = None):  # fmt: skip
         if not len(sources) == len(fps) == stream.rows:
             raise ValueError(f"got {len(sources)} sources and {len(fps)} rates for {stream.rows} streams")
+        self.question_room = question_room
         self.stream, self.sources, self.fps = stream, [iter(source) for source in sources], list(fps)
         self.coming: list[tuple[int, np.ndarray] | None] = [None] * stream.rows  # a frame that has been read ahead
         self.ended = [False] * stream.rows
         self.last = [-1] * stream.rows  # number of the last frame that was seen
         self.questions: list[list[tuple[Fraction, int, str]]] = [[] for _ in sources]
-        self.asked = 0
+        self.asked = 0  # questions so far
+        self.answered: list[list[tuple[int, int]]] = [
+            [] for _ in sources
+        ]  # (frames seen, tokens) of remembered answers
+        self.kept: dict = {}  # for the caller, saved with the rest
 
     def ask(self, row: int, time: Fraction, text: str) -> None:
         """Put a question into a row's queue. One whose time has passed already is next."""
@@ -141,23 +156,42 @@ class Live:
             for row, number, picture in zip(rows, numbers, pictures, strict=True)
         ]
 
+    def _fits(self, row: int, text: str) -> bool:
+        """Is there room for this question and the longest answer beside those that are remembered?"""
+        if self.question_room is None:
+            return True
+        rule, seen = self.stream.settings, self.stream.seen[row]
+        self.answered[row] = [
+            (frames, tokens) for frames, tokens in self.answered[row]
+            if not rule.window or frames <= rule.sinks or frames > seen - rule.window
+        ]  # fmt: skip
+        longest = len(user_ids(self.stream.words, text)) + self.stream.max_words + 2
+        return sum(tokens for _, tokens in self.answered[row]) + longest <= self.question_room
+
     def _answer(self, rows: list[int]) -> list[Happened]:
         texts = {row: self.questions[row][0] for row in rows}
-        replies = self.stream.ask([texts[row][2] if row in texts else None for row in range(self.stream.rows)])
+        fits = {row for row in rows if self._fits(row, texts[row][2])}
+        before = list(self.stream.position)
+        replies = self.stream.ask([texts[row][2] if row in fits else None for row in range(self.stream.rows)])
         for row in rows:
             heapq.heappop(self.questions[row])
-        return [Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row]) for row in rows]
+            if row in fits and self.question_room is not None:
+                self.answered[row].append((self.stream.seen[row], self.stream.position[row] - before[row]))
+        return [
+            Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row], refused=row not in fits)
+            for row in rows
+        ]
 
-    def save(self, path: Path, about: dict, given: Sequence[str] = ()) -> None:
+    def save(self, path: Path, about: dict) -> None:
         """Write all that the rest depends on, in one safetensors file: cache, positions, questions still to be asked.
         The old file is there until the new one is whole.
 
-        about  says what it is a stream of       given  the questions that have been put into the queues so far
+        `about` says what it is a stream of.
         """
         tensors, numbers = self.stream.state()
         queues = [[(str(time), number, text) for time, number, text in row] for row in self.questions]
         note = {"about": about, "stream": numbers, "last": self.last, "questions": queues, "asked": self.asked,
-                "given": list(given)}  # fmt: skip
+                "answered": self.answered, "kept": self.kept}  # fmt: skip
         write_tensors(path, tensors, {"live": json.dumps(note)})
 
 
@@ -181,5 +215,6 @@ def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
 def restore(live: Live, tensors: dict, note: dict) -> None:
     """Put a saved stream's state into `live`, whose sources begin with the frames after `note["last"]`."""
     live.stream.restore(tensors, note["stream"])
-    live.last, live.asked = note["last"], note["asked"]
+    live.last, live.asked, live.kept = list(note["last"]), note["asked"], note["kept"]
+    live.answered = [[(frames, tokens) for frames, tokens in row] for row in note["answered"]]
     live.questions = [[(Fraction(time), number, text) for time, number, text in row] for row in note["questions"]]

@@ -138,9 +138,17 @@ class Stream:
         """See one frame of every row, or of some as `see`; returns what each row says about it, None for silence.
 
         After a narration, `settings.refractory` frames are not narrated, whatever the model would say.
+        Raises UserError, with nothing fed, when the cache has no room for the frame and the longest narration.
         """
+        due, most = rows or [True] * self.rows, self.settings.sinks + self.settings.window
+        # Once the window is full, a frame leaves for every frame that comes.
+        frames = [
+            sees and not (self.settings.window and seen >= most) for sees, seen in zip(due, self.seen, strict=True)
+        ]
+        text = [self.max_words + 2 if sees else 0 for sees in due]
+        self.cache.require(torch.tensor(frames, device=self.device), torch.tensor(text, device=self.device))
         wants, speaks = self.wants_to_speak(self.see(pixels, rows)), [False] * self.rows
-        for row, sees in enumerate(rows or [True] * self.rows):
+        for row, sees in enumerate(due):
             if sees:
                 speaks[row] = wants[row] and not self.quiet[row]
                 self.quiet[row] = self.settings.refractory if speaks[row] else max(0, self.quiet[row] - 1)
@@ -189,6 +197,6 @@ class Stream:
     def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
         """Go on from what `state` gave, bit for bit. Raises UserError when it is another model's."""
         self.cache.restore(tensors)
-        self.seen, self.position, self.quiet = (numbers[key] for key in ("seen", "position", "quiet"))
+        self.seen, self.position, self.quiet = (list(numbers[key]) for key in ("seen", "position", "quiet"))
         if self.cache.window:
             self.cache.window.restore(numbers["window"])

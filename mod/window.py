@@ -11,8 +11,8 @@ first token of the frame that pushes it out, whole, and never comes back. What n
 Positions. "absolute": tokens keep the position they came with, which grows forever. "contiguous": a token stands where
 it would if what it can no longer see had never been; when a frame goes, the keys behind it are turned back by as many
 positions as it took (rotations add up, so the turn is exact and nothing is computed again), and no token ever stands
-further than the window is long. RoPE sees distances only: the one thing that changes is how far the sinks, and text
-that stayed, seem to be.
+further than what is remembered is long. RoPE sees distances only: the one thing that changes is how far the sinks, and
+text that stayed, seem to be.
 
 Read next: cache.py
 """
@@ -45,7 +45,8 @@ class Window:
                 "frames": list(self.frames)}  # fmt: skip
 
     def restore(self, state: dict) -> None:
-        self.starts, self.sinks, self.gone, self.frames = (state[key] for key in ("starts", "sinks", "gone", "frames"))
+        self.starts = [list(row) for row in state["starts"]]
+        self.sinks, self.gone, self.frames = (list(state[key]) for key in ("sinks", "gone", "frames"))
 
     def arrive(self, pos: Tensor, frame: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Tokens at pos (B, T), of frames (B, T), are about to come: spans of positions that none of them can see.

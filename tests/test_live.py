@@ -199,6 +199,35 @@ def test_skipping_goes_on_with_the_latest_and_keeps_true_times():
     assert [number for number, _ in paced("off", [99.0] * 10)[0]] == list(range(10))
 
 
+def test_the_last_picture_counts_as_late_even_under_skip():
+    _, pacer = paced("skip", [99.0])
+    assert pacer.late == 1 and pacer.lag == pytest.approx(94.5)
+
+
+def test_what_does_not_fit_the_memory_is_refused_and_the_stream_goes_on():
+    """Room for one question and answer at a time: the second at once is refused, one after the window has passed is not."""
+    model = small_model()
+    settings = StreamConfig(threshold=0.0, window=2)
+    stream = Stream(model, WORDS_ALL, frames=9, text=60, settings=settings, max_words=3, log=True)
+    live = Live(stream, [Paced(list(random_pixels(8, model.config)), Fraction(1))], [Fraction(1)], question_room=12)
+    for time in (1, 1, 2, 5):
+        live.ask(0, Fraction(time), "where is it ?")
+    answers = [one for one in run(live) if one.question]
+    assert [one.refused for one in answers] == [False, True, True, False]
+    assert [one.reply is None for one in answers] == [False, True, True, False]
+    assert sum(token == WORDS_ALL.user for token, frame in stream.fed[0] if frame < 0) == 2
+
+
+def test_a_full_cache_leaves_the_frame_still_to_come():
+    model = small_model()
+    stream = Stream(model, WORDS_ALL, frames=1, text=4, settings=StreamConfig(threshold=1.0), max_words=9)
+    live = Live(stream, [Paced(list(random_pixels(2, model.config)), Fraction(1))], [Fraction(1)])
+    for _ in range(2):
+        with pytest.raises(UserError, match="the cache is full"):
+            live.step()
+        assert stream.seen == [0] and stream.position == [1] and live.last == [-1]
+
+
 def test_questions_between_left_out_frames_come_before_the_next_one():
     """Frames 1 to 4 are skipped; what was asked at their times stands before frame 5, in order."""
     model, clock = small_model(), Clock()

@@ -10,6 +10,7 @@ import pytest
 import stream_tiny
 import train_tiny
 from mod.config import PRESETS
+from mod.study import gap, soak, windows
 from mod.study.ablate_report import report as table_report
 from mod.study.bench_report import report as bench_report
 from mod.study.seeds import table
@@ -75,6 +76,14 @@ def test_tables_are_what_the_runs_measured(path):
         for measure, read in MEASURES.items():
             for seed, run in seeds.items():
                 assert values[name][measure][seed] == pytest.approx(read(run), nan_ok=True) or values[name][measure][seed] is None
+
+
+@pytest.mark.parametrize(("name", "report"), [("soak", soak.report), ("gap", gap.report), ("windows", windows.report)])
+def test_long_streams_are_as_their_json_files_say_and_as_the_readme_shows(name, report):
+    written = report(json.loads((ROOT / f"results/{name}.json").read_text()))
+    assert (ROOT / f"results/{name}.md").read_text() == written
+    assert README.split(f"<!-- results/{name}.md -->\n")[1].split("<!-- end -->")[0] == written
+    assert f"(results/{name}.png)" in README and (ROOT / f"results/{name}.png").exists()
 
 
 def test_every_command_in_the_readme_parses():

@@ -21,7 +21,7 @@ from mod.data import vocabulary
 from mod.live import Live, Paced
 from mod.real.parts import load_run
 from mod.stream import Stream
-from mod.study import calibrate, gap, soak
+from mod.study import calibrate, gap, soak, windows
 from mod.study.costs import dense, forward_flops, kv_bytes, layer_tokens, window_that_fits
 from mod.study.record import NOTHING, Recorder
 from mod.train import validation_clips
@@ -93,10 +93,89 @@ def test_memory_is_bounded_as_asked_and_windows_are_what_the_formula_says(traine
     assert window_that_fits(model, kv_bytes(model, 5, 5 * words), words, 0, sinks=2) == 3
 
 
+@pytest.mark.parametrize("extra", [["--sinks", 2], ["--streams", 2], ["--ask", "3:where is it ?", "--ask", "4:where is it ?"]])
+def test_memory_is_bounded_with_everything_else(trained, capsys, extra):
+    _, _, config = load_run(trained, torch.device("cpu"))
+    entry = 2 * config.model.kv_heads * config.model.head_dim * 4
+    said = lines(capsys, "--checkpoint", trained, "--frames", 30, "--threshold", 1.0, "--memory-mb", 0.5, *extra)
+    most = {row: max(sum(line["cache_entries"]) for line in said if line.get("stream", 0) == row) for row in (0, 1) if any(line.get("stream", 0) == row for line in said)}
+    assert 0.3 * 5e5 < sum(most.values()) * entry <= 5e5
+
+
+def test_new_questions_come_into_a_saved_stream_and_memory_never_wedges_it(trained, tmp_path, capsys):
+    """A frame more at every start, and new questions each time: asked once each, or refused; the stream never dies."""
+    flags = ["--checkpoint", trained, "--threshold", 1.0, "--memory-mb", 0.4, "--state", tmp_path / "live.st"]
+    asked, refused_ones = [], 0
+    for frames in range(1, 7):
+        new = ["--ask", f"{frames - 1}:where is it ?", "--ask", f"{(frames - 1) / 2}s:where did it appear ?", "--ask", "0:which spark ?"]
+        said = lines(capsys, *flags, "--frames", frames, *new)
+        asked += [(line["frame"], line["text"]) for line in said if line["role"] == "user"]
+        refused_ones += sum(line["role"] == "refused" for line in said)
+    assert len(set(asked)) == len(asked) == 13, "the question about sparks is put once"
+    assert 0 < refused_ones < 13
+
+
+def test_saving_every_few_frames_counts_frames_of_time(trained, tmp_path, capsys, monkeypatch):
+    saved = []
+    keep = Live.save
+    monkeypatch.setattr(Live, "save", lambda self, *parts: (saved.append(max(self.last)), keep(self, *parts)))
+    lines(capsys, "--checkpoint", trained, "--frames", 11, "--streams", 2, "--state", tmp_path / "s", "--state-every", 4)
+    assert saved == [3, 7, 10]
+
+
+class Camera:
+    """Stands in for a Video that is a camera: what it shows next is what it sees now."""
+
+    about_frames, skipped, shown = None, 0, 0
+
+    def __init__(self, name, fps, size):
+        self.size = size
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        for _ in range(50):
+            Camera.shown += 1
+            yield random_pixels(1, small_config(image_size=self.size), Camera.shown, torch.float32)[0].numpy()
+
+
+def test_a_camera_goes_on_with_what_it_sees_now(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream_tiny, "Video", Camera)
+    late = []
+    monkeypatch.setattr(stream_tiny, "Paced", lambda *parts, **more: (late.append(parts[2]), Paced(*parts, **more))[1])
+    flags = ["--checkpoint", trained, "--video", "/dev/video0", "--fps", 1000, "--window", 3, "--state", tmp_path / "live.st"]
+    lines(capsys, *flags, "--frames", 4, "--on-late", "wait")
+    assert Camera.shown == 4 and late == ["wait"]
+    said = lines(capsys, *flags, "--frames", 6, "--on-late", "wait")
+    assert Camera.shown == 6 and {line["frame"] for line in said} == {4, 5}
+    lines(capsys, *flags, "--frames", 7)
+    assert late[-1] == "skip", "unless told otherwise"
+
+
+def test_ctrl_c_keeps_what_was_shown(trained, tmp_path, capsys, monkeypatch):
+    steps, step = [], Live.step
+
+    def interrupted(self):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Live, "step", interrupted)
+    flags = ["--checkpoint", str(trained), "--frames", "9", "--html", str(tmp_path / "s.html"), "--state", str(tmp_path / "s"), "--device", "cpu"]
+    assert stream_tiny.main(flags) == 130
+    told = capsys.readouterr()
+    assert "interrupted; go on with --state" in told.err and "speed:" in told.out and "Traceback" not in told.err
+    assert len(json.loads((tmp_path / "s.html").read_text().split('id="data">')[1].split("</script>")[0])["moments"]) == 3
+
+
 def test_the_clock_is_kept_and_told(trained, capsys):
     assert stream_tiny.main(["--checkpoint", str(trained), "--frames", "3", "--on-late", "wait", "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    assert "clock: 0 frames later than the next was due, 0 skipped" in out
+    assert "clock: 0 frames later than the next was due, 0 skipped" in capsys.readouterr().err
 
 
 def test_drawing_in_the_terminal(trained, capsys, monkeypatch):
@@ -108,14 +187,14 @@ def test_drawing_in_the_terminal(trained, capsys, monkeypatch):
 
 def test_the_page_shows_what_the_json_says(trained, tmp_path, capsys):
     """The two outputs of one stream agree: frames, dialogue, entries, with a window that forgets."""
-    flags = ["--checkpoint", trained, "--frames", 9, "--window", 3, "--threshold", 0.25, "--ask", "4:where is it ?"]
+    flags = ["--checkpoint", trained, "--frames", 9, "--window", 3, "--threshold", 0.25, "--ask", "4:where is it ?", "--ask", "start:where ?"]
     said = lines(capsys, *flags, "--html", tmp_path / "stream.html")
     page = (tmp_path / "stream.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     moments = data["moments"]
     assert [moment["frame"] for moment in moments] == list(range(9))
     for moment in moments:
-        mine = [line for line in said if line["frame"] == moment["frame"]]
+        mine = [line for line in said if line["frame"] == moment["frame"] or (line["frame"] < 0 and moment["frame"] == 0)]
         assert moment["entries"] == mine[-1]["cache_entries"] and moment["time"] == mine[-1]["time"]
         spoken = [(line["role"], line["text"]) for line in mine if line["role"] != "silence"]
         assert [(line["role"], line["text"].replace(NOTHING, "")) for line in moment["said"] if line["text"]] == spoken
@@ -198,9 +277,11 @@ class TestCalibration:
             return [line["role"] for line in lines(capsys, "--checkpoint", run, "--frames", 6, *flags)]
 
         for threshold, role in ((0.0, "silence"), (1.0, "assistant")):
-            (run / "calibration.json").write_text(json.dumps({"threshold": threshold}))
+            (run / "calibration.json").write_text(json.dumps(held | {"threshold": threshold}))
             assert set(talk()) == {role}
         assert set(talk("--threshold", 0.0)) == {"silence"}, "a flag is stronger"
+        (run / "calibration.json").write_text(json.dumps(held | {"threshold": 0.0, "run": "another"}))
+        assert talk() == talk("--threshold", 0.5), "what was calibrated with other weights does not count"
         (run / "calibration.json").write_text("{")
         refused(stream_tiny.main, ["--checkpoint", str(run)], capsys, "is no calibration", "--calibrate")
 
@@ -219,6 +300,24 @@ def test_a_short_soak(trained, tmp_path, capsys):
     assert sum(block["narrations"][1] + block["silent"][1] for block in results["blocks"]) == 360
     assert (tmp_path / "soak.md").read_text() == soak.report(results) and "| answers right |" in soak.report(results)
     refused(soak.main, [*flags, "--frames", "100"], capsys, "expected three blocks")
+
+
+def test_windows_are_measured_once_and_never_mixed(trained, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(windows, "WINDOWS", (2, 3))
+    flags = ["--frames", "12", "--out", str(tmp_path)]
+    assert windows.main([*flags, "--checkpoint", str(trained)]) == 0
+    assert "10 streams of 12 frames" in capsys.readouterr().out
+    assert windows.main([*flags, "--checkpoint", str(trained)]) == 0
+    assert "0 streams of 12 frames" in capsys.readouterr().out
+    results = json.loads((tmp_path / "windows.json").read_text())
+    assert all(sum(one[name][1] for name in ("narrations", "silent")) == 12 for rule in results["rules"].values() for one in rule.values())
+    other = shutil.copytree(trained, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["noise"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    refused(windows.main, [*flags, "--checkpoint", str(other)], capsys, "of 12 frames of run", "--overwrite")
 
 
 def test_a_soak_notices_what_drifts(trained):

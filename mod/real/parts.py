@@ -4,6 +4,8 @@ Inserting MoD into a trained decoder disturbs nothing: routers start with zero w
 kept token has weight one, text is never touched, and with keep ratio 1 the decoder is what it was.
 """
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +113,19 @@ def sizes_only(sizes: ModelConfig) -> VideoLLM:
     """A model without memory: for counting."""
     with torch.device("meta"):
         return VideoLLM(sizes)
+
+
+def fingerprint(folder: Path) -> str:
+    """Names a run by its configuration and weights; of large files beginning and end are looked at."""
+    some, path = 2**24, folder / "model.safetensors"
+    with path.open("rb") as file:
+        parts = [file.read(some)]
+        if (size := path.stat().st_size) > some:
+            file.seek(max(some, size - some))
+            parts.append(file.read())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("train", None)  # what a finished run may be measured with does not make it another
+    return hashlib.sha256(b"".join([json.dumps(config).encode(), *parts, b"%d" % size])).hexdigest()[:16]
 
 
 def load_run(

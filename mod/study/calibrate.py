@@ -18,6 +18,7 @@ from mod.config import UserError
 from mod.data import Clip
 from mod.evaluate import free_running
 from mod.layout import Vocabulary
+from mod.real.parts import fingerprint
 from mod.study.plots import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.videollm import VideoLLM
 
@@ -96,16 +97,23 @@ def draw(result: dict) -> Figure:
 
 
 def write(result: dict, folder: Path) -> None:
-    write_text(folder / "calibration.json", to_json(result, indent=1) + "\n")
+    write_text(folder / "calibration.json", to_json(result | {"run": fingerprint(folder)}, indent=1) + "\n")
     save(draw(result), folder / "calibration.png")
 
 
 def calibrated(folder: Path) -> float | None:
-    """The threshold that a run was calibrated to, if it was. Raises UserError when the file is damaged."""
+    """The threshold that a run was calibrated to, if it was; not that of other weights, which were there before.
+
+    Raises UserError when the file is damaged.
+    """
     path = folder / "calibration.json"
     if not path.is_file():
         return None
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["threshold"])
+        held = json.loads(path.read_text(encoding="utf-8"))
+        threshold, run = float(held["threshold"]), held["run"]
+        if not 0 <= threshold <= 1:
+            raise ValueError
+        return threshold if run == fingerprint(folder) else None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no calibration; write it anew with --calibrate or pass --threshold") from None

@@ -130,13 +130,13 @@ def frames_that_fit(config: ModelConfig, budget: int, text: int, number_bytes: i
 
 
 def window_that_fits(
-    config: ModelConfig, budget: int, words: int, spare: int, sinks: int = 0, number_bytes: int = 4
+    config: ModelConfig, budget: int, words: int, spare: int, sinks: int = 0, number_bytes: float = 4
 ) -> int:
     """The longest window, in frames, whose keys and values surely fit into `budget` bytes: with `words` text tokens
     after each of its frames and those of `sinks`, and `spare` more. 0 when not even one frame fits."""
     entry = 2 * config.kv_heads * config.head_dim * number_bytes
     frame = (sum(config.kept) + config.depth * words) * entry
-    return max(0, (budget - config.depth * spare * entry) // frame - sinks)
+    return max(0, int((budget - config.depth * spare * entry) // frame) - sinks)
 
 
 def ratios(config: ModelConfig, frames: int, text: int, whole: ModelConfig | None = None) -> dict[str, float]:

@@ -12,6 +12,8 @@ from mod.study.costs import chunk_flops, dense
 
 NOTHING = "(nothing)"  # stands for a response of no words, which is not the same as silence
 
+REFUSED = "(no memory for another question)"
+
 
 @dataclass
 class Line:
@@ -58,8 +60,8 @@ class Moment:
 
 
 class Recorder:
-    """Turns what happens in one row of a live stream into Moments, one a frame; questions before the first frame are
-    counted, but have no moment.
+    """Turns what happens in one row of a live stream into Moments, one a frame; what is said before the first frame
+    belongs to its moment.
 
     `trace` is the list that the stream's routed layers write into; only a stream of one row can be told apart there.
     """
@@ -67,6 +69,7 @@ class Recorder:
     def __init__(self, stream: Stream, row: int, trace: list[Routing] | None):
         self.stream, self.row, self.trace = stream, row, trace
         config = stream.model.config
+        self.early: list[Line] = []  # said before the first frame
         self.models, self.flops = (config, dense(config)), [0, 0]
         self.position = stream.position[row]
 
@@ -81,7 +84,7 @@ class Recorder:
                 self.flops[number] += chunk_flops(model, 0, chunks[end - 1], held_frames, after)
 
     def note(self, happened: Happened, truth: str | None, before: Moment | None, seconds: float) -> list[Moment]:
-        """A new moment for a frame; none for a question, which is added to the moment `before`.
+        """A new moment for a frame; none for a question, which is added to the moment `before`, or to the first.
 
         truth  what should have been said ("": nothing), None where nobody knows
         """
@@ -89,6 +92,7 @@ class Recorder:
         if happened.question is None:
             self._count(1, [1] * (fed - self.stream.model.config.frame_tokens))  # a reply is fed word by word
             moment = Moment(happened.number, float(happened.time), happened.picture)
+            moment.said, self.early = self.early, []
             if self.trace is not None:
                 # The frame's own routing; the words after it are text and are never routed.
                 for routing in (routing for routing in self.trace if len(routing.kept)):
@@ -96,11 +100,12 @@ class Recorder:
                     moment.scores[routing.layer] = routing.scores[0].float().cpu().numpy()
                 self.trace.clear()
         else:
-            asked = len(user_ids(self.stream.words, happened.question))
+            asked = min(fed, len(user_ids(self.stream.words, happened.question)))  # nothing was fed if it was refused
             self._count(0, [asked] + [1] * (fed - asked))
-            moment = before or Moment(-1, 0.0, None)
+            moment = before or Moment(-1, 0.0, None, said=self.early)
             moment.said.append(Line("user", happened.question))
         said = "" if happened.reply is None else happened.reply or NOTHING
+        said = REFUSED if happened.refused else said
         if said or (truth or happened.question is not None):
             moment.said.append(Line("assistant", said, truth))
         moment.entries, moment.held = self.stream.cache.lengths(self.row), self.stream.held(self.row)

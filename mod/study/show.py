@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mod.stream import Stream
 from mod.study.costs import dense, kv_bytes, layer_tokens
 from mod.study.draw import drawing
 from mod.study.plots import plot_stream
-from mod.study.record import NOTHING, Moment
+from mod.study.record import NOTHING, REFUSED, Moment
 
 
 class Synthetic:
@@ -48,9 +47,9 @@ class Synthetic:
 class Printer:
     """Prints what happens, for people or for programs, and counts what was right, where the truth is known."""
 
-    def __init__(self, stream: Stream, fps: Sequence[Fraction], as_json: bool, knows_truth: bool):
-        self.stream, self.fps, self.as_json, self.knows_truth = stream, fps, as_json, knows_truth
-        self.right = {"narrations": [], "silent frames": [], "answers": []}
+    def __init__(self, stream: Stream, as_json: bool, knows_truth: bool):
+        self.stream, self.as_json, self.knows_truth = stream, as_json, knows_truth
+        self.right = {"narrations": [0, 0], "silent frames": [0, 0], "answers": [0, 0]}  # right, counted
         if not as_json:
             print(f"{self._label('')}{'frame':>5} {'time':>8}   {'said':<34} {'truth' if knows_truth else ''}".rstrip())
 
@@ -60,14 +59,15 @@ class Printer:
     def show(self, happened: Happened, truth: str | None, replied: int) -> None:
         """One thing that has happened; `replied`: tokens of the reply."""
         said, right = happened.reply or "", truth is None or (happened.reply or "") == truth
-        if truth is not None:
+        if truth is not None and not happened.refused:
             kind = "answers" if happened.question else "narrations" if truth else "silent frames"
-            self.right[kind].append(right)
+            self.right[kind] = [self.right[kind][0] + right, self.right[kind][1] + 1]
         if self.as_json:
             entries = self.stream.cache.lengths(happened.row)
             if happened.question:
                 self._json(happened, "user", happened.question, [number - replied for number in entries])
-            self._json(happened, "silence" if happened.reply is None else "assistant", said, entries)
+            role = "refused" if happened.refused else "silence" if happened.reply is None else "assistant"
+            self._json(happened, role, said, entries)
             return
         label, when = self._label(happened.row), f"{happened.number:>5} {float(happened.time):>6.2f} s"
         if happened.question:
@@ -75,29 +75,33 @@ class Printer:
             print(f"{label}{when}   user: {happened.question}")
         known = "" if not self.knows_truth else "?" if truth is None else truth or "."
         shown = "." if happened.reply is None else said or NOTHING
+        if happened.refused:
+            shown, known, right = REFUSED, "", True
         print(f"{label}{when}   {shown:<34} {known}{'' if right else '   <- differs'}".rstrip(), flush=True)
 
     def _json(self, happened: Happened, role: str, text: str, entries: list[int]) -> None:
         row = {"stream": happened.row} if self.stream.rows > 1 else {}
-        entry = {"frame": happened.number, "time": float(happened.number / self.fps[happened.row]), "role": role}
+        entry = {"frame": happened.number, "time": float(happened.time), "role": role}
         print(json.dumps(row | entry | {"text": text, "cache_entries": entries}), flush=True)
 
     def summary(self, frames: int, seconds: float, paced: Sequence[Paced]) -> None:
         """What it came to: rights, speed over so many frames, delays, and the cache against full computation."""
         stream, config = self.stream, self.stream.model.config
-        print()
-        if self.knows_truth:
-            scores = (f"{sum(flags)} of {len(flags)} {name}" for name, flags in self.right.items() if flags)
-            print(f"right: {', '.join(scores)}")
-        busy = seconds - sum(one.slept for one in paced)
-        print(f"speed: {frames / busy:.0f} frames a second on {stream.device}, answers to questions not counted")
         if any(one.on_late != "off" for one in paced):
             late, skipped = sum(one.late for one in paced), sum(one.skipped for one in paced)
             lag = max(one.lag for one in paced)
-            print(f"clock: {late} frames later than the next was due, {skipped} skipped, at most {lag:.2f} s behind")
+            clock = f"clock: {late} frames later than the next was due, {skipped} skipped, at most {lag:.2f} s behind"
+            print(clock, file=sys.stderr)
+        if self.as_json or not frames:
+            return
+        print()
+        if self.knows_truth:
+            scores = (f"{right} of {counted} {name}" for name, (right, counted) in self.right.items() if counted)
+            print(f"right: {', '.join(scores)}")
+        print(f"speed: {frames / seconds:.0f} frames a second on {stream.device}, answers to questions not counted")
         held, each = stream.held(), " in each stream" if stream.rows > 1 else ""
         entries, full = " ".join(map(str, stream.cache.lengths())), dense(config)
-        number = stream.cache.layers[0].k.element_size()
+        number = stream.cache.layers[0].v.element_size()
         whole = " ".join(map(str, layer_tokens(full, *held)))
         print(f"cache: {entries} entries in layers 0 to {config.depth - 1}{each}, {stream.cache.bytes():,} bytes")
         print(f" full: {whole} entries with full computation, {kv_bytes(full, *held, number):,} bytes")

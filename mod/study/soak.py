@@ -203,10 +203,10 @@ def plot(results: dict, path: Path) -> None:
 
 
 def run(arguments) -> int:
-    if arguments.frames < 3 * arguments.block or arguments.window < 1:
+    if not 1 <= arguments.window <= arguments.block or arguments.frames < 3 * arguments.block:
         raise UserError(
             f"got {arguments.frames} frames in blocks of {arguments.block}, window {arguments.window}; expected three "
-            "blocks at least and a window; pass more --frames"
+            "blocks at least, each longer than the window; pass more --frames"
         )
     torch.set_num_threads(1)
     model, words, config = load_run(arguments.checkpoint, torch.device("cpu"))

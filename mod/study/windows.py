@@ -20,7 +20,7 @@ from mod.config import Config, StreamConfig, UserError
 from mod.data import endless
 from mod.flags import Parser, run_script
 from mod.layout import Vocabulary
-from mod.real.parts import load_run
+from mod.real.parts import fingerprint, load_run
 from mod.study.gap import RULES
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.study.soak import Block, Watched, rate
@@ -86,11 +86,20 @@ def run(arguments) -> int:
     torch.set_num_threads(1)
     model, words, config = load_run(arguments.checkpoint, torch.device("cpu"))
     path = arguments.out / "windows"
-    results = {"frames": arguments.frames, "trained": config.data.frames, "windows": list(WINDOWS), "rules": {}}
+    results = {
+        "run": fingerprint(arguments.checkpoint),
+        "frames": arguments.frames,
+        "trained": config.data.frames,
+        "windows": list(WINDOWS),
+        "rules": {},
+    }
     if path.with_suffix(".json").is_file() and not arguments.overwrite:
         held = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if held["frames"] != arguments.frames:
-            raise UserError(f"{path}.json is of {held['frames']} frames, got {arguments.frames}; pass --overwrite")
+        if held["frames"] != arguments.frames or held["run"] != results["run"]:
+            raise UserError(
+                f"{path}.json is of {held['frames']} frames of run {held['run']}, got {arguments.frames} of "
+                f"{results['run']}; pass --overwrite or another --out"
+            )
         results["rules"] = held["rules"]
     todo = [(name, window) for name in RULES for window in WINDOWS if str(window) not in results["rules"].get(name, {})]
     print(f"{len(todo)} streams of {arguments.frames:,} frames, about {len(todo) * arguments.frames / 5000:.0f} min")
