@@ -16,6 +16,7 @@ python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no vi
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ from mod.videollm import VideoLLM
 
 ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
 ROOM = 10**9  # frames, tokens: no limit; memory is taken as it fills
-MOST_PICTURED, MOST_PAGED = 100, 5000  # frames; a picture, a page, of more could not be looked at
+MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could not be looked at
 
 
 def build_parser() -> Parser:
@@ -189,8 +190,10 @@ def is_camera(name: str) -> bool:
 
 def stream_settings(arguments, config: Config) -> StreamConfig:
     """The flags' StreamConfig; the threshold is the calibrated one, else the run's, and a camera skips late frames."""
-    known = calibrated(arguments.checkpoint)
-    default = {"threshold": config.train.threshold if known is None else known}
+    default = {}
+    if not hasattr(arguments, "threshold"):
+        known = calibrated(arguments.checkpoint)
+        default["threshold"] = config.train.threshold if known is None else known
     if any(map(is_camera, arguments.video or ())):
         default["on_late"] = "skip"  # what a camera has seen in vain is old
     return StreamConfig(**{**default, **given(arguments, StreamConfig)})
@@ -298,10 +301,11 @@ def check_flags(arguments) -> None:
     if arguments.html:
         check_page(arguments.html)
     StreamConfig(**given(arguments, StreamConfig))
-    if arguments.state and (arguments.state.is_dir() or not arguments.state.parent.is_dir()):
-        raise UserError(
-            f"--state got {arguments.state}, but its folder does not exist or it is one itself; name a file in a folder"
-        )
+    if path := arguments.state:
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"--state got {path}, expected a file in a folder that can be written to; name another")
+        for left in path.parent.glob(f"{path.name}.*.tmp"):  # of a stream that was killed while it was saved
+            left.unlink()
     forgets = getattr(arguments, "window", 0) or getattr(arguments, "memory_mb", 0)
     for name in ("sinks", "forget", "positions"):
         if hasattr(arguments, name) and not forgets:
@@ -315,8 +319,9 @@ def calibrate(arguments, model: VideoLLM, words: Vocabulary | TextTokenizer, con
     clips = source.validation(config.train.eval_clips)
     print(f"streaming {len(clips)} validation clips at each threshold, about a minute for the tiny model")
     result = sweep(model, words, clips, config.train.max_words)
+    print(table(result))
     write(result, arguments.checkpoint)
-    print(f"{table(result)}\nwrote {arguments.checkpoint / 'calibration.json'} and calibration.png")
+    print(f"wrote {arguments.checkpoint / 'calibration.json'} and calibration.png")
     return 0
 
 
@@ -327,17 +332,21 @@ def begin(arguments, setting: Setting, stream: Stream) -> tuple[Live, list[Paced
     for name, source, last in zip(setting.about["source"], setting.sources, note["last"], strict=True):
         # A camera goes on with what it sees now; anything else is gone through again up to where the stream was.
         passed = 0 if arguments.video and is_camera(name) else last + 1
-        end = None if setting.frames == math.inf else setting.frames - (last + 1 - passed)
-        paced.append(Paced(islice(source, passed, end), setting.fps, setting.settings.on_late, first=last + 1))
+        pictures = iter(source)
+        for _ in islice(pictures, passed):
+            pass
+        left = None if setting.frames == math.inf else setting.frames - last - 1
+        paced.append(Paced(islice(pictures, left), setting.fps, setting.settings.on_late, first=last + 1))
     live = Live(stream, paced, [setting.fps] * stream.rows, setting.question_room)
     if setting.saved:
         restore(live, tensors, note)
         print(f"going on after frame {max(note['last'])}, as {arguments.state} has it", file=sys.stderr)
     known = live.kept.get("given", [])  # answered already, or in the queue
-    for ask, question in zip(arguments.ask, setting.questions, strict=True):
-        for row in range(0 if ask in known else stream.rows):
+    new = [question for question in setting.questions if [str(question.time), question.text] not in known]
+    for question in new:
+        for row in range(stream.rows):
             live.ask(row, question.time, question.text)
-    given = known + [ask for ask in arguments.ask if ask not in known]
+    given = known + [[str(question.time), question.text] for question in new]
     live.kept = {"given": given, "window": setting.settings.window, "question_room": setting.question_room}
     return live, paced
 
@@ -350,7 +359,8 @@ def watch(arguments, setting: Setting) -> int:
     live, paced = begin(arguments, setting, stream)
     printer = Printer(stream, arguments.json, setting.knows_truth)
     recorder, moments = Recorder(stream, 0, trace), []
-    frames, spent, unsaved, fed, code = 0, 0.0, 0, list(stream.position), 0
+    began = list(stream.position)
+    frames, spent, unsaved, fed, code = 0, 0.0, 0, list(began), 0
     try:
         started, slept = time.perf_counter(), 0.0
         while happened := live.step():
@@ -381,15 +391,15 @@ def watch(arguments, setting: Setting) -> int:
         code = 130
     if arguments.state and unsaved and not code:
         live.save(arguments.state, setting.about)
-    finish(arguments, setting, live, frames, moments)
+    finish(arguments, setting, live, sum(fed) > sum(began), moments)
     printer.summary(frames, spent, paced)
     return code
 
 
-def finish(arguments, setting: Setting, live: Live, frames: int, moments: list[Moment]) -> None:
+def finish(arguments, setting: Setting, live: Live, happened: bool, moments: list[Moment]) -> None:
     """When the stream has ended: write the pictures, and say what did not happen."""
     model, note = live.stream.model.config, partial(print, file=sys.stderr)
-    if not frames:
+    if not happened:
         note(f"nothing to stream: it has ended after frame {max(live.last)}; pass more --frames")
     if not setting.knows_truth:
         if arguments.frames is None and max(live.last) + 1 == setting.frames:

@@ -74,7 +74,7 @@ class LayerCache:
 
     @torch.inference_mode(False)  # or what is made here could be changed in inference mode alone
     def grow(self, slots: int) -> None:
-        """Have at least so many slots: twice as many as before, so that growing costs little on average."""
+        """Have at least so many slots, never more than the capacity. Doubling makes growing rare."""
         have = self.pos.shape[1]
         if slots <= have:
             return

@@ -59,9 +59,13 @@ def write_tensors(
     if not writes:
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(together, temporary, metadata=note)
-    temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone
-    os.replace(temporary, path)
+    try:
+        save_file(together, temporary, metadata=note)
+        temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); make room there, or name another place") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

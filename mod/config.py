@@ -19,9 +19,10 @@ class UserError(ValueError):
 PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
 
 
-def flag(default, help, choices=None):
-    """A dataclass field that knows the help text of its command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, otherwise=None):
+    """A dataclass field that knows the help text of its command-line flag; `otherwise`: what holds when it is not
+    given, where that is not the default itself."""
+    return field(default=default, metadata={"help": help, "choices": choices, "otherwise": otherwise})
 
 
 def routed_layers(pattern: str, depth: int) -> tuple[int, ...]:
@@ -335,7 +336,9 @@ class RealConfig:
 class StreamConfig:
     """A live stream: when to speak, what to remember, and what to do when frames come too fast."""
 
-    threshold: float = flag(0.5, "speak when the probability of silence is below it")
+    threshold: float = flag(
+        0.5, "speak when the probability of silence is below it", otherwise="as calibrated, else as trained"
+    )
     refractory: int = flag(0, "frames after a narration in which nothing but a question makes it speak")
     window: int = flag(0, "frames to remember; 0 remembers everything")
     memory_mb: float = flag(0.0, "instead of --window: as many frames as fit into so many MB of keys and values")

@@ -30,7 +30,8 @@ def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
     group = parser.add_argument_group(title)
     for field in fields(kind):
         name, default = "--" + field.name.replace("_", "-"), field.default
-        help = f"{field.metadata['help']} (default: {'none' if default == '' else default})".replace("%", "%%")
+        told = field.metadata["otherwise"] or ("none" if default == "" else default)
+        help = f"{field.metadata['help']} (default: {told})".replace("%", "%%")
         if isinstance(default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
@@ -62,8 +63,6 @@ def run_script(script, arguments: argparse.Namespace, name: str) -> int:
         print(f"{name}: not enough memory ({error}); ask for less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"{name}: interrupted; nothing is half written, and an unfinished run goes on with --resume",
-            file=sys.stderr,
-        )
+        goes_on = ", and an unfinished run goes on with --resume" if name == "train_tiny.py" else ""
+        print(f"{name}: interrupted; nothing is half written{goes_on}", file=sys.stderr)
         return 130

@@ -197,12 +197,19 @@ class Live:
 
 def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
     """The tensors and the note of a saved live stream. Raises UserError when it is damaged or of something else."""
-    tensors, metadata = read_tensors(path)
+    try:
+        tensors, metadata = read_tensors(path)
+    except UserError as error:
+        raise UserError(
+            f"{path} is no saved stream, or damaged ({error.__cause__}); delete it to begin anew"
+        ) from error
     try:
         note = json.loads(metadata["live"])
         other = [name for name in about if note["about"].get(name) != about[name]]
     except (KeyError, ValueError, AttributeError):
         raise UserError(f"{path} is no saved stream of this project; name another file") from None
+    if "run" in other:
+        raise UserError(f"{path} is a stream of other weights; go on with its own --checkpoint or name another file")
     if other:
         name = other[0]
         raise UserError(

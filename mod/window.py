@@ -1,7 +1,8 @@
 """What an endless stream forgets: which of its earlier tokens a token can still see.
 
     window 0                keep everything; the cache says when it is full
-    window W                <bos>, the first frames ("sinks") and the last W frames, each with the text after it
+    window W                what comes before the first frame (<bos>, a question), the first frames ("sinks", on which
+                            attention leans when it looks for nothing) and the last W frames, each with the text after it
     window W, forget vision the same, but the text stays: the dialogue is remembered, old pictures are not
 
 The rule is about tokens of the *stream*, so it is the same in every layer, although layers hold different tokens: the
@@ -11,8 +12,8 @@ first token of the frame that pushes it out, whole, and never comes back. What n
 Positions. "absolute": tokens keep the position they came with, which grows forever. "contiguous": a token stands where
 it would if what it can no longer see had never been; when a frame goes, the keys behind it are turned back by as many
 positions as it took (rotations add up, so the turn is exact and nothing is computed again), and no token ever stands
-further than what is remembered is long. RoPE sees distances only: the one thing that changes is how far the sinks, and
-text that stayed, seem to be.
+further than what is remembered is long. RoPE sees distances only: the one thing that changes is how far away <bos>,
+the sinks and text that stayed seem to be.
 
 Read next: cache.py
 """
@@ -82,8 +83,8 @@ class Window:
         return start, self.starts[row][number + 1] if self.config.forgets_text else start + self.frame_tokens
 
     def hidden(self, pos: Tensor, k_pos: Tensor, k_frame: Tensor) -> Tensor | None:
-        """Which stored keys, at k_pos (B, S), tokens at pos (B, T) have forgotten, (B, T, S); None for no more than
-        has been dropped."""
+        """Which stored keys, at k_pos (B, S), tokens at pos (B, T) have forgotten, (B, T, S); None when those that are
+        forgotten have been dropped already, as always when a frame comes in a chunk of its own."""
         if not self.hides_within:
             return None
         longest = max(map(len, self.starts))

@@ -115,6 +115,17 @@ def test_new_questions_come_into_a_saved_stream_and_memory_never_wedges_it(train
     assert 0 < refused_ones < 13
 
 
+def test_a_question_given_again_in_other_words_is_asked_once_and_still_judged(trained, tmp_path, capsys):
+    flags = ["--checkpoint", str(trained), "--threshold", "0", "--window", "2", "--state", str(tmp_path / "s"), "--device", "cpu"]
+    assert stream_tiny.main([*flags, "--frames", "4", "--ask", "3:where is it ?"]) == 0
+    assert "where is it ?" in capsys.readouterr().out
+    assert stream_tiny.main([*flags, "--frames", "5", "--ask", "1.5s:where is it?"]) == 0
+    assert "user:" not in capsys.readouterr().out
+    assert stream_tiny.main([*flags, "--frames", "6", "--ask", "4:where did it appear ?"]) == 0
+    out = capsys.readouterr().out
+    assert "user: where did it appear ?" in out and "   ?" not in out and "of 1 answers" in out
+
+
 def test_saving_every_few_frames_counts_frames_of_time(trained, tmp_path, capsys, monkeypatch):
     saved = []
     keep = Live.save

@@ -92,7 +92,7 @@ def draw(result: dict) -> Figure:
     axis.set(title="When to speak, free-running on validation streams", ylim=(-0.02, 1.02), ylabel="share",
              xlabel="threshold on the probability of silence")  # fmt: skip
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.9))  # where no curve goes
     return figure
 
 

@@ -130,11 +130,12 @@ def plot_stream(
     axes[0, 0].set_ylabel("what it sees", fontsize=9)
     for row, layer in enumerate(layers, start=1):
         axes[row, 0].set_ylabel(f"layer {layer} keeps", fontsize=9)
-    figure.suptitle(
-        "A stream, frame by frame: framed patches go through the routed layer (the CLS token, not drawn, may be one of "
-        "the kept), dark ones skip it; below, what was said",
-        fontsize=10,
+    explained = (
+        ": framed patches go through the routed layer (the CLS token, not drawn, may be one of the kept), dark ones "
+        "skip it; below, what was said"
     )
+    title = "A stream, frame by frame" if len(frames) > 4 else "A stream"
+    figure.suptitle(title + (explained if layers and len(frames) > 4 else ""), fontsize=10)
     save(figure, path)
 
 

@@ -17,7 +17,7 @@ from mod.data import Clip, endless
 from mod.decoder import Routing
 from mod.live import Happened, Paced
 from mod.stream import Stream
-from mod.study.costs import dense, kv_bytes, layer_tokens
+from mod.study.costs import dense, layer_tokens
 from mod.study.draw import drawing
 from mod.study.plots import plot_stream
 from mod.study.record import NOTHING, REFUSED, Moment
@@ -99,12 +99,14 @@ class Printer:
             scores = (f"{right} of {counted} {name}" for name, (right, counted) in self.right.items() if counted)
             print(f"right: {', '.join(scores)}")
         print(f"speed: {frames / seconds:.0f} frames a second on {stream.device}, answers to questions not counted")
-        held, each = stream.held(), " in each stream" if stream.rows > 1 else ""
-        entries, full = " ".join(map(str, stream.cache.lengths())), dense(config)
-        number = stream.cache.layers[0].v.element_size()
-        whole = " ".join(map(str, layer_tokens(full, *held)))
-        print(f"cache: {entries} entries in layers 0 to {config.depth - 1}{each}, {stream.cache.bytes():,} bytes")
-        print(f" full: {whole} entries with full computation, {kv_bytes(full, *held, number):,} bytes")
+        rows, full = range(stream.rows), dense(config)  # of several streams the sums
+        held = (sum(numbers) for numbers in zip(*map(stream.held, rows), strict=True))
+        entries = [sum(layer) for layer in zip(*map(stream.cache.lengths, rows), strict=True)]
+        whole, used = layer_tokens(full, *held), sum(map(stream.cache.bytes, rows))
+        where = f"layers 0 to {config.depth - 1}" + (f" of {stream.rows} streams" if stream.rows > 1 else "")
+        print(f"cache: {' '.join(map(str, entries))} entries in {where}, {used:,} bytes")
+        bytes_of_full = used * sum(whole) // sum(entries)  # an entry of the same size
+        print(f" full: {' '.join(map(str, whole))} entries with full computation, {bytes_of_full:,} bytes")
 
 
 def terminal(moment: Moment, config: ModelConfig) -> str:

@@ -152,7 +152,7 @@ def report(results: dict) -> str:
     full, mib = blocks[min(1, len(blocks) - 1)], [block["rss"] / 2**20 for block in blocks]
     lines = [
         f"{results['frames']:,} frames, {results['tokens']:,} tokens, a window of {settings['window']} frames, "
-        f"{settings['positions']} positions; the tiny model on one CPU core. The cache holds "
+        f"{settings['positions']} positions, run `{results['run']}` on one CPU core. The cache holds "
         f"{results['cache_bytes'] / 1e3:.0f} kB; the furthest position that RoPE was given is {results['furthest']:,}.",
         "",
         f"| | first {len(first) * size:,} frames with a full window | last {len(last) * size:,} |",
@@ -213,7 +213,8 @@ def run(arguments) -> int:
     threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
     settings = StreamConfig(threshold=threshold, window=arguments.window, positions=arguments.positions)
     print(f"{arguments.frames:,} frames of {arguments.checkpoint}, about {arguments.frames / 4000:.0f} min; one core")
-    results = soak(model, words, config, settings, arguments.frames, arguments.block)
+    results = {"run": arguments.checkpoint.name}
+    results |= soak(model, words, config, settings, arguments.frames, arguments.block)
     publish(arguments.out / "soak", results, report(results), plot)
     return 0
 
