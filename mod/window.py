@@ -1,8 +1,8 @@
 """What an endless stream forgets: which of its earlier tokens a token can still see.
 
     window 0                keep everything; the cache says when it is full
-    window W                what comes before the first frame (<bos>, a question), the first frames ("sinks", on which
-                            attention leans when it looks for nothing) and the last W frames, each with the text after it
+    window W                what comes before the first frame (<bos>, a question), the first frames ("sinks": attention
+                            leans on them when it looks for nothing) and the last W frames, each with the text after it
     window W, forget vision the same, but the text stays: the dialogue is remembered, old pictures are not
 
 The rule is about tokens of the *stream*, so it is the same in every layer, although layers hold different tokens: the

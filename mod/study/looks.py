@@ -183,16 +183,19 @@ class Look:
         }
         seconds: dict[str, list[float]] = {name: [] for name in live}
         held: dict[str, dict[int, int]] = {name: {} for name in live}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # processor time is time only with one thread
         for stream in warm.values():  # libraries get ready on first use
             stream.see(pictures[:1])
             stream.see(pictures[:1])
         for t in tqdm(range(frames), desc="streaming", unit="frame", leave=False, disable=None):
             picture = pictures[t % len(pictures)][None]
             for name, stream in live.items():
-                seconds[name].append(self.machine.clock(partial(stream.see, picture)))
+                seconds[name].append(self.machine.work(partial(stream.see, picture)))
                 if more := text(t + 1) - text(t):
                     stream.feed([[self.words.eos] * more])
                 held[name][t + 1] = stream.cache.bytes()
+        torch.set_num_threads(threads)
         return seconds, held
 
     def estimate_seconds(self, frames: int) -> float:
@@ -394,7 +397,8 @@ def latency(seconds: dict[str, list[float]], machine: Machine) -> Figure:
         axis.plot(range(len(times)), relative, marker, color=colour, alpha=0.3, markersize=3.5, linewidth=0)
         axis.plot(range(len(times)), running_median(relative), dashes, color=colour, linewidth=2.2, label=name)
     first = min(FIRST, len(seconds[FULL]))
-    where = f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}"
+    clock = "" if absolute else ", processor time of one thread"
+    where = f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}{clock}"
     axis.set(title=f"Latency of each frame, encoder included ({where}){'' if THIS in seconds else ALONE}",
              xlabel="frame of the stream", ylabel="time of a frame (ms)" if absolute else
              f"time of a frame\n(1: median of full computation's first {first})")  # fmt: skip

@@ -55,6 +55,14 @@ class Machine:
         finish()
         return time.perf_counter() - started
 
+    def work(self, action) -> float:
+        """Seconds of work that action() takes: on a CPU its processor time, which a busy machine does not lengthen."""
+        if self.device == "cuda":
+            return self.clock(action)
+        started = time.process_time()
+        action()
+        return time.process_time() - started
+
     def peak(self, action) -> int:
         """Bytes that action() takes at most, over what is there before it."""
         if self.device == "cuda":
