@@ -257,7 +257,7 @@ MUTATIONS = [
         "(number - self.first) * round(float(1 / self.fps), 2)", "tests/test_live.py",
     ),
     (
-        "a late frame is left out though none has come after it", "mod/live.py", "        if overdue:\n            yield overdue", "        if False:\n            yield overdue",
+        "a late frame is left out though none has come after it", "mod/live.py", "            self._count(delay)\n            yield overdue", "            pass",
         "tests/test_live.py",
     ),
     (
@@ -269,6 +269,38 @@ MUTATIONS = [
     (
         "a stream is saved before what it says is shown", "stream_tiny.py", "        seconds = time.perf_counter() - started\n",
         "        seconds = time.perf_counter() - started\n        live.save(arguments.state, about, arguments.ask) if arguments.state else None\n        time.sleep(0.2 * bool(arguments.state))\n",
+        "tests/test_watch.py",
+    ),
+    (
+        "frames of the cache are not moved with its positions", "mod/cache.py", "self.frame[:, :used] = self.frame[row, order]", "pass",
+        "tests/test_window.py",
+    ),
+    (
+        "memory is not divided among the streams", "stream_tiny.py", "int(settings.memory_mb * 1e6) // rows", "int(settings.memory_mb * 1e6)", "tests/test_watch.py",
+    ),
+    (
+        "memory forgets that the sinks need some", "stream_tiny.py", "1 + room, settings.sinks, number_bytes", "1 + room, 0, number_bytes", "tests/test_watch.py",
+    ),
+    (
+        "a question that has been answered is asked again after a restart", "stream_tiny.py",
+        "if [str(question.time), question.text] not in known]", "if True]", "tests/test_watch.py",
+    ),
+    (
+        "a camera's pictures are thrown away after a restart", "stream_tiny.py", "passed = 0 if arguments.video and is_camera(name) else last + 1",
+        "passed = last + 1", "tests/test_watch.py",
+    ),
+    (
+        "a camera waits for what it has missed", "stream_tiny.py", 'default["on_late"] = "skip"', 'default["on_late"] = "wait"', "tests/test_watch.py",
+    ),
+    (
+        "a stream with several rows is never saved again", "stream_tiny.py", "frames + len(happened), unsaved + 1", "frames + len(happened), unsaved + 1 if len(happened) == 1 else unsaved",
+        "tests/test_watch.py",
+    ),
+    (
+        "keys are turned in half precision", "mod/cache.py", "torch.promote_types(dtype, torch.float32) if turned else dtype", "dtype", "tests/test_window.py",
+    ),
+    (
+        "calibrated thresholds outlive their weights", "mod/study/calibrate.py", "return threshold if run == fingerprint(folder) else None", "return threshold",
         "tests/test_watch.py",
     ),
     (

@@ -26,7 +26,7 @@ def test_every_file_of_the_method_is_in_the_reading_order_and_every_named_file_e
     named = re.findall(r"`((?:mod|tests|results)/[\w/.]*|\w+\.py|\w+/)`", README)
     for name in named:
         assert (ROOT / name).exists(), name
-    for path in [*MODULES, *(ROOT / "mod/study").glob("*.py"), *(ROOT / "mod/real").glob("*.py")]:
+    for path in [*MODULES, *(ROOT / "mod/study").glob("*.py"), *(ROOT / "mod/real").glob("*.py"), *(ROOT / "mod/related").glob("*.py")]:
         if path.name != "__init__.py":
             assert f"`{path.relative_to(ROOT)}`" in README, path
     assert (ROOT / "results/stream.png").exists()

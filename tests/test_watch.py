@@ -212,8 +212,7 @@ def test_the_page_shows_what_the_json_says(trained, tmp_path, capsys):
 
 
 class TestRecorder:
-    @pytest.mark.parametrize("layers", ["none", "interleaved", "keep:1,0,0.4,1"])
-    @pytest.mark.parametrize("window", [0, 2])
+    @pytest.mark.parametrize(("layers", "window"), [("interleaved", 0), ("interleaved", 2), ("keep:1,0,0.4,1", 2)])
     def test_flops_are_those_that_torch_counts(self, layers, window):
         """Over a whole live stream with questions: the formula's sum is the counter's, and full computation's is that
         of a dense model fed the same tokens."""
