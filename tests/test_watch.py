@@ -93,7 +93,7 @@ def test_memory_is_bounded_as_asked_and_windows_are_what_the_formula_says(traine
     assert window_that_fits(model, kv_bytes(model, 5, 5 * words), words, 0, sinks=2) == 3
 
 
-@pytest.mark.parametrize("extra", [["--sinks", 2], ["--streams", 2], ["--ask", "3:where is it ?", "--ask", "4:where is it ?"]])
+@pytest.mark.parametrize("extra", [["--sinks", 5], ["--streams", 2], ["--ask", "3:where is it ?", "--ask", "4:where is it ?"]])
 def test_memory_is_bounded_with_everything_else(trained, capsys, extra):
     _, _, config = load_run(trained, torch.device("cpu"))
     entry = 2 * config.model.kv_heads * config.model.head_dim * 4
