@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from mod.config import Config, ModelConfig, StreamConfig, UserError
-from mod.flags import Parser, add_fields, given, run_script
+from mod.flags import Parser, add_fields, check_file, given, run_script
 from mod.layout import Vocabulary, user_ids
 from mod.live import Live, Paced, read_saved, restore
 from mod.real.llm import continue_text, find, load_llm, read_llm_config
@@ -147,13 +147,7 @@ def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Ques
 
 def check_picture(path: Path, frames: float) -> None:
     """Raises UserError, before anything is streamed, when the picture could not be written afterwards."""
-    kinds = (".png", ".pdf", ".svg", ".jpg")
-    if path.suffix not in kinds:
-        raise UserError(f"--save got {path}, expected a file name that ends with {', '.join(kinds)}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise UserError(
-            f"--save got {path}, but its folder does not exist or it is one itself; name a file in a folder"
-        )
+    check_file("--save", path, (".png", ".pdf", ".svg", ".jpg"))
     if frames > MOST_PICTURED:
         raise UserError(f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
 
@@ -234,7 +228,7 @@ def open_stream(setting: Setting, trace: list | None) -> Stream:
     """A stream with room for a longest response after every frame that it remembers, and for the questions."""
     settings, longest, text = setting.settings, setting.config.train.max_words + 2, ROOM
     if setting.question_room is not None:
-        text = 1 + setting.question_room + (settings.window + settings.sinks + 1) * longest
+        text = 1 + setting.question_room + (settings.most_frames + 1) * longest
     frames = ROOM if setting.frames == math.inf else setting.frames
     return Stream(setting.model, setting.words, len(setting.sources), frames=frames, text=text, settings=settings,
                   max_words=setting.config.train.max_words, trace=trace)  # fmt: skip

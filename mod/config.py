@@ -370,6 +370,11 @@ class StreamConfig:
         )
 
     @property
+    def most_frames(self) -> float:
+        """Frames that are remembered at most; infinite when nothing is forgotten."""
+        return self.sinks + self.window if self.window else math.inf
+
+    @property
     def forgets_text(self) -> bool:
         return self.forget == "all"
 

@@ -8,7 +8,9 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from mod.config import UserError
 
@@ -47,6 +49,16 @@ def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
 def given(arguments: argparse.Namespace, kind: type) -> dict:
     """The fields of a dataclass that were given as flags."""
     return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+
+
+def check_file(flag: str, path: Path, kinds: Sequence[str]) -> None:
+    """Raises UserError, before any work, when no file of these kinds could be written at `path` afterwards."""
+    if path.suffix not in kinds:
+        raise UserError(f"{flag} got {path}, expected a file name that ends with {', '.join(kinds)}; name another")
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(
+            f"{flag} got {path}, but its folder does not exist or it is one itself; name a file in a folder"
+        )
 
 
 def run_script(script, arguments: argparse.Namespace, name: str) -> int:

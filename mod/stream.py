@@ -48,8 +48,7 @@ class Stream:
         self.settings, self.max_words, self.trace = settings or StreamConfig(), max_words, trace
         weight = model.decoder.embed.weight
         self.device = weight.device
-        if self.settings.window:
-            frames = min(frames, self.settings.window + self.settings.sinks)
+        frames = min(frames, self.settings.most_frames)
         self.cache = KVCache(model.config, rows, frames=frames, text=text, stream=self.settings, dtype=weight.dtype,
                              device=weight.device)  # fmt: skip
         self.seen, self.position, self.quiet = [0] * rows, [0] * rows, [0] * rows
@@ -140,11 +139,9 @@ class Stream:
         After a narration, `settings.refractory` frames are not narrated, whatever the model would say.
         Raises UserError, with nothing fed, when the cache has no room for the frame and the longest narration.
         """
-        due, most = rows or [True] * self.rows, self.settings.sinks + self.settings.window
+        due, most = rows or [True] * self.rows, self.settings.most_frames
         # Once the window is full, a frame leaves for every frame that comes.
-        frames = [
-            sees and not (self.settings.window and seen >= most) for sees, seen in zip(due, self.seen, strict=True)
-        ]
+        frames = [sees and seen < most for sees, seen in zip(due, self.seen, strict=True)]
         text = [self.max_words + 2 if sees else 0 for sees in due]
         self.cache.require(torch.tensor(frames, device=self.device), torch.tensor(text, device=self.device))
         wants, speaks = self.wants_to_speak(self.see(pixels, rows)), [False] * self.rows
@@ -184,9 +181,7 @@ class Stream:
 
     def held(self, row: int = 0) -> tuple[int, int]:
         """Frames and text tokens that the cache still stands for."""
-        frames, settings = self.seen[row], self.settings
-        if settings.window:
-            frames = min(frames, settings.sinks + settings.window)
+        frames = min(self.seen[row], self.settings.most_frames)
         return frames, self.cache.lengths(row)[0] - self.model.config.kept[0] * frames
 
     def state(self) -> tuple[dict[str, Tensor], dict]:

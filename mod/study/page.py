@@ -19,6 +19,7 @@ from matplotlib.image import imsave
 
 from mod.checkpoint import write_text
 from mod.config import ModelConfig, UserError
+from mod.flags import check_file
 from mod.study.costs import dense, layer_tokens
 from mod.study.record import Moment
 
@@ -28,12 +29,7 @@ MOST_PIXELS = 200  # a side; a page holds every frame, and is to stay small
 
 def check_page(path: Path) -> None:
     """Raises UserError, before anything is streamed, when the page could not be written afterwards."""
-    if path.suffix != ".html":
-        raise UserError(f"--html got {path}, expected a file name that ends with .html; name it stream.html, say")
-    if not path.parent.is_dir() or path.is_dir():
-        raise UserError(
-            f"--html got {path}, but its folder does not exist or it is one itself; name a file in a folder"
-        )
+    check_file("--html", path, (".html",))
 
 
 def picture_uri(picture: np.ndarray) -> str:

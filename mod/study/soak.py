@@ -4,9 +4,9 @@
     python -m mod.study.soak --frames 3000 --out /tmp/soak
 
 Memory of the process, latency of silent frames (the same work each; CPU time of the one thread, which others on the
-machine do not lengthen), narrations and answers against the truth, and that
-positions, counts and cache stay what they should be. At the end the old stream and a fresh one, whose window has just
-been filled, see the same frames in turns: what makes the machine slow makes both slow, what grows with age only one.
+machine do not lengthen), narrations and answers against the truth, and that positions, counts and cache stay what they
+should be. At the end the old stream and a fresh one, whose window has just been filled, see the same frames in turns:
+what makes the machine slow makes both slow, what grows with age only one.
 """
 
 import math
@@ -56,7 +56,7 @@ class Watched:
     """A stream, fed clips of one frame each, whose every count is held against its own."""
 
     def __init__(self, model: VideoLLM, words: Vocabulary, settings: StreamConfig, max_words: int, frames: int):
-        remembered = settings.window + settings.sinks
+        remembered = settings.most_frames
         spoken_of = remembered + 1 if settings.forgets_text else frames
         text = 1 + spoken_of * (2 * (max_words + 2) + LONGEST_QUESTION)
         self.stream = Stream(model, words, frames=remembered, text=text, settings=settings, max_words=max_words)
@@ -90,7 +90,7 @@ class Watched:
         right = {
             "positions": stream.position == [self.tokens],
             "frames": stream.seen == [self.frames],
-            "the window": frames == min(self.frames, settings.window + settings.sinks),
+            "the window": frames == min(self.frames, settings.most_frames),
             "the cache": stream.cache.lengths() == layer_tokens(stream.model.config, frames, text),
         }
         if wrong := [name for name, is_right in right.items() if not is_right]:
@@ -100,7 +100,7 @@ class Watched:
 def soak(model: VideoLLM, words: Vocabulary, config: Config, settings: StreamConfig, frames: int, size: int) -> dict:
     """Stream so many frames, measured in blocks of `size`; the last block in turns with a fresh stream."""
     old, fresh = (Watched(model, words, settings, config.train.max_words, frames) for _ in range(2))
-    begins = frames - size - settings.window - settings.sinks  # where the fresh stream does, so that its window is full
+    begins = frames - size - settings.most_frames  # where the fresh stream does, so that its window is full
     blocks, block, turns = [], Block(), []
     source = islice(endless(config.data, config.model, "test", 0), frames)
     for t, clip in enumerate(tqdm(source, total=frames, unit="frame", disable=None)):
