@@ -1,0 +1,227 @@
+"""Runs the course's notebooks.
+
+    python -m tests.notebooks                  # all of them, top to bottom, with every exercise: seconds and verdicts
+    python -m tests.notebooks 04               # the chapters whose names begin so
+    python -m tests.notebooks --write 04       # and write the outputs into the files: how checked-in outputs are made
+    python -m tests.notebooks --pictures DIR   # and their figures as files, to look at
+
+Chapters are executed as a student would: in the folder tutorials, one kernel each, one thread, exercises unsolved. Then,
+in the same kernel, every exercise is answered wrongly and rightly, and each answer is checked.
+"""
+
+import argparse
+import base64
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parent.parent
+COURSE = ROOT / "tutorials"
+CELL_SECONDS = 300  # far more than any cell takes; a cell that hangs must not hang the tests
+STAMP = "import time as _time; print(_time.process_time())"
+
+
+def chapters(prefixes: list[str] | None = None) -> list[Path]:
+    found = sorted(COURSE.glob("[0-9][0-9]_*.ipynb"))
+    return [path for path in found if not prefixes or any(path.name.startswith(prefix) for prefix in prefixes)]
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def write(path: Path, notebook: NotebookNode) -> None:
+    """The same file for the same content: no times, no machine, nothing a viewer does not need."""
+    for cell in notebook.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+
+
+def tagged(cell: NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def printed(cell: NotebookNode) -> str:
+    """All text that a cell gave."""
+    texts = []
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            texts.append(output.text)
+        elif output.output_type != "error":
+            texts += [value for kind, value in output.data.items() if kind in ("text/plain", "text/markdown")]
+    return "".join(texts)
+
+
+def figures(cell: NotebookNode) -> list[NotebookNode]:
+    return [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+
+
+@dataclass
+class Exercise:
+    """One exercise of a notebook: its number, its cells and its solution."""
+
+    number: str
+    stub: NotebookNode
+    check: NotebookNode
+    solution: str
+
+
+def exercises(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises, in order. The solution of 4.1 is the python block folded below <summary>Solution 4.1</summary>."""
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    pattern = r"<summary>Solution (\d+\.\d)</summary>.*?```python\n(.*?)```.*?</details>"
+    solutions = dict(re.findall(pattern, text, re.DOTALL))
+    stubs = [cell for cell in notebook.cells if tagged(cell, "exercise")]
+    found = []
+    for stub, check in zip(stubs, [cell for cell in notebook.cells if tagged(cell, "check")], strict=True):
+        number = re.search(r'course\.check\("(\d+\.\d)"', check.source).group(1)
+        found.append(Exercise(number, stub, check, solutions[number]))
+    return found
+
+
+@dataclass
+class Run:
+    """What came of a chapter."""
+
+    notebook: NotebookNode
+    unsolved: dict[str, str] = field(default_factory=dict)  # exercise -> verdict
+    solved: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # exercise -> (hint to be in it, verdict)
+    seconds: float = 0.0  # of the processor, for the chapter from top to bottom
+    wall: float = 0.0
+
+
+class Kernel:
+    """A kernel that runs cells and scraps of code."""
+
+    def __init__(self):
+        scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])  # nbclient puts each cell in there
+        self.client = NotebookClient(
+            scratch, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
+            resources={"metadata": {"path": str(COURSE)}},
+        )  # fmt: skip
+
+    @contextmanager
+    def running(self) -> Iterator["Kernel"]:
+        # A student's notebook talks about nothing but the lesson; one thread, since small tensors need no more.
+        settings = {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            with self.client.setup_kernel():
+                yield self
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+    def cell(self, cell: NotebookNode, number: int | None = None) -> str:
+        self.client.execute_cell(cell, 0, execution_count=number)
+        return printed(cell)
+
+    def code(self, source: str) -> str:
+        """Run a scrap beside the notebook's cells. An exception is part of what it gives."""
+        scrap = nbformat.v4.new_code_cell(source)
+        try:
+            return self.cell(scrap)
+        except CellExecutionError as error:
+            return f"{printed(scrap)}{error.ename}: {error.evalue}"
+
+
+def run(path: Path, wrong: dict[str, tuple[tuple[str, str], ...]] | None = None) -> Run:
+    """Execute a chapter, then its exercises: `wrong` maps an exercise to (code, part of the hint) pairs."""
+    notebook = read(path)
+    result, kernel, count = Run(notebook), Kernel(), 0
+    begun = time.perf_counter()
+    with kernel.running():
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                count += 1
+                kernel.cell(cell, count)
+        result.seconds, result.wall = float(kernel.code(STAMP)), time.perf_counter() - begun
+        for each in exercises(notebook):
+            result.unsolved[each.number] = printed(each.check)
+            result.wrong[each.number] = []
+            for code, hint in (wrong or {}).get(each.number, ()):
+                told = kernel.code(code) + kernel.code(each.check.source)
+                result.wrong[each.number].append((hint, told))
+            result.solved[each.number] = kernel.code(each.solution) + kernel.code(each.check.source)
+    return result
+
+
+def wrong_answers(path: Path) -> dict[str, tuple[tuple[str, str], ...]]:
+    """The wrong answers that stand beside a chapter's checks."""
+    import importlib
+
+    if str(COURSE) not in sys.path:
+        sys.path.insert(0, str(COURSE))
+    checks = importlib.import_module("checks")
+    return {each.number: checks.find(each.number).wrong for each in exercises(read(path))}
+
+
+def complaints(result: Run) -> list[str]:
+    """What is wrong with how exercises are judged."""
+    found = []
+    for number, verdict in result.unsolved.items():
+        if not verdict.startswith("✗"):
+            found.append(f"{number} unsolved: {verdict!r}")
+    for number, verdict in result.solved.items():
+        if not verdict.startswith("✓"):
+            found.append(f"{number} solved: {verdict!r}")
+    for number, told in result.wrong.items():
+        if not told:
+            found.append(f"{number} has no wrong answer to try")
+        for hint, verdict in told:
+            if not verdict.startswith("✗") or hint not in verdict:
+                found.append(f"{number} wrong answer, expected a hint with {hint!r}, got {verdict!r}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the course's notebooks.")
+    parser.add_argument("chapters", nargs="*", help="beginnings of chapters' names, such as 04; all without")
+    parser.add_argument("--write", action="store_true", help="write the outputs into the files")
+    parser.add_argument("--pictures", type=Path, help="write the figures into this folder")
+    args = parser.parse_args(argv)
+    bad = 0
+    for path in chapters(args.chapters):
+        try:
+            result = run(path, wrong_answers(path))
+        except CellExecutionError as error:
+            print(f"{path.name}: {error}")
+            bad += 1
+            continue
+        problems = complaints(result)
+        bad += len(problems)
+        for number, hints in result.wrong.items():
+            for verdict in (result.unsolved[number], *(verdict for _, verdict in hints), result.solved[number]):
+                print(f"    {verdict.strip()}")
+        print(f"{path.name}: {result.seconds:.1f} s of processor, {result.wall:.1f} s", *problems, sep="\n    ! ")
+        if args.write:
+            write(path, result.notebook)
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+            drawn = [each for cell in result.notebook.cells for each in figures(cell)]
+            for number, each in enumerate(drawn):
+                (args.pictures / f"{path.stem}-{number}.png").write_bytes(base64.b64decode(each.data["image/png"]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Chapter 0: the idea."""
+
+import math
+
+import torch
+
+from . import Wrong, exercise, looks_like, same, something
+
+
+@exercise(
+    "0.1",
+    ("def tokens_kept(r, n):\n    return int(r * n)", "rounded up"),
+    ("def tokens_kept(r, n):\n    return round(r * n)", "rounded up"),
+    ("def tokens_kept(r, n):\n    return r * n", "whole number"),
+)
+def tokens_kept(answer) -> str:
+    for r, n in ((0.2, 26), (0.4, 5), (0.5, 7), (1.0, 26), (0.01, 26)):
+        got = something(answer(r, n), f"tokens_kept({r}, {n})")
+        want = math.ceil(r * n)
+        if got != want and got in (int(r * n), round(r * n)) and float(got).is_integer():
+            raise Wrong(f"tokens_kept({r}, {n}) is {got}; the product {r * n:g} is to be rounded up, to {want}.")
+        if not float(got).is_integer():
+            raise Wrong(f"tokens_kept({r}, {n}) is {got:g}, which is no whole number: nobody keeps part of a token.")
+        same(got, want, f"tokens_kept({r}, {n})")
+    return "Right: the smallest whole number that is not below r·n, so at least one token stays."
+
+
+@exercise(
+    "0.2",
+    (
+        "def routed(x, kept, mu, f):\n    y = x.clone()\n    y[kept] = x[kept] + mu[kept, None] * f(x)[kept]\n    return y",
+        "saw the skipped tokens",
+    ),
+    (
+        "def routed(x, kept, mu, f):\n    y = x.clone()\n    y[kept] = mu[kept, None] * (x[kept] + f(x[kept]))\n    return y",
+        "outside",
+    ),
+    ("def routed(x, kept, mu, f):\n    return x[kept] + mu[kept, None] * f(x[kept])", "left out"),
+    ("def routed(x, kept, mu, f):\n    y = x.clone()\n    y[kept] = x[kept] + f(x[kept])\n    return y", "mu is missing"),
+    (
+        "def routed(x, kept, mu, f):\n    x[kept] = x[kept] + mu[kept, None] * f(x[kept])\n    return x",
+        "changed its input",
+    ),
+)
+def routed(answer) -> str:
+    x, mu = torch.randn(6, 3), torch.randn(6)
+    kept = torch.tensor([1, 3, 4])
+
+    def f(h):
+        return h.cumsum(0) * 0.5 + 1
+
+    short = f(x[kept])
+    want = x.clone()
+    want[kept] = x[kept] + mu[kept, None] * short
+    given = x.clone()
+    got = something(answer(given, kept, mu, f), "routed(...)")
+    if not torch.equal(given, x):
+        raise Wrong("It changed its input x. Work on x.clone(): the student after you may still need x.")
+    if isinstance(got, torch.Tensor) and got.shape == short.shape:
+        raise Wrong("Only the kept tokens come back. The skipped ones are left out, but they go on to the next layer.")
+    mistakes = {
+        "f was given all tokens, so the kept ones saw the skipped tokens. Hand f only x[kept]: that is the saving.":
+            mu[kept, None] * f(x)[kept] + x[kept],
+        "mu multiplies the token itself, too. Put x[kept] outside the product: h + mu · f(h).":
+            mu[kept, None] * (x[kept] + short),
+        "mu is missing: the update of each kept token is multiplied by its own mu.": x[kept] + short,
+    }  # fmt: skip
+    for hint, rows in mistakes.items():
+        wrong = x.clone()
+        wrong[kept] = rows
+        looks_like(got, wrong, hint)
+    same(got, want, "routed(...)")
+    return "Right: kept tokens are updated, skipped ones are the same bits as before, and f saw three tokens, not six."
+
+
+@exercise(
+    "0.3",
+    (
+        "import math\ndef cache_entries(keep, frames, n, text):\n    return [math.ceil(r * n * frames) + text for r in keep]",
+        "frame by frame",
+    ),
+    (
+        "import math\ndef cache_entries(keep, frames, n, text):\n"
+        "    return [math.ceil(r * n) * frames + math.ceil(r * text) for r in keep]",
+        "text is never skipped",
+    ),
+    (
+        "import math\ndef cache_entries(keep, frames, n, text):\n    return [math.ceil(r * n) * frames for r in keep]",
+        "text is missing",
+    ),
+)
+def cache_entries(answer) -> str:
+    keep, frames, n, text = (1.0, 0.2, 1.0, 0.2), 8, 26, 27
+    got = something(answer(keep, frames, n, text), "cache_entries(...)")
+    if isinstance(got, torch.Tensor):
+        got = got.tolist()
+    hints = {
+        "The routed layers round over all frames at once. The choice is made frame by frame: round up, then multiply.":
+            [math.ceil(r * n * frames) + text for r in keep],
+        "The text was thinned out as well; text is never skipped: every layer holds all of it.":
+            [math.ceil(r * n) * frames + math.ceil(r * text) for r in keep],
+        "The text is missing: every text token leaves an entry in every layer, too.":
+            [math.ceil(r * n) * frames for r in keep],
+    }  # fmt: skip
+    for hint, mistake in hints.items():
+        looks_like(got, mistake, hint)
+    same(got, [math.ceil(r * n) * frames + text for r in keep], "cache_entries(...)")
+    same(answer((0.5, 1.0), 3, 5, 2), [11, 17], "cache_entries((0.5, 1.0), 3, 5, 2)")
+    return "Right. Chapter 5 finds just these numbers in the real cache."

@@ -1,0 +1,94 @@
+"""Small helpers of the course: start a notebook, show the package's own source, show figures, check exercises.
+
+Everything else in the notebooks is plain PyTorch, matplotlib and the package `mod`. Nothing happens at import.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS = ("torch", "numpy", "einops", "matplotlib", "scipy", "safetensors", "tqdm")
+
+# Okabe and Ito's palette: told apart by colour-blind readers. Pair a colour with a marker, a line style or a hatch.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+)  # fmt: skip
+GREY = "#BBBBBB"
+CYCLE = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"))  # colour and line style of lines, in turn
+
+
+def need(*packages: str) -> None:
+    """Install those of the packages that are missing, at the versions of requirements.txt; the rest stays as it is."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+        wanted = [line for line in lines if line.replace("=", ">").split(">")[0] in missing]
+        print("installing", ", ".join(wanted))
+        subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *wanted])
+        importlib.invalidate_caches()
+
+
+def start(seed: int = 0) -> None:
+    """What every chapter begins with: packages, plot style, seed, versions."""
+    need(*NEEDS)
+    import matplotlib.pyplot as plt
+    import torch
+
+    plt.rcParams.update({
+        "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "cividis", "image.interpolation": "nearest",
+        "axes.prop_cycle": plt.cycler(color=[c for c, _ in CYCLE], linestyle=[s for _, s in CYCLE]),
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # tensors are so small here that threads only wait for each other
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "einops", "matplotlib")]
+    print(f"Python {sys.version.split()[0]}, {', '.join(versions)}, seed {seed}")
+
+
+def display(text: str, **other: str) -> None:
+    """Show Markdown, with the same text for readers that have none."""
+    from IPython.display import display as show_in_notebook
+
+    show_in_notebook({"text/markdown": text, "text/plain": text, **other}, raw=True)
+
+
+def source(*things) -> None:
+    """Show functions, methods or classes of the package as they stand in their files."""
+    for thing in things:
+        # (unwrap: a cached or wrapped function shows its own source)
+        real = inspect.unwrap(thing)
+        path = Path(inspect.getsourcefile(real)).resolve().relative_to(ROOT).as_posix()
+        code = textwrap.dedent(inspect.getsource(real)).rstrip()
+        display(f"`{path}` · `{real.__qualname__}`\n\n```python\n{code}\n```")
+
+
+def show(figure, alt: str) -> None:
+    """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it."""
+    import base64
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import display as show_in_notebook
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt}
+    show_in_notebook(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def results(name: str):
+    """What a study of the repository measured: a JSON file of the folder results."""
+    return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+
+
+def check(number: str, *answers) -> None:
+    """Judge the answer to an exercise: prints what is off, or that it is right. Never raises."""
+    importlib.import_module("checks").check(number, *answers)
