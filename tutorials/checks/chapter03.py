@@ -1,0 +1,94 @@
+"""Chapter 3: the decoder, and positions with gaps."""
+
+import math
+
+import torch
+
+from . import exercise, looks_like, same, something
+
+
+@exercise(
+    "3.1",
+    ("def angle(p, i, E, base):\n    return p * base ** (-i / E)", "factor 2"),
+    ("def angle(p, i, E, base):\n    return p * base ** (2 * i / E)", "faster"),
+    ("import math\ndef angle(p, i, E, base):\n    return math.degrees(p * base ** (-2 * i / E))", "degrees"),
+    ("def angle(p, i, E, base):\n    return base ** (-2 * i / E)", "same at every position"),
+)
+def angle(answer) -> str:
+    for p, i, width, base in ((7, 3, 32, 10000.0), (100, 1, 8, 500.0)):
+        want, got = p * base ** (-2 * i / width), something(answer(p, i, width, base), f"angle({p}, {i}, {width}, {base})")
+        for mistake, hint in (
+            (p * base ** (-i / width), "The exponent lacks the factor 2: the E/2 pairs share the whole range from 1 down to 1/base."),
+            (p * base ** (2 * i / width), "Later pairs turn faster and faster; the exponent wants a minus sign."),
+            (math.degrees(want), "This is in degrees; sin and cos of torch want radians."),
+            (want / p, "Your angle is the same at every position: multiply by p."),
+        ):
+            looks_like(got, mistake, hint)
+        same(got, want, f"angle({p}, {i}, {width}, {base})")
+    return "Right: the first pair turns by one radian a token, the last by hardly anything."
+
+
+@exercise(
+    "3.2",
+    ("import torch\ndef visible(q_pos, k_pos):\n    return torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()", "row numbers"),
+    ("def visible(q_pos, k_pos):\n    return k_pos[None, :] < q_pos[:, None]", "itself"),
+    ("def visible(q_pos, k_pos):\n    return k_pos[None, :] >= q_pos[:, None]", "future"),
+    ("def visible(q_pos, k_pos):\n    return k_pos[:, None] <= q_pos[None, :]", r"shape (6, 3), expected (3, 6)"),
+)
+def visible(answer) -> str:
+    q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
+    got, want = something(answer(q_pos, k_pos), "visible(q_pos, k_pos)"), k_pos[None] <= q_pos[:, None]
+    for mistake, hint in (
+        (torch.ones(3, 6, dtype=torch.bool).tril(), "You compare row numbers, not positions. With a past or with holes they are different things; this is how is_causal goes wrong."),
+        (torch.ones(3, 6, dtype=torch.bool).tril(3), "You compare row numbers, counted from the end; with holes they are not positions."),
+        (k_pos[None] < q_pos[:, None], "A token may look at itself: <= instead of <."),
+        (k_pos[None] >= q_pos[:, None], "These are the keys of the future (and itself): the wrong way round."),
+    ):  # fmt: skip
+        looks_like(got, mistake, hint)
+    same(got, want, "visible(q_pos, k_pos)")
+    return "Right. mod/cache.py makes its mask by this very comparison."
+
+
+_ATTEND = (
+    "def attend(q, k, v, q_pos, k_pos):\n"
+    "    q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]\n"
+    "    k, v = k.repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(k), 0)\n"
+    "    logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5\n"
+    "    return logits.masked_fill(~(k_pos[None] <= q_pos[:, None]), -torch.inf).softmax(-1) @ v"
+)
+
+
+@exercise(
+    "3.3",
+    (_ATTEND.replace(" / q.shape[-1] ** 0.5", ""), "square root"),
+    (_ATTEND.replace("k.repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(k), 0)", "k.repeat(len(q) // len(k), 1, 1), v.repeat(len(q) // len(k), 1, 1)"), "neighbouring query heads"),
+    (_ATTEND.replace("rotate(k[None], k_pos[None], Rope())[0]", "k"), "keys were not turned"),
+    (_ATTEND.replace("q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]", "q, k = q, k"), "Nothing was turned"),
+    (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
+)  # fmt: skip
+def attend(answer) -> str:
+    from mod.block import Rope, rotate
+
+    heads, groups, width = 4, 2, 8
+    q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
+    q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
+
+    def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True):
+        a = rotate(q[None], q_pos[None], Rope())[0] if turn_q else q
+        b = rotate(k[None], k_pos[None], Rope())[0] if turn_k else k
+        b, c = (x.repeat(2, 1, 1) if tile else x.repeat_interleave(2, 0) for x in (b, v))
+        hidden = (k_pos[None] > q_pos[:, None]) & mask
+        return ((a @ b.transpose(1, 2)) / scale).masked_fill(hidden, -torch.inf).softmax(-1) @ c
+
+    got = something(answer(q.clone(), k.clone(), v.clone(), q_pos, k_pos), "attend(...)")
+    for mistake, hint in (
+        (reference(scale=1), "The logits are not divided by the square root of E: the softmax is too sharp."),
+        (reference(tile=True), "The heads are paired wrongly: neighbouring query heads share a key head (repeat_interleave, not repeat)."),
+        (reference(turn_q=False, turn_k=False), "Nothing was turned: queries and keys need RoPE at their positions."),
+        (reference(turn_k=False), "The keys were not turned, only the queries; then q·k depends on more than the distance."),
+        (reference(turn_q=False), "The queries were not turned, only the keys; then q·k depends on more than the distance."),
+        (reference(mask=False), "Queries look into the future: no mask was applied."),
+    ):  # fmt: skip
+        looks_like(got, mistake, hint)
+    same(got, reference(), "attend(...)", tolerance=1e-4)
+    return "Right: with holes in the keys, fewer key heads than query heads, and a past. This is all that a cache will need."
