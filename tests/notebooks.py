@@ -13,7 +13,9 @@ import argparse
 import base64
 import os
 import re
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "tutorials"
@@ -109,22 +112,25 @@ class Run:
 class Kernel:
     """A kernel that runs cells and scraps of code."""
 
-    def __init__(self):
-        scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])  # nbclient puts each cell in there
-        self.client = NotebookClient(
-            scratch, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
-            resources={"metadata": {"path": str(COURSE)}},
-        )  # fmt: skip
-
     @contextmanager
     def running(self) -> Iterator["Kernel"]:
         # A student's notebook talks about nothing but the lesson; one thread, since small tensors need no more.
-        settings = {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
+        settings = {
+            "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
+        }  # fmt: skip
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
+        scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])  # nbclient puts each cell in there
         try:
-            with self.client.setup_kernel():
-                yield self
+            with tempfile.TemporaryDirectory() as folder:
+                # Sockets in a folder of its own instead of network ports, where the system has them.
+                ipc = {"transport": "ipc", "ip": f"{folder}/kernel"} if hasattr(socket, "AF_UNIX") else {}
+                self.client = NotebookClient(
+                    scratch, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                    resources={"metadata": {"path": str(COURSE)}}, config=Config({"AsyncKernelManager": ipc}),
+                )  # fmt: skip
+                with self.client.setup_kernel():
+                    yield self
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)

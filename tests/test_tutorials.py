@@ -8,9 +8,11 @@ import io
 import json
 import keyword
 import re
+import sys
 import tokenize
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from tests import notebooks
@@ -250,13 +252,14 @@ def test_the_glossary_is_in_order_and_says_something_of_every_term():
 @pytest.mark.parametrize("folder", ["tutorials", ".", "elsewhere"])
 def test_the_first_cell_finds_the_repository_or_says_what_to_do(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path if folder == "elsewhere" else ROOT / folder)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     first = code_cells(COURSE / f"{CHAPTERS[0]}.ipynb")[0].source
     if folder == "elsewhere":
         with pytest.raises(FileNotFoundError, match="Clone the repository"):
             exec(first, {})
     else:
-        exec(first, {})
+        with matplotlib.rc_context():  # the course's plot style is not for the tests after this one
+            exec(first, {})
         assert "torch" in capsys.readouterr().out
 
 

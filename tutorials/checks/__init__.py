@@ -96,7 +96,7 @@ def looks_like(got, mistake, hint: str, tolerance: float = 1e-5) -> None:
 
 
 def verdict(number: str, *answers) -> str:
-    """"✗ ..." or "✓ ...", one line."""
+    """One line: what is off, after "✗", or praise, after "✓"."""
     import torch
 
     try:
