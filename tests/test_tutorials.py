@@ -84,8 +84,9 @@ def test_the_file_is_clean(path):
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     assert path.stat().st_size < 500_000, "make figures smaller"
-    assert str(ROOT) not in raw and "/tmp" not in raw and "/home/" not in raw
-    assert set(re.findall(r"https?://([\w.]+)", re.sub(r'"image/png": "[^"]*"', "", raw))) <= {"arxiv.org"}
+    text = re.sub(r'"image/png": "[^"]*"', "", raw)
+    assert str(ROOT) not in text and "/tmp" not in text and "/home/" not in text
+    assert set(re.findall(r"https?://([\w.]+)", text)) <= {"arxiv.org"}
 
 
 @each_chapter
@@ -220,6 +221,7 @@ def test_numbers_in_the_prose_were_printed(path):
 @each_chapter
 def test_the_prose_is_plain(path):
     text = prose(path)
+    assert set(re.findall(r"<[^<>\n]*[a-z][^<>\n]*>", text)) <= {"<details>", "</details>", "<summary>", "</summary>"}, "`<eos>` needs backticks: as HTML nobody sees it"
     assert not re.search(r"(?i)\b(simply|obviously|clearly|of course|powerful|amazing|delve|leverage|seamless\w*)\b", text)
     assert not re.search("[\U0001f300-\U0001faff]", path.read_text())
     assert not re.search(r"(?i)\b(color|gray|behavior|neighbor|center)\b", text), "British English"
@@ -245,6 +247,7 @@ def test_the_glossary_is_in_order_and_says_something_of_every_term():
     assert terms == sorted(terms, key=str.lower) and len(set(anchors(text))) == len(terms) + 1
     for term, meaning in zip(terms, re.split(r"^### .*$", text, flags=re.M)[1:], strict=True):
         assert len(meaning.split()) >= 8, term
+    assert not re.search(r"<\w+>", re.sub(r"`[^`]*`", "", text)), "symbols need backticks"
     for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
         assert anchor in anchors(text), anchor
 
