@@ -243,6 +243,7 @@ def run(arguments) -> int:
     if arguments.calibrate:
         return calibrate(arguments, model, words, config)
     settings = stream_settings(arguments, config)
+    check_method(arguments, settings, config.model.method)
     if not arguments.video and arguments.frames is None:
         arguments.frames = config.data.frames
     with ExitStack() as opened:
@@ -306,6 +307,20 @@ def check_flags(arguments) -> None:
             raise UserError(f"--{name} does nothing when everything is remembered; pass --window, or leave it out")
     if arguments.state_every != 1 and not arguments.state:
         raise UserError(f"--state-every got {arguments.state_every}, but no --state to save; name a file")
+
+
+def check_method(arguments, settings: StreamConfig, method: str) -> None:
+    """Raises UserError for what is built for this project's own method alone."""
+    if method == "mod":
+        return
+    if arguments.html:
+        raise UserError(
+            f"--html shows what routed layers keep, but this run's method is {method}; pass --save or --draw"
+        )
+    if settings.memory_mb or (settings.window and not settings.forgets_text):
+        raise UserError(
+            f"--memory-mb and --forget vision count on whole frames, but {method} was trained; pass --window"
+        )
 
 
 def calibrate(arguments, model: VideoLLM, words: Vocabulary | TextTokenizer, config: Config) -> int:

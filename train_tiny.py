@@ -3,6 +3,7 @@
 python train_tiny.py                                   # the default: vision tokens skip every other layer
 python train_tiny.py --layers none --out runs/full     # full computation, to compare
 python train_tiny.py --gate update --out runs/update   # the paper's gate; watch the router's recall
+python train_tiny.py --method list                     # the systems of the field; --method NAME trains one instead
 python train_tiny.py --resume                          # go on after Ctrl-C or a crash
 python train_tiny.py --preset paper                    # the paper's model: what it takes, and how to train it
 python train_tiny.py --llm FOLDER --vision FOLDER --data streams.jsonl --out runs/real    # real weights and videos
@@ -20,12 +21,15 @@ import torch
 from mod.checkpoint import read_config, to_json, write_text
 from mod.config import PRESETS, Config, DataConfig, ModelConfig, RealConfig, TrainConfig, UserError
 from mod.flags import Parser, add_fields, given, run_script
+from mod.metrics import summarize
 from mod.parallel import join, leave, meet, rank, world
 from mod.real.parts import assemble, is_real, read_words, with_real_sizes
 from mod.real.source import real_source
 from mod.real.vision import frame_tokens_grid
-from mod.study.costs import average_text, ratios
-from mod.study.plan import print_costs, print_paper, print_parameters, print_settings
+from mod.related.methods import build as build_method
+from mod.related.methods import configure, listing, own_fields
+from mod.study.costs import average_text
+from mod.study.plan import cost_shares, print_costs, print_paper, print_parameters, print_settings
 from mod.study.plots import plot_curve
 from mod.train import Source, estimate_seconds, pick_device, synthetic, train
 from mod.videollm import VideoLLM
@@ -69,6 +73,11 @@ def merge(base: Config, arguments) -> Config:
         name: replace(part := getattr(base, name), **given(arguments, type(part))) for name in ("data", "train", "real")
     }
     sizes = given(arguments, ModelConfig)
+    if "method" in sizes:
+        base = replace(base, model=configure(base.model, sizes["method"]))
+    if idle := sorted(own_fields(base.model) & set(sizes)):
+        flag = "--" + idle[0].replace("_", "-")
+        raise UserError(f"{flag} does nothing with the method {base.model.method}; leave it out")
     if base.real.vision:  # a run that goes on: its positions may have been interpolated
         sizes.setdefault("image_size", base.model.image_size)
     config = with_real_sizes(replace(base, **own), sizes)
@@ -142,10 +151,12 @@ def print_plan(config: Config, out: Path, frames: int, text: int, seconds: float
 
 
 def print_table(metrics: dict, real: bool) -> None:
-    print(f"\n{'validation':<20}{'teacher-forced':>15}{'free-running':>15}")
-    for name, value in metrics["free_running"].items():
-        unit = " s" if name.startswith("time_diff") else "  "
-        print(f"{name:<20}{metrics[name]:>13.3f}{unit}{value:>13.3f}{unit}")
+    free = metrics.get("free_running")  # not of a method that must know all frames
+    print(f"\n{'validation':<20}{'teacher-forced':>15}" + (f"{'free-running':>15}" if free else ""))
+    for name, value in metrics.items():
+        if name in summarize([], [], 1.0):
+            unit = " s" if name.startswith("time_diff") else "  "
+            print(f"{name:<20}{value:>13.3f}{unit}" + (f"{free[name]:>13.3f}{unit}" if free else ""))
     recall = ", ".join(f"layer {layer}: {value:.2f}" for layer, value in metrics["recall"].items()) or "no routed layer"
     if not real:
         print(f"\nsprite patches kept by the router: {recall}")
@@ -153,6 +164,9 @@ def print_table(metrics: dict, real: bool) -> None:
 
 
 def run(arguments) -> int:
+    if getattr(arguments, "method", None) == "list":
+        print(listing())
+        return 0
     if arguments.frame_tokens:
         grid = frame_tokens_grid(arguments.frame_tokens)
         if getattr(arguments, "grid", grid) != grid:
@@ -182,26 +196,29 @@ def train_run(config: Config, arguments, device: torch.device) -> int:
     clips = source.validation(16 if config.real.data else 64)
     frames, text = round(sum(len(clip.frames) for clip in clips) / len(clips)), average_text(clips, source.words)
     split = config.train.fsdp and world() > 1  # what has to be split cannot be tried out whole
-    seconds = None if split else estimate_seconds(config, model, source) if config.train.steps else 0.0
+    tried = model if model is not None or split else build_method(config.model).to(device)
+    seconds = None if split else estimate_seconds(config, tried, source) if config.train.steps else 0.0
     print_plan(config, out, frames, text, seconds)
     meet()  # before the first process writes what others look for
     if arguments.overwrite and rank() == 0:
         for name in (*RUN_FILES, *CALIBRATION):
             (out / name).unlink(missing_ok=True)
-    build = VideoLLM if model is None else lambda _: model
+    build = build_method if model is None else lambda _: model
     _, metrics = train(config, out, arguments.resume, build, source)
     if metrics is None:
         return 130
-    metrics |= ratios(config.model, frames, text)
+    metrics |= cost_shares(config, frames, text)
     write_text(out / "metrics.json", to_json(metrics, indent=2) + "\n")
     if rank() == 0:
         plot_curve(out)
     print_table(metrics, bool(config.real.data))
+    free = "free_running" in metrics
     cost = f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation"
     print(f"{cost}, {metrics['seconds']:.0f} seconds")
     where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"
     where += " --video FILE" if config.real.data else ""
-    print(f"\nwrote {out}; now watch it: python stream_tiny.py{where}")
+    watch = f"now watch it: python stream_tiny.py{where}" if free else "it cannot be streamed: it must know all frames"
+    print(f"\nwrote {out}; {watch}")
     return 0
 
 

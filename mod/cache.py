@@ -142,7 +142,7 @@ class KVCache:
         """
         real = pos < PAD
         vision = (real & (frame >= 0)).sum(1)
-        text, frames = real.sum(1) - vision, vision // self.config.frame_tokens
+        text, frames = real.sum(1) - vision, -(-vision // self.config.frame_tokens)
         before, spans = self.window.state() if self.window else {}, []
         try:
             if self.window:

@@ -16,12 +16,13 @@ class UserError(ValueError):
     """A user's mistake, told in one sentence: got X, expected Y, do Z. The scripts print it and exit with code 2."""
 
 
+HIDDEN = "hidden"
 PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
 
 
 def flag(default, help, choices=None, otherwise=None):
     """A dataclass field that knows the help text of its command-line flag; `otherwise`: what holds when it is not
-    given, where that is not the default itself."""
+    given, where that is not the default itself; HIDDEN when it is no flag."""
     return field(default=default, metadata={"help": help, "choices": choices, "otherwise": otherwise})
 
 
@@ -124,6 +125,9 @@ class ModelConfig:
     )  # DEVIATION: Llama 3 has none
     qkv_bias: bool = flag(False, "bias on the q, k and v projections, as Qwen2")
     tie_embeddings: bool = flag(True, "the output layer shares the embedding's weights")
+    # who else than this project's method builds the model; the methods of mod/related set both
+    method: str = flag("mod", "a system of the field in MoD's place; --method list explains each")
+    tokens: int = flag(0, "tokens that a frame takes up in the stream; 0: 1 + grid*grid", otherwise=HIDDEN)
     # mixture of depths
     layers: str = flag("interleaved", f"routed layers: {', '.join(PATTERNS)}, a list such as 1,3, or keep:1,1,0,0")
     keep_ratio: float = flag(0.2, "share of a frame's vision tokens that a routed layer keeps, in (0, 1]")
@@ -138,7 +142,8 @@ class ModelConfig:
         _check_fields(self)
         for each in fields(self):
             value = getattr(self, each.name)
-            _require(type(value) is not int or value >= 1, f"{each.name} must be at least 1, got {value}")
+            least = 0 if each.name == "tokens" else 1
+            _require(type(value) is not int or value >= least, f"{each.name} must be at least {least}, got {value}")
         _require(self.rope_base > 0 and self.norm_eps > 0, "rope_base and norm_eps must be positive")
         _require(
             self.rope_factor >= 1 and self.rope_low < self.rope_high,
@@ -170,8 +175,8 @@ class ModelConfig:
 
     @property
     def frame_tokens(self) -> int:
-        """N: one CLS token and a grid of h*w patch tokens (paper, section 3)."""
-        return 1 + self.grid * self.grid
+        """N: one CLS token and a grid of h*w patch tokens (paper, section 3), unless a method says otherwise."""
+        return self.tokens or 1 + self.grid * self.grid
 
     @property
     def keep(self) -> tuple[float, ...]:
@@ -194,6 +199,11 @@ class DataConfig:
     drift: float = flag(0.0, "chance that a sprite steps aside in a frame, unspoken")
     sparks: float = flag(0.0, "chance that a small spark flashes up in a frame, unspoken")
     question_rate: float = flag(0.5, "chance that the user asks something after a frame")
+    ahead: float = flag(0.0, "chance that a question is asked before the first frame, and answered after the last")
+    landmark: float = flag(
+        0.0, "chance that a clip has a landmark: a question then asks on which side of it the sprite is"
+    )
+    wide: float = flag(0.0, "chance that a clip's frames are twice as wide as high")
     distractors: int = flag(4, "grey shapes in the background")
     noise: float = flag(0.03, "standard deviation of the pixel noise, of a 0 to 1 range")
     fps: float = flag(2.0, "frames per second of stream time")
@@ -202,7 +212,7 @@ class DataConfig:
         _check_fields(self)
         _require(self.frames >= 1, f"frames must be at least 1, got {self.frames}")
         _require(1 <= self.sprites <= 6, f"sprites must be 1 to 6, got {self.sprites}")
-        for name in ("event_rate", "drift", "sparks", "question_rate"):
+        for name in ("event_rate", "drift", "sparks", "question_rate", "ahead", "landmark", "wide"):
             _require(
                 0 <= getattr(self, name) <= 1,
                 f"{name} is a chance, expected 0 to 1, got {getattr(self, name)}",
@@ -399,6 +409,11 @@ PRESETS = {
     "study": Config(
         data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.7),
         train=TrainConfig(steps=200, eval_every=50, save_every=100),
+    ),
+    # Harder still, so that the systems of the field differ: a landmark, wide frames, clutter, questions in advance.
+    "field": Config(
+        data=DataConfig(drift=0.3, sparks=0.4, question_rate=0.8, ahead=0.5, landmark=0.8, wide=0.5, distractors=8),
+        train=TrainConfig(steps=500, batch_size=8, eval_every=0, save_every=250, eval_clips=128),
     ),
     # The paper's model: SigLIP-L/16-384, Llama-3-8B, LoRA 128/256, r = 0.2 interleaved, the score as the gate, 2 fps.
     # Steps and batch are the base paper's two epochs in order of magnitude only: they depend on the data.

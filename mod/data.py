@@ -7,7 +7,9 @@ about it (now, or where it first appeared) cannot be answered from what was said
 
 Harder, on request: several sprites ("it" is then the one last spoken of, the others are asked for by name); drift,
 silent steps to the side, so that only the latest frame tells where a sprite is now; and sparks, small coloured squares
-that flash up in a single frame, are never spoken of, and are asked for later.
+that flash up in a single frame, are never spoken of, and are asked for later; a landmark, a white ring that never
+moves, of which is asked on which side the sprite stands; wide frames; and questions asked before the first frame, of
+which the user reminds ("well ?") after the last.
 
 Read next: metrics.py
 """
@@ -19,6 +21,7 @@ from itertools import chain, count, islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from mod.config import DataConfig, ModelConfig
@@ -35,6 +38,7 @@ WORDS = (
     *(*COLOURS, *SHAPES, *HEIGHTS, *SIDES, "appears", *EVENTS),
     *("nowhere", "now", "first", "where", "is", "did", "it", "the", "appear", "?"),
     *(*SPARKS, "which", "spark", "none"),
+    *("side", "of", "ring", "its", "neither", "well"),
 )
 NOTHING = ("nowhere", "none")
 SPLITS = {"train": 0, "validation": 1, "test": 2, "warm-up": 3}
@@ -44,6 +48,13 @@ SPARK = 5  # side of a spark, pixels
 # Values of a patch's labels: colour, shape, height and side of a sprite, is there a trail, colour of a spark; 0 for no.
 LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2, 1 + len(SPARKS))
 SPARK_LABEL = 5
+LANDMARK = "which side of the ring is it ?"
+REMINDER = "well ?"  # after the last frame, when a question was asked before the first
+
+
+def label_sizes(config: DataConfig) -> tuple[int, ...]:
+    """LABEL_SIZES, and where there are landmarks one more: is it in this patch?"""
+    return LABEL_SIZES + ((2,) if config.landmark else ())
 
 
 def vocabulary() -> Vocabulary:
@@ -56,7 +67,7 @@ class Sprite:
     shape: str
     row: int  # cell
     column: int
-    jitter: tuple[int, int]  # pixels, 0 or 1
+    jitter: tuple[int, int]  # pixels from the cell's corner
     first: str = ""  # side on which it appeared
     trail: tuple[int, int] | None = None  # the cell that it has just left
 
@@ -77,10 +88,12 @@ class Sprite:
 class Clip:
     """One stream: what is seen, what is said, and the truth that nobody says.
 
-    frames        (F, 3, side, side) float32 in [-1, 1]; of real videos perhaps their features, see `VideoLLM.see`
+    frames        (F, 3, side, side) float32 in [-1, 1], of wide clips (F, 3, side, 2 * side); of real videos perhaps
+                  their features, see `VideoLLM.see`
     said          narrations, questions and answers, in order
-    patch_labels  (F, P, 6) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for none;
-                  1 where a trail is; and the colour of a spark. None for real videos
+    patch_labels  (F, P, 6 or 7) colour, shape, height, side of the sprite whose centre is in the patch, from 1, 0 for
+                  none; 1 where a trail is; the colour of a spark; where clips have landmarks, 1 where it is. Patches
+                  are those of the frame squeezed to a square. None for real videos
     truth         after each frame: every question that makes sense then, and its answer
     """
 
@@ -105,21 +118,23 @@ def shape_mask(shape: str, side: int) -> np.ndarray:
 
 def draw(frame: np.ndarray, shape: str, colour, top: int, left: int, opacity: float = 1.0) -> None:
     """Paint a shape, a pixel smaller than a cell, into frame (3, side, side), values and opacity 0 to 1, in place."""
-    side = frame.shape[-1] // CELLS - 1
+    side = frame.shape[-2] // CELLS - 1
     there, mask = frame[:, top : top + side, left : left + side], shape_mask(shape, side)
     there[:, mask] = opacity * np.asarray(colour)[:, None] + (1 - opacity) * there[:, mask]
 
 
-def background(rng: np.random.Generator, side: int, distractors: int) -> np.ndarray:
-    """(3, side, side) in 0 to 1: soft grey texture and grey shapes that never move."""
-    coarse = rng.uniform(0.25, 0.6, (6, 6))
-    at = np.linspace(0, 4.999, side)
-    low, part = at.astype(int), at % 1
+def background(rng: np.random.Generator, side: int, distractors: int, width: int | None = None) -> np.ndarray:
+    """(3, side, width) in 0 to 1, width = side if not given: soft grey texture and grey shapes that never move."""
+    width, coarse = width or side, rng.uniform(0.25, 0.6, (6, 6))
+    down, along = np.linspace(0, 4.999, side), np.linspace(0, 4.999, width)
+    low, part = down.astype(int), down % 1
     rows = coarse[low] * (1 - part)[:, None] + coarse[low + 1] * part[:, None]
+    low, part = along.astype(int), along % 1
     texture = rows[:, low] * (1 - part) + rows[:, low + 1] * part
     frame = np.repeat(texture[None], 3, axis=0).astype(np.float32)
+    room = side - side // CELLS if width == side else (side - side // CELLS, width - side // CELLS)
     for _ in range(distractors):
-        top, left = rng.integers(0, side - side // CELLS, 2)
+        top, left = rng.integers(0, room, 2)
         draw(frame, SHAPES[rng.integers(4)], [rng.uniform(0.05, 0.95)] * 3, top, left)
     return frame
 
@@ -129,6 +144,10 @@ class Scene:
 
     def __init__(self, rng: np.random.Generator, config: DataConfig):
         self.rng, self.config = rng, config
+        self.wide = bool(config.wide) and rng.random() < config.wide
+        self.landmark: tuple[int, int] | None = None  # cell
+        if config.landmark and rng.random() < config.landmark:
+            self.landmark = tuple(rng.integers(0, CELLS, 2))
         self.sprites: list[Sprite] = []
         self.topic: Sprite | None = None  # "it": the sprite last spoken of, which may have left
         self.spark: tuple[str, int, int] | None = None  # colour and cell, in the one frame in which it shows
@@ -136,8 +155,9 @@ class Scene:
 
     @property
     def taken(self) -> set[tuple[int, int]]:
-        """Cells in which a sprite is."""
-        return {(sprite.row, sprite.column) for sprite in self.sprites}
+        """Cells in which a sprite is, or the landmark."""
+        cells = {(sprite.row, sprite.column) for sprite in self.sprites}
+        return cells | {self.landmark} if self.landmark else cells
 
     def place(self, sprite: Sprite) -> None:
         """Put a sprite somewhere else: at another height than before, in a cell that no other sprite is in."""
@@ -148,7 +168,7 @@ class Scene:
             if row != sprite.row and (row, column) not in self.taken
         ]
         sprite.row, sprite.column = free[self.rng.integers(len(free))]
-        sprite.jitter = tuple(self.rng.integers(0, 2, 2))
+        sprite.jitter = tuple(self.rng.integers(0, (2, 10) if self.wide else 2, 2))
 
     def name(self, shape: str | None = None) -> tuple[str, str]:
         """A colour and a shape that no sprite bears together."""
@@ -211,28 +231,38 @@ class Scene:
             if sprite is not it:
                 answers[f"where is the {sprite.name} ?"] = f"now {sprite.side}"
                 answers[f"where did the {sprite.name} appear ?"] = f"first {sprite.first}"
+        if self.landmark and it in self.sprites:
+            apart = it.column - self.landmark[1]
+            answers[LANDMARK] = "its left" if apart < 0 else "its right" if apart else "neither side"
         if self.config.sparks:
             answers["which spark ?"] = f"spark {self.last_spark}" if self.last_spark else "none"
         return answers
 
     def paint(self, frame: np.ndarray) -> None:
-        """Draw the sprites into frame (3, side, side), in place, trails below them."""
-        cell = frame.shape[-1] // CELLS
+        """Draw landmark, sprites and spark into frame (3, height, width), in place, trails below sprites. A cell of a
+        wide frame is twice as wide as high, what is drawn into it is not."""
+        cell, wide = frame.shape[-2] // CELLS, frame.shape[-1] // CELLS
+        if self.landmark:
+            top, left = cell * self.landmark[0], wide * self.landmark[1] + (wide - cell) // 2
+            draw(frame, "disc", (1.0, 1.0, 1.0), top, left)
+            hole = (cell - 1) // 3
+            frame[:, top + hole : top + cell - 1 - hole, left + hole : left + cell - 1 - hole] = 0.0
         for sprite in self.sprites:
             if sprite.trail:
-                draw(frame, sprite.shape, COLOURS[sprite.colour], *(cell * c for c in sprite.trail), opacity=TRAIL)
+                top, left = cell * sprite.trail[0], wide * sprite.trail[1]
+                draw(frame, sprite.shape, COLOURS[sprite.colour], top, left, opacity=TRAIL)
         for sprite in self.sprites:
-            top, left = sprite.row * cell + sprite.jitter[0], sprite.column * cell + sprite.jitter[1]
+            top, left = sprite.row * cell + sprite.jitter[0], sprite.column * wide + sprite.jitter[1]
             draw(frame, sprite.shape, COLOURS[sprite.colour], top, left)
         if self.spark:
             colour, row, column = self.spark
             size = min(SPARK, cell)
-            top, left = (cell * c + (cell - size) // 2 for c in (row, column))
+            top, left = cell * row + (cell - size) // 2, wide * column + (wide - size) // 2
             frame[:, top : top + size, left : left + size] = np.asarray(SPARKS[colour])[:, None, None]
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
-        """(P, 6) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
-        labels = np.zeros((side // patch, side // patch, len(LABEL_SIZES)), np.int64)
+        """(P, 6 or 7) see Clip; for a frame of `side` pixels in patches of `patch` pixels."""
+        labels = np.zeros((side // patch, side // patch, len(label_sizes(self.config))), np.int64)
 
         def place(cell: tuple[int, int]) -> tuple[int, int]:
             """The patch that holds a cell's centre."""
@@ -246,15 +276,18 @@ class Scene:
         if self.spark:
             colour, row, column = self.spark
             labels[place((row, column))][SPARK_LABEL] = 1 + list(SPARKS).index(colour)
+        if self.landmark:
+            labels[place(self.landmark)][-1] = 1
         return rearrange(labels, "h w c -> (h w) c")
 
 
 def happenings(
-    rng: np.random.Generator, config: DataConfig, model: ModelConfig
+    rng: np.random.Generator, config: DataConfig, model: ModelConfig, scene: Scene | None = None
 ) -> Iterator[tuple[np.ndarray, list[Say], np.ndarray, dict[str, str]]]:
-    """A stream without end: of each frame its picture (3, side, side) in 0 to 1 without noise, what is said after it,
-    its patch labels and its truth (see Clip). A frame's memory is its own: nothing is kept but the scene."""
-    scene, still, answered = Scene(rng, config), background(rng, model.image_size, config.distractors), {}
+    """A stream without end: of each frame its picture (3, height, width) in 0 to 1 without noise, what is said after
+    it, its patch labels and its truth (see Clip). A frame's memory is its own: nothing is kept but the scene."""
+    scene, side, answered = scene or Scene(rng, config), model.image_size, {}
+    still = background(rng, side, config.distractors, 2 * side if scene.wide else side)
     for t in count():
         said, picture = [], still.copy()
         scene.settle()
@@ -285,9 +318,20 @@ def make_clip(
     """Clip number `index` of a split. Split, seed and index alone decide it, and splits never share a clip."""
     rng = np.random.default_rng([SPLITS[split], seed, index])
     frames = list(islice(happenings(rng, config, model), frames or config.frames))
-    pictures, said, labels, truth = zip(*frames, strict=True)
+    pictures, turns, labels, truth = zip(*frames, strict=True)
+    said = list(chain(*turns))
+    if config.ahead and rng.random() < config.ahead:
+        worth = [question for question, answer in truth[-1].items() if answer not in NOTHING]
+        if worth:
+            asked, last = worth[rng.integers(len(worth))], len(frames) - 1
+            said = [
+                Say(-1, "user", asked),
+                *said,
+                Say(last, "user", REMINDER),
+                Say(last, "assistant", truth[-1][asked]),
+            ]
     video = with_noise(np.stack(pictures), config.noise, rng)
-    return Clip(video, list(chain(*said)), np.stack(labels), list(truth))
+    return Clip(video, said, np.stack(labels), list(truth))
 
 
 def endless(config: DataConfig, model: ModelConfig, split: str, seed: int) -> Iterator[Clip]:
@@ -302,8 +346,13 @@ def clip_layout(words: Vocabulary, clip: Clip, frame_tokens: int) -> Layout:
 
 
 def clip_pixels(clips: Sequence[Clip]) -> torch.Tensor:
-    """Frames of all clips, in order, (F, 3, side, side)."""
-    return torch.cat([torch.as_tensor(clip.frames) for clip in clips])
+    """Frames of all clips, in order, (F, 3, height, width); where some are wider than others these end in columns of
+    nan, see `vit.squeeze`."""
+    frames = [torch.as_tensor(clip.frames) for clip in clips]
+    widest = max(some.shape[-1] for some in frames)
+    if any(some.shape[-1] != widest for some in frames):
+        frames = [F.pad(some, (0, widest - some.shape[-1]), value=torch.nan) for some in frames]
+    return torch.cat(frames)
 
 
 def clip_batch(words: Vocabulary, clips: Sequence[Clip], frame_tokens: int) -> Batch:

@@ -112,11 +112,11 @@ class Book:
 
 
 def in_step(clips: Sequence[Clip], rows: int) -> Iterator[list[Clip]]:
-    """Groups of at most `rows` clips with the same number of frames."""
-    by_length: dict[int, list[Clip]] = {}
+    """Groups of at most `rows` clips with the same number of frames, all of one shape."""
+    by_shape: dict[tuple, list[Clip]] = {}
     for clip in clips:
-        by_length.setdefault(len(clip.frames), []).append(clip)
-    for _, alike in sorted(by_length.items()):
+        by_shape.setdefault(tuple(clip.frames.shape), []).append(clip)
+    for _, alike in sorted(by_shape.items()):
         for start in range(0, len(alike), rows):
             yield alike[start : start + rows]
 
@@ -137,6 +137,12 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
         room = 1 + frames * (max_words + 2) + max(asked)
         settings = StreamConfig(threshold=threshold)
         stream = Stream(model, words, len(some), frames=frames, text=room, settings=settings, max_words=max_words)
+        ahead = [[say.text for say in clip.said if say.frame < 0] for clip in some]
+        for texts in ahead:
+            if len(texts) > 1:
+                raise ValueError(f"{len(texts)} questions before the first frame, expected one at most")
+        if any(ahead):
+            stream.hear([texts[0] if texts else None for texts in ahead])
         books = [Book(words) for _ in some]
         for t in range(frames):
             after = [[say for say in clip.said if say.frame == t] for clip in some]

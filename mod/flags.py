@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from mod.config import UserError
+from mod.config import HIDDEN, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,8 @@ def add_fields(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
     """One flag for every field of a dataclass."""
     group = parser.add_argument_group(title)
     for field in fields(kind):
+        if field.metadata["otherwise"] == HIDDEN:
+            continue
         name, default = "--" + field.name.replace("_", "-"), field.default
         told = field.metadata["otherwise"] or ("none" if default == "" else default)
         help = f"{field.metadata['help']} (default: {told})".replace("%", "%%")

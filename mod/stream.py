@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mod.block import PAD
-from mod.cache import KVCache
 from mod.config import StreamConfig
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.videollm import VideoLLM
@@ -49,8 +48,7 @@ class Stream:
         weight = model.decoder.embed.weight
         self.device = weight.device
         frames = min(frames, self.settings.most_frames)
-        self.cache = KVCache(model.config, rows, frames=frames, text=text, stream=self.settings, dtype=weight.dtype,
-                             device=weight.device)  # fmt: skip
+        self.cache = model.open_cache(rows, frames, text, self.settings)
         self.seen, self.position, self.quiet = [0] * rows, [0] * rows, [0] * rows
         self.fed: list[list[tuple[int, int]]] | None = [[] for _ in range(rows)] if log else None
         self.no_frames = weight.new_zeros(0, model.config.frame_tokens, model.config.dim)
@@ -181,8 +179,9 @@ class Stream:
 
     def held(self, row: int = 0) -> tuple[int, int]:
         """Frames and text tokens that the cache still stands for."""
-        frames = min(self.seen[row], self.settings.most_frames)
-        return frames, self.cache.lengths(row)[0] - self.model.config.kept[0] * frames
+        first = self.cache.layers[0]  # every layer holds all of the text
+        text = (first.frame[row] == -1) & (first.pos[row] < PAD)
+        return min(self.seen[row], self.settings.most_frames), int(text.sum())
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """All that the next frame depends on: tensors, and plain numbers."""

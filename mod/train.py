@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, ModelConfig, TrainConfig, UserError
-from mod.data import CELLS, LABEL_SIZES, SPARK_LABEL, Clip, clip_batch, clip_pixels, make_clip, vocabulary
+from mod.data import CELLS, SPARK_LABEL, Clip, clip_batch, clip_pixels, label_sizes, make_clip, vocabulary
 from mod.decoder import MoDBlock
 from mod.evaluate import free_running, router_recall, sprite_patches, teacher_forced
 from mod.layout import NO_LABEL, Batch, Vocabulary
@@ -94,7 +94,8 @@ def make_optimizers(
     for name, parameter in named.items():
         if not (vit_lr and name.startswith("vit.")):
             special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
-            (matrices if kind == "muon" and parameter.ndim == 2 and not special else others).append(parameter)
+            matrix = parameter.ndim == 2 and name.endswith("weight") and not special
+            (matrices if kind == "muon" and matrix else others).append(parameter)
     groups = [{"params": others, "lr": adam_lr}] + ([{"params": vision, "lr": vit_lr}] if vision else [])
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
@@ -147,8 +148,8 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
     DEVIATION: stands in for the paper's pretrained encoder. Returns the share of sprites whose labels its patches and
     its CLS token get right in the last batch.
     """
-    device, width, labels = vit.position.device, config.model.vit_dim, sum(LABEL_SIZES)
-    heads = nn.ModuleDict({"patch": nn.Linear(width, labels), "cls": nn.Linear(width, labels)}).to(device)
+    device, width, sizes = vit.position.device, config.model.vit_dim, label_sizes(config.data)
+    heads = nn.ModuleDict({name: nn.Linear(width, sum(sizes)) for name in ("patch", "cls")}).to(device)
     named = {**dict(vit.named_parameters()), **{f"{name}_head": p for name, p in heads.named_parameters()}}
     optimizers = make_optimizers(named, config.train.optimizer, *WARM_UP_RATES)
     steps, right = config.train.vit_steps, 0.0
@@ -170,9 +171,7 @@ def warm_up_vit(vit: ViT, config: Config) -> float:
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
             all_right = truths[name][..., 0] > 0
-            for logits, label in zip(
-                head(tokens[name]).split(LABEL_SIZES, dim=-1), truths[name].unbind(-1), strict=True
-            ):
+            for logits, label in zip(head(tokens[name]).split(sizes, dim=-1), truths[name].unbind(-1), strict=True):
                 weight = torch.ones(logits.shape[-1], device=device)
                 weight[0] = BACKGROUND if name == "patch" else 1.0
                 loss = loss + F.cross_entropy(
@@ -292,7 +291,7 @@ def validate(model: VideoLLM, config: Config, source: Source, number: int, free:
         metrics = summarize(turns, silent, config.data.fps)
         recall = router_recall(trace, clips, config.model.grid)
         metrics["recall"] = {str(layer): value for layer, value in recall.items()}
-        if free:
+        if free and model.online:
             turns, silent = free_running(model, source.words, clips, settings.threshold, 2 * rows, settings.max_words)
             metrics["free_running"] = summarize(turns, silent, config.data.fps)
     model.train()

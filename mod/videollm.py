@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.config import ModelConfig
+from mod.cache import KVCache
+from mod.config import ModelConfig, StreamConfig, UserError
 from mod.decoder import Decoder
 from mod.layout import NO_LABEL, Batch
 from mod.router import ROUTER_STD, LayerExpert
@@ -23,6 +24,7 @@ class VideoLLM(nn.Module):
         self.vit = ViT(config)
         self.connector = MLP(config.vit_dim, config.dim, config.dim)  # two layers, from vision width to decoder width
         self.decoder = Decoder(config)
+        self.online = True  # may frames be seen one by one? A method that must know all of them says no
         self.borrowed: set[str] = set()  # parameters that stay in a checkpoint's own files: never trained, never saved
         self.apply(self._init)
 
@@ -51,6 +53,16 @@ class VideoLLM(nn.Module):
         x = self.decoder.embed(ids)  # the residual stream keeps this precision, under autocast too
         x[frame >= 0] = rearrange(seen, "f n d -> (f n) d").to(x.dtype)
         return x
+
+    def open_cache(
+        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = KVCache
+    ) -> KVCache:
+        """An empty memory for a stream, which owns it; see KVCache. Raises UserError when frames cannot come singly."""
+        if not self.online:
+            raise UserError(f"{self.config.method} must know all frames before the first answer; it cannot be streamed")
+        weight = self.decoder.embed.weight
+        size = {"frames": frames, "text": text, "stream": settings}
+        return kind(self.config, rows, **size, dtype=weight.dtype, device=weight.device)
 
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
         """Hidden states (B, T, D) of a batch of streams, or of the next chunk of each when a KVCache is given."""

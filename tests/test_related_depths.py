@@ -40,7 +40,7 @@ def make(kind: str, block: Block | None = None, dim: int = CONFIG.dim, share: fl
         made = GammaMoD(block, gamma_router(dim), 1 - share)
     else:
         made = PMoD(block, dim, share, CONFIG.frame_tokens, per_frame=kind == "p per frame")
-    router = made.w if kind == "sequence" else made.router
+    router = made.router
     nn.init.normal_(router.weight, std=0.3)
     return made.to(dtype)
 
@@ -113,7 +113,7 @@ class TestByHand:
     def test_sequence(self):
         """Scores are the numbers: of 1..4 the half that is kept is 3 and 4; sums 3 and 7; 3 + 3 * (3 + 10 * 6)."""
         block = make("sequence", counting_block(), 1, share=0.5)
-        nn.init.ones_(block.w.weight)
+        nn.init.ones_(block.router.weight)
         y = block(numbers(1, 2, 3, 4), self.pos[:, :4], self.frame[:, :4])
         torch.testing.assert_close(y, numbers(1, 2, 3 + 3 * 63, 4 + 4 * (7 + 110)))
 
@@ -293,7 +293,7 @@ class TestGradients:
     @pytest.mark.parametrize("kind", KINDS)
     def test_routers_learn(self, kind):
         block, (x, pos, frame) = make(kind), stream([(3, [Say(1, "user", "red disc")])])
-        router = block.w if kind == "sequence" else block.router
+        router = block.router
         block(x, pos, frame).square().sum().backward()
         assert router.weight.grad.abs().max() > 1e-6
 
@@ -320,7 +320,7 @@ class TestGradients:
         block, (x, pos, frame), trace = make("sequence"), stream([(4, [])]), []
         x.requires_grad_()
         block(x, pos, frame, trace=trace)
-        grads = torch.autograd.grad(block.auxiliary, [x, block.w.weight, block.predictor[0].weight], allow_unused=True)
+        grads = torch.autograd.grad(block.auxiliary, [x, block.router.weight, block.predictor[0].weight], allow_unused=True)
         assert grads[0] is None and grads[1] is None and grads[2].abs().max() > 0
         logits, kept = block.predict(x), trace[0].kept
         by_hand = -torch.where(kept, logits.sigmoid(), 1 - logits.sigmoid()).log().mean()

@@ -121,7 +121,7 @@ class TestSweep:
 
     def test_what_others_start_from_is_trained_first(self, runs, monkeypatch):
         trained = []
-        monkeypatch.setattr(sweep, "train_apart", lambda out, file, *rest: trained.append((file.name, rest[-1])))
+        monkeypatch.setattr(sweep, "train_apart", lambda out, file, *rest: trained.append((file.name, rest[2])))
         mini = {name: replace(VARIANTS[name], train={}) for name in ("full", "pretrained-value")}
         sweep.sweep(runs / "runs", runs, MINI, mini, ("pretrained-value",), seeds=1, jobs=1)
         start = runs / "runs" / "full-0" / "model.safetensors"

@@ -68,7 +68,7 @@ def test_killed_at_any_step_and_resumed_ends_bitwise_the_same(tmp_path, uninterr
 def test_sigkill_and_ctrl_c_in_a_real_process(tmp_path):
     """SIGKILL at whatever moment, resume, Ctrl-C, resume: bitwise the weights of the run that nobody disturbed."""
     flags = [f"--{name.replace('_', '-')}={value}" for part in (TINY.model, TINY.data) for name, value in vars(part).items()
-             if not isinstance(value, bool)]  # fmt: skip
+             if not isinstance(value, bool) and name != "tokens"]  # fmt: skip
     flags += ["--steps=60", "--batch-size=2", "--vit-steps=2", "--save-every=5", "--eval-every=0", "--eval-clips=2", "--device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -21,6 +21,7 @@ from mod.real.llm import find, llm_sizes, load_llm
 from mod.real.lora import add_lora
 from mod.real.tokenizer import TextTokenizer
 from mod.real.vision import load_vision, vision_sizes
+from mod.related import methods
 from mod.videollm import VideoLLM
 from mod.vit import MLP, ViT
 
@@ -67,6 +68,10 @@ def assemble(config: Config, device: torch.device) -> VideoLLM:
     What is trained is in float32, what is not in the run's dtype. Raises UserError when a checkpoint does not fit.
     """
     torch.manual_seed(config.train.seed)
+    if config.model.method != "mod":
+        if is_real(config):
+            raise UserError(f"method got {config.model.method} with real parts; leave --llm and --vision out")
+        return methods.build(config.model).to(device)
     sizes, real, dtype = config.model, config.real, getattr(torch, config.train.dtype)
 
     def tiny(part: nn.Module) -> nn.Module:
@@ -112,7 +117,7 @@ def is_real(config: Config) -> bool:
 def sizes_only(sizes: ModelConfig) -> VideoLLM:
     """A model without memory: for counting."""
     with torch.device("meta"):
-        return VideoLLM(sizes)
+        return methods.build(sizes)
 
 
 def fingerprint(folder: Path) -> str:

@@ -25,6 +25,7 @@ class Seen:
     attention  (F, h*w) how much the encoder's summary looks at each patch, rows sum to one; None where nobody needs it
     keys       (F, h*w, E) the keys by which it looks; None where nobody needs them
     row        (F,) which stream of the batch a frame belongs to, rising
+    number     (F,) which frame of its stream it is, from 0; None where all frames of the streams are here
     query      (B, D) one vector for each stream's question; None where nothing has been asked
     """
 
@@ -33,6 +34,7 @@ class Seen:
     keys: Tensor | None = None
     row: Tensor | None = None
     query: Tensor | None = None
+    number: Tensor | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -48,6 +50,14 @@ class Seen:
     def rows(self) -> Tensor:
         """(F,) the stream of each frame; all are of one where nothing else is said."""
         return self.row if self.row is not None else torch.zeros(len(self.tokens), dtype=torch.long)
+
+    @property
+    def numbers(self) -> Tensor:
+        """(F,) the number of each frame in its stream."""
+        if self.number is not None:
+            return self.number.to(self.tokens.device)
+        rows = self.rows.to(self.tokens.device)
+        return torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
 
 
 @dataclass
@@ -80,6 +90,7 @@ class Reducer(nn.Module):
 
     scope = "frame"
     line = ""  # what it does, in one line
+    looks = False  # does it need to know where the encoder's summary looks, and by which keys?
 
     def most(self, tokens: int) -> int:
         """At most so many come out of N = tokens."""
@@ -87,6 +98,11 @@ class Reducer(nn.Module):
 
     def forward(self, seen: Seen) -> VisionTokens:
         raise NotImplementedError
+
+    def remembered(self, seen: Seen) -> Tensor | None:
+        """(F,) of each frame, which frame of `seen` later ones would still have to be shown, before themselves, if the
+        stream came in parts. None where a frame needs no other."""
+        return None
 
     @property
     def online(self) -> bool:

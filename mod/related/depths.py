@@ -122,14 +122,14 @@ class SequenceMoD(nn.Module):
     def __init__(self, block: Block, dim: int, capacity: float = 0.125, hidden: int = 32):
         super().__init__()
         self.block, self.capacity = block, capacity
-        self.w = nn.Linear(dim, 1, bias=False)
-        nn.init.normal_(self.w.weight, std=ROUTER_STD)
+        self.router = nn.Linear(dim, 1, bias=False)
+        nn.init.normal_(self.router.weight, std=ROUTER_STD)
         self.predictor = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         self.auxiliary: Tensor | None = None
 
     def score(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T)."""
-        return rearrange(linear(self.w, x), "b t 1 -> b t")
+        return rearrange(linear(self.router, x), "b t 1 -> b t")
 
     def predict(self, x: Tensor) -> Tensor:
         """Logit of being chosen, of each token by itself, (B, T, D) -> (B, T)."""

@@ -60,6 +60,14 @@ class FastV(nn.Module):
             raise ValueError(f"score must be last or received, got {score!r}")
         self.decoder, self.after, self.drop, self.score, self.masked = decoder, after, drop, score, masked
 
+    @property
+    def embed(self) -> nn.Embedding:
+        return self.decoder.embed
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
     def scores(self, x: Tensor, pos: Tensor) -> Tensor:
         """Of each token that enters layer K - 1, x (B, T, D), pos (B, T) -> (B, T)."""
         block, real = self.decoder.layers[self.after - 1], pos < PAD

@@ -89,7 +89,7 @@ class PromptGuided(Reducer):
     """
 
     scope = "query"
-    line = "Free Video-LLM: frames and regions that the question chooses, an average pool of all others"
+    line = "frames and regions that the question chooses, an average pool of all others"
 
     def __init__(self, slow: int = 3, middle: int = 5, share: float = 0.8, coarse: int = 4, pool: int = 2):
         super().__init__()

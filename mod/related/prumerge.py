@@ -64,7 +64,8 @@ class PruMerge(Reducer):
     """
 
     scope = "frame"
-    line = "PruMerge: patches that the CLS token looks at, others like them folded in"
+    looks = True
+    line = "patches that the CLS token looks at, others like them folded in"
 
     def __init__(self, k: int = 8, plus: bool = False, normalise: bool = False, floor: int = 1, tail: bool = True):
         super().__init__()

@@ -85,9 +85,9 @@ class QueryResampler(Reducer):
         if queries < 1 or depth < 1 or width % heads:
             raise ValueError(f"need a query, a block and heads that divide the width: {queries=}, {depth=}, {width=}")
         former = mode == "qformer"
-        self.line = (
-            "BLIP-2's Q-Former: learned queries" if former else "Flamingo's Perceiver Resampler: learned queries"
-        )
+        self.line = "learned queries read each other, then the patches"
+        if not former:
+            self.line = "learned queries read the patches and each other at once"
         self.queries = nn.Parameter(torch.randn(queries, width) * (0.02 if former else 1.0))
         # The norm on Q-Former's queries is what lets ones so quiet be heard in the first sum.
         self.first = nn.LayerNorm(width) if former else nn.Identity()

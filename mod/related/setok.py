@@ -111,7 +111,7 @@ class SeTok(Reducer):
     """
 
     scope = "frame"
-    line = "SeTok: one token for each cluster of like patches, as many as the frame has"
+    line = "one token for each cluster of like patches, as many as the frame has"
 
     def __init__(self, k: int = 5, tau: float = 0.5, min_clusters: int = 4, merger: ClusterMerge | None = None):
         super().__init__()

@@ -41,7 +41,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 class VTS(Reducer):
     """Key frames whole, of the others the CLS token and ceil(rho * patches) patches."""
 
-    line = "VTS-style: key frames whole, of the others what is new"
+    line = "key frames whole, of the others what is new"
 
     def __init__(self, width: int, rho: float = 0.5, mode: str = "clip", keys: int = 1, tau: float = 0.3,
                  novelty: bool = True, hidden: int = 16):  # fmt: skip
@@ -72,6 +72,10 @@ class VTS(Reducer):
             frames = (seen.rows == row).nonzero()[:, 0].to(z.device)
             reference[frames] = frames[pick(seen.patches[frames], z[frames])]
         return reference
+
+    def remembered(self, seen: Seen) -> Tensor | None:
+        """The last key frame."""
+        return self.key_frames(seen, self.scores(seen))[:, 0] if self.mode == "stream" else None
 
     def _clip_keys(self, patches: Tensor, z: Tensor) -> Tensor:
         """Of one stream, patches (T, P, D) and z (T, P) -> (T, K), the same for all frames."""

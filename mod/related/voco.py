@@ -137,6 +137,10 @@ class VoCoCache:
         def __init__(self, inner, whole: "VoCoCache"):
             self.inner, self.whole = inner, whole
 
+        def __getattr__(self, name: str):
+            """Everything else is the LayerCache's."""
+            return getattr(self.__dict__["inner"], name)
+
         def places(self, pos: Tensor) -> Tensor:
             return self.inner.places(pos)
 
@@ -152,9 +156,20 @@ class VoCoCache:
         self.first = torch.full_like(cache.layers[0].length, PAD)  # remembered: with k = 0 no entry would tell
         self.layers = [self.Layer(layer, self) for layer in cache.layers]
 
+    def __getattr__(self, name: str):
+        """Everything else is the KVCache's."""
+        return getattr(self.__dict__["cache"], name)
+
     def make_room(self, pos: Tensor, frame: Tensor) -> None:
         self.cache.make_room(pos, frame)
         self.first = torch.minimum(self.first, pos.where(owner(frame) >= 0, PAD).amin(1))
+
+    def state(self) -> dict[str, Tensor]:
+        return self.cache.state() | {"first": self.first.clone()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.cache.restore(tensors)
+        self.first = tensors["first"].to(self.first.device)
 
     def evict(self) -> None:
         """Drop the keys and values of every frame that has been compressed, in every layer."""

@@ -70,9 +70,7 @@ class ProgressivePooling(Reducer):
 
     def forward(self, seen: Seen) -> VisionTokens:
         fine, coarse = (pooled(seen.side, stride).to(seen.tokens) for stride in (self.first, self.others))
-        rows = seen.rows.to(seen.tokens.device)
-        number = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # since its stream began
-        leads = number % self.group == 0
+        leads = seen.numbers % self.group == 0
 
         few = torch.zeros_like(fine)  # the coarse weights, padded to as many tokens as the fine ones are
         few[: len(coarse)] = coarse

@@ -17,8 +17,8 @@ DECODER = ("router", "projections", "attention", "ffn")  # the parts that the ch
 
 
 def dense(config: ModelConfig) -> ModelConfig:
-    """The same model with full computation: every layer processes every token."""
-    return replace(config, layers="none")
+    """The same model with full computation: every layer processes every token that the encoder makes."""
+    return replace(config, layers="none", tokens=0)
 
 
 def layer_tokens(config: ModelConfig, frames: int, text: int) -> list[int]:

@@ -8,8 +8,11 @@ from dataclasses import asdict, replace
 
 import torch
 
-from mod.config import Config
+from mod.config import Config, DataConfig, ModelConfig
+from mod.data import make_clip, vocabulary
 from mod.real.parts import choose_trained, sizes_only
+from mod.related import methods
+from mod.related.costs import counted
 from mod.study.costs import (
     activation_bytes,
     decoder_flops,
@@ -34,14 +37,13 @@ def count_parameters(config: Config) -> dict[str, tuple[int, int]]:
     model = sizes_only(config.model)
     choose_trained(model, config)
     model.vit.requires_grad_(config.train.vit_steps > 0 or config.train.vit_lr > 0)
-    parts = {"vision encoder": model.vit, "connector": model.connector, "decoder": model.decoder}
-    return {
-        name: (
-            sum(parameter.numel() for parameter in part.parameters()),
-            sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad),
-        )
-        for name, part in parts.items()
-    }
+    parts = {"vit": "vision encoder", "connector": "connector", "decoder": "decoder"}
+    counts = dict.fromkeys(parts.values(), (0, 0))
+    for name, parameter in model.named_parameters():
+        part = parts.get(name.split(".")[0], "the method's own")
+        every, trained = counts.get(part, (0, 0))
+        counts[part] = every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
+    return counts
 
 
 def training_memory(config: Config, frames: int, text: int, processes: int = 1) -> dict[str, float]:
@@ -84,6 +86,8 @@ def print_parameters(config: Config) -> None:
 
 
 def print_costs(config: Config, frames: int, text: int) -> None:
+    if config.model.method != "mod":
+        return print_counts(config)
     share, number = ratios(config.model, frames, text), number_bytes(config)
     mod_bytes, full_bytes = (kv_bytes(one, frames, text, number) for one in (config.model, dense(config.model)))
     stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
@@ -91,6 +95,33 @@ def print_costs(config: Config, frames: int, text: int) -> None:
     print(f"  keep ratio of each layer      {', '.join(f'{ratio:g}' for ratio in config.model.keep)}")
     print(f"  decoder FLOPs                 {share['flop_ratio']:.3f} of full")
     print(f"  KV cache                      {share['kv_ratio']:.3f} of full ({mod_bytes:,} of {full_bytes:,} bytes)")
+
+
+def cost_shares(config: Config, frames: int, text: int) -> dict[str, float]:
+    """`costs.ratios` of a run; of another method than this project's, as counted on validation clips."""
+    if config.model.method == "mod":
+        return ratios(config.model, frames, text)
+    own, full = counts(config.model, config.data), counts(methods.configure(config.model, "full"), config.data)
+    decoder = [one["flops"] - one["encoder"] for one in (own, full)]
+    vision = [one["entries"] for one in (own, full)]
+    return {"flop_ratio": decoder[0] / decoder[1], "kv_ratio": vision[0] / vision[1]}
+
+
+def counts(model: ModelConfig, data: DataConfig) -> dict[str, float]:
+    """`related.costs.counted` of an untrained model on some validation clips."""
+    torch.manual_seed(0)
+    clips = [make_clip(data, model, "validation", 0, index) for index in range(4)]
+    return counted(methods.build(model), vocabulary(), clips)
+
+
+def print_counts(config: Config) -> None:
+    share = cost_shares(config, 0, 0)
+    method, own = methods.METHODS[config.model.method], counts(config.model, config.data)
+    print(f"\n{method.title}: {method.line}\ncounted on validation clips before training, against full computation")
+    print(f"  vision tokens of a frame      {own['tokens']:.1f} of {1 + config.model.grid**2}")
+    print(f"  FLOPs after the encoder       {share['flop_ratio']:.3f} of full")
+    print(f"  KV cache, text aside          {share['kv_ratio']:.3f} of full")
+    print(f"  to stream it needs            {method.streams}")
 
 
 def print_scale(config: Config, frames: int, text: int, processes: int = 1) -> None:

@@ -26,20 +26,24 @@ from tqdm import tqdm
 
 from mod.checkpoint import config_from, load_weights, read_tensors, to_json, weights, write_tensors, write_text
 from mod.config import Config, ModelConfig, UserError
-from mod.data import vocabulary
+from mod.data import Clip, vocabulary
 from mod.evaluate import teacher_forced
 from mod.flags import Parser, run_script
+from mod.related import methods
 from mod.study import routers
+from mod.study.needle import probes
 from mod.train import train, validation_clips, warm_up_vit
 from mod.videollm import VideoLLM
 
-QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark"}  # how a question begins: its kind
+# How a question begins: its kind. An answer after the last frame may be to a question asked before the first.
+QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark", "which side": "side", "well ?": "ahead"}
 
 
 @dataclass(frozen=True)
 class Variant:
     """One row of a table: how its configuration differs from the study's, who routes ("oracle", "taught", or as the
-    configuration says), and, for a pretrained decoder, which variant's trained weights it begins with."""
+    configuration says), and, for a pretrained decoder, which variant's trained weights it begins with. With `probed`
+    its result says more, see mod/study/needle.py."""
 
     title: str
     model: dict = field(default_factory=dict)
@@ -47,6 +51,7 @@ class Variant:
     data: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     start: str = ""
+    probed: bool = False
 
 
 def configure(base: Config, variant: Variant, seed: int) -> Config:
@@ -78,7 +83,7 @@ def encoder(config: Config, folder: Path) -> Path:
 
 def build(model_config: ModelConfig, encoder_file: Path, kind: str, start: Path | None = None) -> VideoLLM:
     """A model with a trained encoder and, when `start` is given, all weights but the routers' from that dense run."""
-    model = routers.build(model_config, kind) if kind else VideoLLM(model_config)
+    model = routers.build(model_config, kind) if kind else methods.build(model_config)
     if start:
         trained, own = read_tensors(start)[0], weights(model)
         new = {name: own[name] for name in own if ".router." in name}
@@ -89,12 +94,11 @@ def build(model_config: ModelConfig, encoder_file: Path, kind: str, start: Path 
     return model
 
 
-def answers_by_kind(model: VideoLLM, config: Config) -> dict[str, float]:
-    """Share of right answers for every kind of question, teacher-forced on the validation clips."""
+def answers_by_kind(model: VideoLLM, clips: Sequence[Clip]) -> dict[str, float]:
+    """Share of right answers for every kind of question, teacher-forced."""
     words, right = vocabulary(), {kind: [] for kind in QUESTIONS.values()}
-    clips = validation_clips(config, config.train.eval_clips)
     for turns, clip in zip(teacher_forced(model, words, clips)[0], clips, strict=True):
-        asked = [say.text for say in clip.said if say.role == "user"]
+        asked = [say.text for say in clip.said if say.role == "user" and say.frame >= 0]
         for question, turn in zip(asked, [turn for turn in turns if turn.kind == "answer"], strict=True):
             right[QUESTIONS[" ".join(question.split()[:2])]].append(turn.exact)
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
@@ -141,7 +145,9 @@ def curve(out: Path) -> Iterator[dict]:
             yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
 
 
-def train_here(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
+def train_here(
+    out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None, probed: bool = False
+) -> None:
     """Train one run in folder `out` in this process, and write its result to `file`."""
     about, note = identity(config, kind, start.parent.name if start else ""), out / "identity.json"
     if not same(note, about):
@@ -154,14 +160,22 @@ def train_here(out: Path, file: Path, config: Config, kind: str = "", start: Pat
     model, metrics = train(ready, out, resume=True, build=make)
     if metrics is None:
         raise KeyboardInterrupt
+    clips = validation_clips(config, config.train.eval_clips)
     if not same(file, about):  # a run that was repeated for others to start from leaves its result as it is
-        write_result(file, out, about, {**metrics, "kinds": answers_by_kind(model, config)})
+        write_result(
+            file,
+            out,
+            about,
+            {**metrics, "kinds": answers_by_kind(model, clips), **(probes(model, config) if probed else {})},
+        )
 
 
-def train_apart(out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None) -> None:
+def train_apart(
+    out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None, probed: bool = False
+) -> None:
     """`train_here` in a process of its own, with one thread. Raises UserError, or RuntimeError, when it fails."""
     command = [sys.executable, "-m", "mod.study.sweep", str(out), str(file), "--config", json.dumps(asdict(config))]
-    command += ["--routers", kind, *(["--start", str(start)] if start else [])]
+    command += ["--routers", kind, *(["--start", str(start)] if start else []), *(["--probed"] * probed)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
     if done.returncode == 2:
@@ -180,7 +194,7 @@ def sweep(
         variant = variants[name]
         start = runs / f"{variant.start}-{seed}" / "model.safetensors" if variant.start else None
         out, file = runs / f"{name}-{seed}", results / f"{name}-{seed}.json"
-        return out, file, configure(base, variant, seed), variant.routers, start
+        return out, file, configure(base, variant, seed), variant.routers, start, variant.probed
 
     asked = [(name, seed) for seed in range(seeds) for name in names]
     todo = [(name, seed) for name, seed in asked if not same(job(name, seed)[1], wanted(base, variants[name], seed))]
@@ -220,7 +234,7 @@ def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: in
 
 def run(arguments) -> int:
     config = config_from(json.loads(arguments.config))
-    train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start)
+    train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start, arguments.probed)
     return 0
 
 
@@ -231,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the whole configuration as JSON")
     parser.add_argument("--start", type=Path, help="weights of a dense run to begin with")
     parser.add_argument("--routers", choices=("", "oracle", "taught"), default="", help="routers of a study's own")
+    parser.add_argument("--probed", action="store_true", help="measure longer clips and needles as well")
     return run_script(run, parser.parse_args(argv), "mod.study.sweep")
 
 

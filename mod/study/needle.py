@@ -1,0 +1,86 @@
+"""What a model does with streams longer than those it was trained on: longer clips, and the needle in the haystack.
+
+V-NIAH, after LongVA (2406.16852): one frame of a long video holds what is asked for at its end. Here the needle is a
+spark in one frame of a stream without any other, the question is which colour it had (four are possible, so chance is a
+quarter), and the haystack is all that the sprite does meanwhile, narrated as ever.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, islice
+
+import numpy as np
+
+from mod.config import Config, DataConfig
+from mod.data import SPLITS, Clip, Say, Scene, happenings, make_clip, vocabulary, with_noise
+from mod.evaluate import teacher_forced
+from mod.metrics import summarize
+from mod.videollm import VideoLLM
+
+LENGTHS = (8, 16, 32)  # frames of a haystack
+DEPTHS = (0.0, 0.33, 0.67, 1.0)  # where the needle is, as a share of the way
+NEEDLES = 16  # for each length and depth
+LONG, LONG_CLIPS = 24, 48  # frames of the longer clips, and how many
+QUESTION = "which spark ?"
+
+
+class Haystack(Scene):
+    """A scene with a spark in frame number `at` and in no other."""
+
+    def __init__(self, rng: np.random.Generator, config: DataConfig, at: int):
+        super().__init__(rng, config)
+        self.at, self.now = at, -1
+
+    def flash(self) -> None:
+        self.now += 1
+        if self.now == self.at:
+            super().flash()
+
+
+def needle_clip(config: Config, index: int, frames: int, depth: float) -> Clip:
+    """Haystack number `index`, of test clips that nothing else uses."""
+    rng = np.random.default_rng([SPLITS["test"], frames, round(100 * depth), index])
+    data = replace(config.data, sparks=1.0, question_rate=0.0, ahead=0.0)
+    scene = Haystack(rng, data, round(depth * (frames - 1)))
+    pictures, said, labels, truth = zip(*islice(happenings(rng, data, config.model, scene), frames), strict=True)
+    end = [Say(frames - 1, "user", QUESTION), Say(frames - 1, "assistant", truth[-1][QUESTION])]
+    video = with_noise(np.stack(pictures), data.noise, rng)
+    return Clip(video, [*chain(*said), *end], np.stack(labels), list(truth))
+
+
+def rows_for(config: Config, frames: int) -> int:
+    """Clips of so many frames that are looked at together."""
+    return max(1, 4000 // (frames * config.model.frame_tokens))
+
+
+def needles(model: VideoLLM, config: Config) -> dict[str, dict[str, float]]:
+    """Share of needles found: frames -> depth -> share."""
+    found: dict[str, dict[str, float]] = {}
+    for frames in LENGTHS:
+        for depth in DEPTHS:
+            clips = [needle_clip(config, index, frames, depth) for index in range(NEEDLES)]
+            turns, _ = teacher_forced(model, vocabulary(), clips, rows=rows_for(config, frames))
+            # The question is the last turn of its stream.
+            found.setdefault(str(frames), {})[str(depth)] = statistics.mean(stream[-1].exact for stream in turns)
+    return found
+
+
+def quality(model: VideoLLM, config: Config, clips: Sequence[Clip]) -> dict[str, float]:
+    """Narrations, answers, speaking and silence right, of some clips, teacher-forced."""
+    turns, silent = teacher_forced(model, vocabulary(), clips, rows=rows_for(config, len(clips[0].frames)))
+    summary = summarize(turns, silent, config.data.fps)
+    names = ("narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy")
+    return {name: summary[name] for name in names}
+
+
+def probes(model: VideoLLM, config: Config) -> dict:
+    """What a run's result says beside its metrics: longer clips, needles, and either shape of frame on its own."""
+    model.eval()
+    long = [make_clip(config.data, config.model, "test", 1, index, LONG) for index in range(LONG_CLIPS)]
+    result = {"long": quality(model, config, long), "needle": needles(model, config)}
+    for name, wide in (("square", 0.0), ("wide", 1.0)):
+        shaped = replace(config.data, wide=wide)
+        clips = [make_clip(shaped, config.model, "test", 2, index) for index in range(2 * LONG_CLIPS)]
+        result[name] = quality(model, config, clips)
+    return result

@@ -1,0 +1,278 @@
+"""Every system of the field as a model: it learns, a row alone is what it is in a batch, streaming equals offline where
+it can stream and is refused in one sentence where it cannot, and what it costs is counted right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mod.config import PRESETS, ModelConfig, StreamConfig, UserError
+from mod.data import clip_batch, clip_pixels, make_clip, vocabulary
+from mod.layout import NO_LABEL
+from mod.related.base import ONLINE, Reducer
+from mod.related.costs import counted, frame_bytes
+from mod.related.methods import METHODS, build, configure, listing, own_fields
+from mod.related.models import Deeper, Reduced
+from mod.stream import Stream
+from mod.study.costs import forward_flops, kv_bytes
+from mod.study.needle import QUESTION, needle_clip
+from mod.videollm import stream_loss
+
+SMALL = ModelConfig(vit_dim=16, vit_hidden=24, vit_heads=2, dim=24, heads=2, kv_heads=1, head_dim=12, ffn_hidden=32)
+DATA = replace(PRESETS["field"].data, frames=5)
+FIELD = replace(PRESETS["field"], model=SMALL, data=DATA)
+OFFLINE = {"fastv", "p-mod", "free-video", "vts"}
+OTHER_CHOICE = {"sequence-mod", "gamma-mod"}  # streaming chooses by each token alone, training among all
+
+
+def model_of(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    model = build(configure(SMALL, name))
+    for part, value in model.named_parameters():
+        if "router" in part:  # some begin at zero, and would choose the first tokens
+            torch.nn.init.normal_(value)
+    return model.double().eval()
+
+
+def some_clips(number: int, first: int = 0, **data):
+    return [make_clip(replace(DATA, **data), SMALL, "train", 0, first + i) for i in range(number)]
+
+
+def hidden_of(model, clips, cache=None):
+    batch = clip_batch(vocabulary(), clips, model.config.frame_tokens)
+    return model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels.double()), cache=cache), batch
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_learns(name):
+    """One step forward and back: a finite loss, and a gradient for all that the method has."""
+    model = model_of(name).train()
+    hidden, batch = hidden_of(model, some_clips(3, wide=0.5))
+    stream_loss(model, hidden, batch)[0].backward()
+    without = {part for part, value in model.named_parameters() if value.grad is None and value.requires_grad}
+    if name == "no-vision":
+        assert without == {part for part, _ in model.named_parameters() if part.startswith("vit.")}
+    else:
+        assert not without
+    assert torch.isfinite(hidden[batch.labels != NO_LABEL]).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stream_alone_is_what_it_is_in_a_batch(name):
+    """Neither the other rows nor their padding change a row, at any place that a loss or a reader looks at."""
+    model, clips = model_of(name), some_clips(2, wide=0.5) + some_clips(1, 5, frames=3)
+    with torch.no_grad():
+        together, batch = hidden_of(model, clips)
+        for row, clip in enumerate(clips):
+            alone, single = hidden_of(model, [clip])
+            looked_at = single.labels[0] != NO_LABEL
+            torch.testing.assert_close(alone[0, looked_at], together[row, : len(looked_at)][looked_at], rtol=0, atol=1e-9)
+
+
+class Whole:
+    """Stands in for a cache in one pass: stores nothing, and a token sees those that are not after it."""
+
+    def __init__(self, depth: int):
+        self.layers = [self] * depth
+
+    def make_room(self, pos, frame):
+        pass
+
+    def places(self, pos):
+        return pos
+
+    def append(self, k, v, pos, frame):
+        return k, v, (pos[:, None, :] <= pos[:, :, None])[:, None]
+
+
+def pieces(frame: list[int], sizes: list[int]) -> list[range]:
+    """A stream cut before frames: first what comes before them, then so many frames and their text at a time, the last
+    of `sizes` for ever."""
+    begins = [t for t, f in enumerate(frame) if f >= 0 and frame[t - 1] != f] + [len(frame)]
+    cuts, number = [0, begins[0]], 0
+    for size in [*sizes, *[sizes[-1]] * len(begins)]:
+        number = min(number + size, len(begins) - 1)
+        cuts.append(begins[number])
+    return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
+
+
+def streamed(model, batch, sizes):
+    """The hidden states of one stream fed in pieces, and the cache that it leaves."""
+    cache, outs, seen = model.open_cache(1, int(batch.frame.max()) + 1, batch.ids.shape[1]), [], 0
+    for part in pieces(batch.frame[0].tolist(), sizes):
+        frames = len({f for f in batch.frame[0, part].tolist() if f >= 0})
+        vision = batch.pixels.new_zeros(0, model.config.frame_tokens, model.config.dim, dtype=torch.double)
+        if frames:
+            vision = model.see(batch.pixels[seen : seen + frames].double())
+        outs.append(model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], vision, cache=cache))
+        seen += frames
+    return torch.cat(outs, dim=1), cache
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
+@settings(max_examples=4, deadline=None)
+@given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4), index=st.integers(0, 20), wide=st.booleans())
+def test_streaming_is_offline(name, sizes, index, wide):
+    """In pieces of any number of whole frames: the hidden states of one pass, and a cache of the size that is counted."""
+    model, clip = model_of(name), some_clips(1, index, wide=float(wide))[0]
+    with torch.no_grad():
+        offline, batch = hidden_of(model, [clip], Whole(model.config.depth) if name in OTHER_CHOICE else None)
+        online, cache = streamed(model, batch, sizes)
+    looked_at = batch.labels[0] != NO_LABEL
+    torch.testing.assert_close(online[0, looked_at], offline[0, looked_at], rtol=0, atol=1e-8)
+    if name not in OTHER_CHOICE:
+        counts = counted(model.float(), vocabulary(), [clip])
+        assert sum(cache.lengths()) == pytest.approx(counts["entries"] * len(clip.frames) + counts["text"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_future_changes_nothing_in_what_runs_online(name):
+    """Other last frames, and the same before them: methods that stream by the choice of training do not notice; the
+    others say that they look ahead."""
+    model, (clip,) = model_of(name), some_clips(1, 3, wide=0.0)
+    other = replace(clip, frames=clip.frames.copy())
+    other.frames[3:] = some_clips(1, 4, wide=0.0)[0].frames[3:]
+    with torch.no_grad():
+        (one, batch), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
+    before = (batch.labels[0] != NO_LABEL) & (batch.frame[0].cummax(0).values < 3)
+    same = torch.allclose(one[0, before], two[0, before], rtol=0, atol=1e-9)
+    if name not in OFFLINE | OTHER_CHOICE:
+        assert same
+    elif name != "free-video":  # which without a question chooses frames by their number alone
+        assert not same
+
+
+@pytest.mark.parametrize("name", sorted(OFFLINE))
+def test_what_must_know_all_frames_is_not_streamed(name):
+    model = model_of(name)
+    assert not model.online
+    with pytest.raises(UserError, match="must know all frames"):
+        Stream(model, vocabulary(), frames=3, text=50)
+
+
+def test_online_is_what_the_scope_says():
+    for name in METHODS:
+        model = model_of(name)
+        assert model.online == (name not in OFFLINE)
+        if isinstance(model, Reduced):
+            assert model.online == (model.reducer.scope in ONLINE) and isinstance(model.reducer, Reducer)
+
+
+@pytest.mark.parametrize("name", ["vts-stream", "voco", "progressive"])
+def test_a_saved_stream_goes_on_bit_for_bit(name):
+    """With what its method remembers beside keys and values."""
+    words, clip = vocabulary(), some_clips(1, 2, wide=0.0)[0]
+    model = model_of(name).float()
+    pixels = clip_pixels([clip]).float()
+
+    def stream():
+        return Stream(model, words, frames=len(pixels), text=300)
+
+    whole, first, second = stream(), stream(), stream()
+    for one in (whole, first):
+        for picture in pixels[:3]:
+            one.see(picture[None])
+    second.restore(*first.state())
+    for picture in pixels[3:]:
+        assert torch.equal(second.see(picture[None]), whole.see(picture[None]))
+
+
+@pytest.mark.parametrize("name", ["setok", "prumerge", "progressive", "vts-stream", "q-former"])
+def test_windows_forget_whole_frames_of_any_number_of_tokens(name):
+    """With a window that is longer than the stream nothing changes; with a shorter one the cache stops growing."""
+    model, words = model_of(name).float(), vocabulary()
+    clip = make_clip(replace(DATA, frames=12), SMALL, "train", 0, 1)
+    pixels = clip_pixels([clip]).float()
+    plain, wide, narrow = (Stream(model, words, frames=12, text=300, settings=StreamConfig(window=w)) for w in (0, 50, 2))
+    for picture in pixels:
+        a, b = plain.see(picture[None]), wide.see(picture[None])
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        narrow.see(picture[None])
+    held = narrow.cache.layers[0].frame[0, : narrow.cache.lengths()[0]]
+    assert set(held[held >= 0].tolist()) == {10, 11} and narrow.held() == (2, 1)
+    assert plain.held() == (12, 1)
+
+
+def test_counts_are_the_formulas():
+    """Of MoD, full computation, early exit and layer skipping, for which there are formulas, text and vision, exactly."""
+    clips = some_clips(2, wide=0.0)
+    for name in ("mod", "full", "early-exit", "layer-skip"):
+        model = model_of(name).float()
+        counts = counted(model, vocabulary(), clips)
+        texts = [clip_batch(vocabulary(), [clip], 1).frame.lt(0).sum().item() for clip in clips]
+        flops = [forward_flops(model.config, 5, text, logits=0) for text in texts]
+        assert counts["flops"] == sum(sum(one.values()) for one in flops) / 2
+        assert counts["encoder"] == flops[0]["vit"] and counts["tokens"] == 26
+        vision = kv_bytes(model.config, 1, 0)
+        assert frame_bytes(model, counts) == vision and counts["text"] == SMALL.depth * sum(texts) / 2
+
+
+def test_a_frame_leaves_what_its_method_says():
+    """Tokens into the decoder and entries in the cache, of methods whose numbers are fixed."""
+    expected = {"no-vision": (1, 4), "q-former": (6, 24), "perceiver": (6, 24), "longva": (10, 40), "voco": (28, 8),
+                "fastv": (26, 26 * 3), "early-exit": (26, 52), "visual-rope": (26, 104)}  # fmt: skip
+    for name, numbers in expected.items():
+        counts = counted(model_of(name).float(), vocabulary(), [make_clip(replace(DATA, frames=4), SMALL, "train", 0, 1)])
+        assert (counts["tokens"], counts["entries"]) == numbers, name
+    square, wide = (
+        counted(model_of("adaptvision").float(), vocabulary(), some_clips(1, wide=w))["tokens"] for w in (0.0, 1.0)
+    )
+    assert (square, wide) == (1 + 25 + 6, 1 + 25 + 2 * 6)
+
+
+def test_auxiliary_losses_reach_their_parameters_and_nobody_else():
+    """The predictor of Mixture-of-Depths learns; what it learns from does not notice."""
+    clips = some_clips(2)
+
+    def gradients(with_loss: bool):
+        model = model_of("sequence-mod").train()
+        if not with_loss:
+            model.forward = super(Deeper, model).forward
+        hidden, batch = hidden_of(model, clips)
+        stream_loss(model, hidden, batch)[0].backward()
+        return {name: value.grad for name, value in model.named_parameters()}
+
+    with_loss, without = gradients(True), gradients(False)
+    for name, gradient in with_loss.items():
+        if "predictor" in name:
+            assert without[name] is None and gradient.abs().sum() > 0
+        else:
+            torch.testing.assert_close(gradient, without[name])
+
+
+def test_longer_streams_turn_more_slowly_and_others_as_they_were():
+    model = model_of("visual-rope").train()
+    hidden_of(model, some_clips(2))
+    model.eval()
+    plain = model.decoder.layers[0].attention.rope
+    assert model.longest.item() == 5 and model.rope(5) == plain and model.rope(20).factor == 4
+    assert model.rope(20).context == 5 * 26
+    with torch.no_grad():
+        hidden_of(model, some_clips(1, frames=20))
+    assert model.decoder.layers[0].attention.rope == plain, "a forward pass leaves the model as it was"
+
+
+def test_configuring():
+    """A method sets what it decides, forgets what another had set, and unknown ones are refused."""
+    for name in METHODS:
+        config = configure(configure(ModelConfig(), "voco"), name)
+        assert config == configure(ModelConfig(layers="none"), name)
+        assert config.method == name and own_fields(config) <= set(vars(config))
+    assert configure(ModelConfig(), "mod") == ModelConfig()
+    with pytest.raises(UserError, match="--method got 'all', expected one of mod, full"):
+        configure(ModelConfig(), "all")
+    with pytest.raises(UserError, match="this run's method is 'gone'"):
+        build(replace(ModelConfig(), method="gone"))
+    lines = listing().splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS) and all(line.count("Streaming needs:") == 1 for line in lines)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.67, 1.0])
+def test_a_needle_is_in_one_frame_and_asked_for_at_the_end(depth):
+    clip = needle_clip(FIELD, 3, 10, depth)
+    sparks = clip.patch_labels[..., 5].max(1)
+    assert [t for t, spark in enumerate(sparks) if spark] == [round(depth * 9)]
+    assert [(say.frame, say.text) for say in clip.said if say.role == "user"] == [(9, QUESTION)]
+    assert clip.said[-1].text.startswith("spark ")
