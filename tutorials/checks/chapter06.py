@@ -1,0 +1,137 @@
+"""Chapter 6: train it."""
+
+import math
+
+import torch
+
+from . import Wrong, exercise, looks_like, same, something
+
+
+@exercise(
+    "6.1",
+    ("def recall(kept, shows):\n    return (kept[:, :-1] & shows).sum().item() / shows.sum().item()", "CLS"),
+    ("def recall(kept, shows):\n    return (kept[:, 1:] & shows).sum().item() / kept[:, 1:].sum().item()", "precision"),
+    ("def recall(kept, shows):\n    return (kept[:, 1:] & shows).sum().item() / kept.sum().item()", "precision"),
+    ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1)).nanmean().item()", "frame by frame"),
+    ("def recall(kept, shows):\n    return (kept[:, 1:] == shows).float().mean().item()", "agree"),
+)
+def recall(answer) -> str:
+    kept, shows = torch.rand(12, 10) < 0.4, torch.rand(12, 9) < 0.3
+    shows[3] = False
+    hit = (kept[:, 1:] & shows).sum().item()
+    got = something(answer(kept.clone(), shows.clone()), "recall(kept, shows)")
+    hints = {
+        "Token 0 is the CLS; patch 0 is token 1. The columns of kept and shows are off by one.":
+            (kept[:, :-1] & shows).sum().item() / shows.sum().item(),
+        "This is the share of kept patches that show a sprite, which is called precision. Divide by the sprite patches.":
+            hit / kept[:, 1:].sum().item(),
+        "This is the share of kept tokens that show a sprite, close to what is called precision. Divide by the sprite patches.":
+            hit / kept.sum().item(),
+        "This averages frame by frame; a frame with three sprite patches then counts as much as one with one. Count patches over all frames.":
+            ((kept[:, 1:] & shows).sum(1) / shows.sum(1)).nanmean().item(),
+        "This is how often kept and shows agree, background included. Only patches that show a sprite count.":
+            (kept[:, 1:] == shows).float().mean().item(),
+    }  # fmt: skip
+    if isinstance(got, torch.Tensor) and got.numel() == 1:
+        got = got.item()
+    if isinstance(got, float) and math.isnan(got):
+        raise Wrong("It is not a number: a frame without sprite has nothing to divide by. Count over all frames first, then divide.")
+    for hint, mistake in hints.items():
+        looks_like(got, mistake, hint)
+    same(got, hit / shows.sum().item(), "recall(kept, shows)")
+    return "Right. `router_recall` does the same, and finds out which token shows which patch when the grids differ."
+
+
+@exercise(
+    "6.2",
+    (
+        "def steps_to(curve, quality):\n    logged = [p for p in curve if 'lm' in p]\n"
+        "    return next((p['step'] for p in logged if p['lm'] <= quality), float('nan'))",
+        "a single",
+    ),
+    (
+        "def steps_to(curve, quality):\n    logged = [p for p in curve if 'lm' in p]\n    for i in range(1, len(logged)):\n"
+        "        if (logged[i - 1]['lm'] + logged[i]['lm']) / 2 <= quality:\n            return i\n    return float('nan')",
+        "place in the list",
+    ),
+    (
+        "def steps_to(curve, quality):\n    logged = [p for p in curve if 'lm' in p]\n    for i in range(1, len(logged)):\n"
+        "        if (logged[i - 1]['lm'] + logged[i]['lm']) / 2 <= quality:\n            return logged[i]['step']\n    return logged[-1]['step']",
+        "never",
+    ),
+    (
+        "def steps_to(curve, quality):\n    for i in range(1, len(curve)):\n"
+        "        if (curve[i - 1]['lm'] + curve[i]['lm']) / 2 <= quality:\n            return curve[i]['step']\n    return float('nan')",
+        "validation",
+    ),
+)
+def steps_to(answer) -> str:
+    from mod.study import tables
+
+    losses = {20: 1.3, 40: 0.19, 60: 0.5, 80: 0.25, 100: 0.15, 120: 0.05}
+    curve = [{"step": step, "lm": lm, "recall": {}} for step, lm in losses.items()]
+    curve.insert(2, {"step": 50, "narration": 0.7})
+    curve.append({"step": 120, "narration": 0.9})
+
+    def ask(quality: float):
+        try:
+            return answer([dict(point) for point in curve], quality)
+        except KeyError as error:
+            if error.args == ("lm",):
+                raise Wrong("There is an entry without \"lm\": a validation in between. Skip those first.") from None
+            raise
+
+    got = something(ask(0.2), "steps_to(curve, 0.2)")
+    hints = {
+        "It looks at a single logged loss, which is noisy: take the mean of it and the one before.": 40,
+        "This is a place in the list, not a step: look up \"step\" there.": 4,
+        "This is the step of the first of the two; the mean is known at the second.": 80,
+    }  # fmt: skip
+    for hint, mistake in hints.items():
+        looks_like(got, mistake, hint)
+    same(got, tables.steps_to({"curve": curve}, 0.2), "steps_to(curve, 0.2)")
+    last = something(ask(0.01), "steps_to(curve, 0.01)")
+    if not (isinstance(last, float) and math.isnan(last)):
+        raise Wrong(f"steps_to(curve, 0.01) is {last}, but that quality is never reached: return math.nan, or a run that failed would "
+                    "count as one that was slow.")  # fmt: skip
+    return "Right. `steps_to` in `mod/study/tables.py` is where the column \"steps to quality\" comes from."
+
+
+@exercise(
+    "6.3",
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean((0, 1))).norm(dim=-1)", "other frames"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return tokens - tokens.mean(1, keepdim=True)", "shape"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return -(tokens - tokens.mean(1, keepdim=True)).norm(dim=-1)", "ordinary"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens[:, :1]).norm(dim=-1)", "CLS"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(1, keepdim=True)).sum(-1)", "cancel"),
+)
+def contrast(answer) -> str:
+    from mod.router import Router
+
+    if not (isinstance(answer, type) and issubclass(answer, Router)):
+        raise Wrong(f"Contrast is {answer!r}, expected a class that is a Router.")
+    if answer.score is Router.score:
+        raise Wrong("It does not say yet how tokens are scored: define score(self, tokens, pos).")
+    tokens, pos = torch.randn(4, 7, 6), torch.arange(28).view(4, 7)
+    router = answer(6, 7, 0.4, 1)
+    if any(parameter.numel() for parameter in router.parameters()):
+        raise Wrong("It has weights; this one is to do without.")
+    got = something(router.score(tokens.clone(), pos), "score(tokens, pos)")
+    away = tokens - tokens.mean(1, keepdim=True)
+    want = away.norm(dim=-1)
+    if isinstance(got, torch.Tensor) and got.shape == want.shape:
+        alone = router.score(tokens[:1].clone(), pos[:1])
+        if not torch.allclose(alone, got[:1], atol=1e-5):
+            raise Wrong("A frame's scores change when other frames are in the batch: take the mean over the frame's own tokens, dim 1. (Other "
+                        "frames are other streams, or the future.)")  # fmt: skip
+    hints = {
+        "The sign is turned: now the most ordinary tokens are kept.": -want,
+        "This is the distance from the CLS token, the first of the frame; asked for is that from the mean.":
+            (tokens - tokens[:, :1]).norm(dim=-1),
+        "Differences are added up with their signs, so that they cancel. Take the norm over D.": away.sum(-1),
+    }  # fmt: skip
+    for hint, mistake in hints.items():
+        looks_like(got, mistake, hint)
+    if not torch.equal(got.argsort(1), want.argsort(1)) if isinstance(got, torch.Tensor) and got.shape == want.shape else True:
+        same(got, want, "score(tokens, pos)")
+    return "Right: no weights, and nothing but its own frame. Now train it: runs[\"contrast\"] = short_run(Contrast)."
