@@ -5,6 +5,7 @@
     python -m mod.study.ablate --table 3             # how tokens are chosen, and how many are kept
     python -m mod.study.ablate --table 4             # ours: what makes the router learn
     python -m mod.study.ablate --table 5             # ours: where that stops holding
+    python -m mod.study.ablate --table field         # every system of the field (mod/study/field.py), three seeds
     python -m mod.study.ablate --table 1 --quick     # two seeds of a few steps each, to see that it works
     python -m mod.study.ablate --table 1 --report    # train nothing: write the table from the runs that are finished
 
@@ -25,7 +26,7 @@ from mod.checkpoint import to_json, write_text
 from mod.config import PRESETS, Config, UserError
 from mod.data import clip_batch, vocabulary
 from mod.flags import Parser, run_script
-from mod.study import routers
+from mod.study import field, routers
 from mod.study.ablate_report import plot_places, plot_quality, plot_recall, report
 from mod.study.costs import average_text, ratios
 from mod.study.machine import Machine, ratio, side_by_side
@@ -33,6 +34,8 @@ from mod.study.sweep import Variant, collect, configure, sweep
 from mod.study.tables import MEASURES, TABLES, VARIANTS, Table
 from mod.train import step_clips, validation_clips
 from mod.videollm import VideoLLM, stream_loss
+
+SEEDS, FIELD_SEEDS = 5, 3
 
 
 def quick(base: Config) -> Config:
@@ -105,10 +108,18 @@ def summary(table: Table, base: Config, variants: dict[str, Variant], results: d
 
 
 def run(arguments) -> int:
-    if arguments.seeds < 1 or arguments.jobs < 1:
-        raise UserError(f"seeds and jobs must be at least 1, got {arguments.seeds} and {arguments.jobs}")
-    table, base, variants = TABLES[arguments.table], PRESETS["study"], VARIANTS
-    runs, out, seeds = Path("runs/study"), Path("results"), arguments.seeds
+    seeds = arguments.seeds if arguments.seeds is not None else FIELD_SEEDS if arguments.table == "field" else SEEDS
+    if seeds < 1 or arguments.jobs < 1:
+        raise UserError(f"seeds and jobs must be at least 1, got {seeds} and {arguments.jobs}")
+    if arguments.table == "field":
+        base, runs, out = PRESETS["field"], Path("runs/field"), Path("results")
+        if arguments.quick:
+            base, runs, out, seeds = quick(base), Path("runs/field-quick"), Path("runs/field-quick"), min(seeds, 2)
+        field.run(base, runs, out, seeds, arguments.jobs, arguments.report)
+        return 0
+    number = int(arguments.table)
+    table, base, variants = TABLES[number], PRESETS["study"], VARIANTS
+    runs, out = Path("runs/study"), Path("results")
     if arguments.quick:
         base, variants = quick(base), {name: replace(one, train={}) for name, one in VARIANTS.items()}
         runs, out, seeds = Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
@@ -120,29 +131,29 @@ def run(arguments) -> int:
     if not results:
         raise UserError(f"no finished run of this table in {out / 'study'}; train first, without --report")
     data = summary(table, base, variants, results, out / "step-times.json")
-    path = out / f"table{arguments.table}.json"
+    path = out / f"table{number}.json"
     write_text(path, to_json(data, indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))  # what is reported is what is in the file
-    text = report(arguments.table, data)
+    text = report(number, data)
     write_text(path.with_suffix(".md"), text)
     picture = path.with_suffix(".png")
-    if arguments.table == 4:
+    if number == 4:
         plot_recall(results, picture)
-    elif arguments.table == 5:
+    elif number == 5:
         plot_places(data, picture)
     else:
         plot_quality(table, data, picture)
     print(text)
     if arguments.quick:
         print("a few steps teach nothing: the numbers above only show that everything runs")
-    print(f"wrote {out}/table{arguments.table}.md, .json and .png")
+    print(f"wrote {out}/table{number}.md, .json and .png")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="mod.study.ablate", description=__doc__.split("\n")[0])
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True, help="which table")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1 (default: %(default)s)")
+    parser.add_argument("--table", choices=[*map(str, sorted(TABLES)), "field"], required=True, help="which table")
+    parser.add_argument("--seeds", type=int, help=f"seeds 0 to this minus 1 (default: {SEEDS}, of field {FIELD_SEEDS})")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps, into runs/study-quick")
     parser.add_argument("--report", action="store_true", help="train nothing, write the table from finished runs")

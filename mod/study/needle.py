@@ -1,4 +1,4 @@
-"""What a model does with streams longer than those it was trained on: longer clips, and the needle in the haystack.
+"""What a trained model is worth beyond its metrics: on longer clips, on the needle in the haystack, and its costs.
 
 V-NIAH, after LongVA (2406.16852): one frame of a long video holds what is asked for at its end. Here the needle is a
 spark in one frame of a stream without any other, the question is which colour it had (four are possible, so chance is a
@@ -16,12 +16,14 @@ from mod.config import Config, DataConfig
 from mod.data import SPLITS, Clip, Say, Scene, happenings, make_clip, vocabulary, with_noise
 from mod.evaluate import teacher_forced
 from mod.metrics import summarize
+from mod.related.costs import counted
 from mod.videollm import VideoLLM
 
 LENGTHS = (8, 16, 32)  # frames of a haystack
 DEPTHS = (0.0, 0.33, 0.67, 1.0)  # where the needle is, as a share of the way
 NEEDLES = 16  # for each length and depth
 LONG, LONG_CLIPS = 24, 48  # frames of the longer clips, and how many
+COUNTED = 16  # clips on which costs are counted, which may depend on what they show
 QUESTION = "which spark ?"
 
 
@@ -75,7 +77,7 @@ def quality(model: VideoLLM, config: Config, clips: Sequence[Clip]) -> dict[str,
 
 
 def probes(model: VideoLLM, config: Config) -> dict:
-    """What a run's result says beside its metrics: longer clips, needles, and either shape of frame on its own."""
+    """What a run's result says beside its metrics: longer clips, needles, either shape of frame on its own, costs."""
     model.eval()
     long = [make_clip(config.data, config.model, "test", 1, index, LONG) for index in range(LONG_CLIPS)]
     result = {"long": quality(model, config, long), "needle": needles(model, config)}
@@ -83,4 +85,5 @@ def probes(model: VideoLLM, config: Config) -> dict:
         shaped = replace(config.data, wide=wide)
         clips = [make_clip(shaped, config.model, "test", 2, index) for index in range(2 * LONG_CLIPS)]
         result[name] = quality(model, config, clips)
-    return result
+    costly = [make_clip(config.data, config.model, "test", 2, index) for index in range(COUNTED)]
+    return result | {"costs": counted(model, vocabulary(), costly)}
