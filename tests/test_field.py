@@ -1,0 +1,133 @@
+"""The field side by side: the Pareto front, the table from made-up runs, the published one from its real runs."""
+
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mod.config import PRESETS
+from mod.related.methods import METHODS, build, configure
+from mod.study import ablate, field
+from mod.study.sweep import collect
+
+ROOT = Path(__file__).parent.parent
+FIELD = PRESETS["field"]
+
+numbers = st.integers(0, 4).map(float)
+
+
+@given(placed=st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(numbers, numbers), min_size=1))
+def test_the_front_is_what_nothing_beats(placed):
+    ends = field.front(placed)
+    for name, (cost, good) in placed.items():
+        beaten = [n for n, (c, g) in placed.items() if (c < cost and g >= good) or (c <= cost and g > good)]
+        assert (name in ends) == (not beaten)
+    assert [placed[name] for name in ends] == sorted(placed[name] for name in ends)
+
+
+def test_a_front_by_hand():
+    placed = {"cheap": (0.2, 0.5), "worse": (0.3, 0.4), "middle": (0.5, 0.8), "dear": (1.0, 0.8), "best": (0.9, 0.9)}
+    assert field.front(placed) == ["cheap", "middle", "best"]
+
+
+def made_up_run(dice: random.Random, online: bool) -> dict:
+    share = lambda: dice.random()  # noqa: E731
+    names = ("narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy")
+    run = {name: share() for name in names} | {
+        "kinds": {kind: share() for kind in ("now", "past", "spark", "side", "ahead")},
+        "needle": {str(frames): {str(depth): share() for depth in field.DEPTHS} for frames in field.LENGTHS},
+        "costs": {"flops": 1e8 * (1 + share()), "encoder": 1e7, "tokens": 26.0, "entries": 104 * share(), "text": 100.0},
+    }
+    run |= {part: {name: share() for name in names} for part in ("long", "square", "wide")}
+    return run | ({"free_running": {"narration_exact": share()}} if online else {})
+
+
+@pytest.fixture
+def data(tmp_path) -> dict:
+    """What field.json would say of some methods with made-up runs."""
+    dice, names = random.Random(0), ("mod", "full", "no-vision", "fastv", "voco")
+    results = {name: {str(seed): made_up_run(dice, name != "fastv") for seed in range(3)} for name in names}
+    times = {"step": dict.fromkeys(names, 0.5), "frame": dict.fromkeys(set(names) - {"fastv"}, 0.25)}
+    (tmp_path / "clock.json").write_text(json.dumps(times))
+    return field.summary(FIELD, results, tmp_path / "clock.json") | {"raw": results}
+
+
+def test_the_table_says_what_the_runs_measured(data, tmp_path):
+    """Means by hand, a dash where nothing can be streamed, costs as shares of full computation; and it can be drawn."""
+    text = field.report(data)
+    runs = data["raw"]["voco"].values()
+    mean = sum(run["narration_exact"] for run in runs) / 3
+    row = next(line for line in text.splitlines() if line.startswith("| `voco` VoCo"))
+    assert f"| {mean:.3f} ±" in row and row.endswith("| 0.50 | 0.25 | yes |")
+    present = sum((run["kinds"]["now"] + run["kinds"]["side"]) / 2 for run in runs) / 3
+    timing = sum((run["speak_accuracy"] + run["silence_accuracy"]) / 2 for run in runs) / 3
+    past = sum((run["kinds"]["past"] + run["kinds"]["spark"]) / 2 for run in runs) / 3
+    assert f"| {(mean + present + past + timing) / 4:.3f} ± " in row
+    kept = sum(run["costs"]["entries"] for run in runs) / 3 * 2 * 4 * FIELD.model.kv_heads * FIELD.model.head_dim
+    assert f"| {kept:,.0f} |" in row
+    offline = next(line for line in text.splitlines() if line.startswith("| `fastv` "))
+    assert offline.endswith("| 0.50 | - | no |") and offline.split("|")[7].strip() == "-"
+    full = next(line for line in text.splitlines() if line.startswith("| `full` full"))
+    assert "| 1.00 |" in full
+    assert "`no-vision`" not in text.split("On the Pareto front")[1].split("Apart")[0]
+    field.plot(data, tmp_path / "field.png")
+    assert (tmp_path / "field.png").stat().st_size > 10_000
+
+
+def test_every_method_has_a_colour_and_a_variant_of_its_own():
+    drawn = [name for _, _, names in field.FAMILIES.values() for name in names]
+    assert sorted([*drawn, "no-vision"]) == sorted(METHODS)
+    every = field.variants(FIELD)
+    for name, variant in every.items():
+        assert replace(FIELD.model, **variant.model) == configure(FIELD.model, name) and variant.probed
+
+
+def test_times_are_taken_of_what_can_be_timed():
+    """Steps of all, frames of what runs online; of full computation the ratio to itself is one."""
+    times = field.clock(FIELD, ("full", "fastv", "vts-stream"))
+    assert set(times["step"]) == {"full", "fastv", "vts-stream"} and set(times["frame"]) == {"full", "vts-stream"}
+    assert times["step"]["full"] == times["frame"]["full"] == 1
+    assert all(0 < value < 100 for part in times.values() for value in part.values())
+
+
+def test_a_stream_that_is_timed_stands_where_it_stood():
+    for name in ("mod", "vts-stream", "voco"):
+        see, back = field.next_frame(FIELD, name)
+        first = see()
+        back()
+        assert (see() == first).all()
+
+
+def test_the_command_refuses_in_one_sentence(capsys):
+    assert ablate.main(["--table", "field", "--seeds", "0"]) == 2
+    with pytest.raises(SystemExit) as exit:
+        ablate.main(["--table", "fields"])
+    assert exit.value.code == 2 and "field" in capsys.readouterr().err
+
+
+PUBLISHED = ROOT / "results/field.json"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the field has not been run yet")
+def test_the_published_table_is_what_the_runs_measured():
+    """results/field.md is results/field.json, which is results/field/*.json; the README shows it; every method has three
+    seeds, and learns: narration and answers clearly above what listening alone achieves."""
+    data, readme = json.loads(PUBLISHED.read_text()), (ROOT / "README.md").read_text()
+    assert (ROOT / "results/field.md").read_text() == field.report(data)
+    assert readme.split("<!-- results/field.md -->\n")[1].split("<!-- end -->")[0] == field.report(data)
+    found = collect(ROOT / "results/field", FIELD, field.variants(FIELD), 3)
+    assert set(data["values"]) == set(METHODS)
+    for name, runs in found.items():
+        assert len(runs) == 3, name
+        for measure, read in field.MEASURES.items():
+            for seed, run in runs.items():
+                value = read(run)
+                assert data["values"][name][measure][seed] == (None if value is None else pytest.approx(value)), (name, measure)
+        assert data["online"][name] == build(configure(FIELD.model, name)).online
+    told = set(re.findall(r"^- `([\w-]+)`", readme.split("## The field side by side")[1].split("\n## ")[0], re.M))
+    assert told >= set(METHODS) - {"mod", "full", "no-vision"}, "a sentence explains each result"
