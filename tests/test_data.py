@@ -5,11 +5,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mod.config import DataConfig, ModelConfig
-from mod.data import COLOURS, HEIGHTS, SHAPES, SIDES, SPARK_LABEL, SPARKS, SPLITS, clip_layout, make_clip, vocabulary
+from mod.data import (
+    COLOURS, HEIGHTS, LANDMARK, REMINDER, SHAPES, SIDES, SPARK_LABEL, SPARKS, SPLITS, clip_layout, clip_pixels, make_clip,
+    vocabulary,
+)  # fmt: skip
+from mod.vit import squeeze
 
 MODEL, DATA = ModelConfig(), DataConfig()
 
@@ -224,3 +229,77 @@ def test_reading_alone_answers_few_questions():
                 right += best_answer_by_reading(said[:place], say.text) == said[place + 1].text
                 number += 1
     assert number > 500 and 0.15 < right / number < 0.4, right / number
+
+
+HARD = DataConfig(frames=6, sparks=0.4, drift=0.3, ahead=0.6, landmark=0.7, wide=0.5, question_rate=0.9)
+
+
+@given(st.integers(0, 10**4))
+def test_the_landmark_is_where_its_label_says_and_answers_are_by_it(index):
+    """It never moves, nothing stands on it, it is white with a hole, and the sprite's side of it is as labelled."""
+    some = clip(index, data=HARD)
+    marks = some.patch_labels[..., -1]
+    assert marks.shape[1] == 25 and (marks == marks[0]).all() and marks[0].sum() <= 1
+    asked = [truth[LANDMARK] for truth in some.truth if LANDMARK in truth]
+    if not marks[0].any():
+        assert not asked
+        return
+    row, column = divmod(int(marks[0].argmax()), 5)
+    cell = some.frames.shape[-1] // 5
+    left = cell * column + (cell - 8) // 2
+    there = some.frames[:, :, 8 * row : 8 * row + 7, left : left + 7].mean(0)
+    assert there[:, 3, 3].max() < -0.5 and there[:, 1, 3].min() > 0.5
+    for labels, truth in zip(some.patch_labels, some.truth, strict=True):
+        sprites = labels[:, 0] > 0
+        assert not (sprites & (labels[:, -1] > 0)).any()
+        if LANDMARK in truth:
+            side = int(labels[sprites][0, 3]) - 1
+            assert truth[LANDMARK] == ("its left" if side < column else "its right" if side > column else "neither side")
+
+
+@given(st.integers(0, 10**4))
+def test_wide_frames_are_twice_as_wide_and_squeezed_they_show_the_sprite_where_its_label_says(index):
+    some = clip(index, data=HARD)
+    assert some.frames.shape[2:] in ((40, 40), (40, 80)) and np.isfinite(some.frames).all()
+    square = squeeze(torch.from_numpy(some.frames))
+    assert square.shape[2:] == (40, 40)
+    for frame, labels in zip(square.numpy(), some.patch_labels, strict=True):
+        colourful = frame.max(0) - frame.min(0)
+        for patch in np.flatnonzero(labels[:, 0]):
+            row, column = divmod(patch, 5)
+            assert colourful[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].max() > 0.3
+
+
+def test_both_shapes_come_and_mix_in_one_batch():
+    """The narrower end in nan, which nobody sees: squeezed alone or together they are the same."""
+    some = [clip(index, data=HARD) for index in range(8)]
+    shapes = {one.frames.shape[3] for one in some}
+    assert shapes == {40, 80}
+    together = squeeze(clip_pixels(some))
+    alone = torch.cat([squeeze(clip_pixels([one])) for one in some])
+    assert torch.equal(together, alone) and not together.isnan().any()
+    assert clip_pixels(some).isnan().any()
+
+
+@given(st.integers(0, 10**4))
+def test_a_question_asked_ahead_is_answered_after_the_last_frame(index):
+    some = clip(index, data=HARD)
+    ahead = [say for say in some.said if say.frame < 0]
+    if not ahead:
+        assert all(say.text != REMINDER for say in some.said)
+        return
+    (question,) = ahead
+    reminder, answer = some.said[-2:]
+    assert question.role == "user" and (reminder.text, reminder.role, reminder.frame) == (REMINDER, "user", 5)
+    assert answer.frame == 5 and answer.text == some.truth[-1][question.text] and answer.text not in ("none", "nowhere")
+    layout = clip_layout(vocabulary(), some, 3)
+    assert layout.frame[: layout.frame.index(0)] == [-1] * (2 + len(question.text.split()))
+
+
+def test_what_is_not_asked_for_changes_no_clip():
+    """Clips of the settings before there were landmarks, wide frames and questions in advance are what they were."""
+    whole = hashlib.sha256()
+    for index in range(5):
+        some = clip(index, data=DataConfig(drift=0.3, sparks=0.4))
+        whole.update(some.frames.tobytes() + repr(some.said).encode() + some.patch_labels.tobytes())
+    assert whole.hexdigest()[:16] == "45b3b68925635287"

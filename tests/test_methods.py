@@ -1,6 +1,7 @@
 """Every system of the field as a model: it learns, a row alone is what it is in a batch, streaming equals offline where
 it can stream and is refused in one sentence where it cannot, and what it costs is counted right."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stream_tiny
+import train_tiny
 from mod.config import PRESETS, ModelConfig, StreamConfig, UserError
 from mod.data import clip_batch, clip_pixels, make_clip, vocabulary
 from mod.layout import NO_LABEL
@@ -276,3 +279,52 @@ def test_a_needle_is_in_one_frame_and_asked_for_at_the_end(depth):
     assert [t for t, spark in enumerate(sparks) if spark] == [round(depth * 9)]
     assert [(say.frame, say.text) for say in clip.said if say.role == "user"] == [(9, QUESTION)]
     assert clip.said[-1].text.startswith("spark ")
+
+
+QUICK = ["--steps", "1", "--batch-size", "2", "--vit-steps", "1", "--frames", "3", "--eval-clips", "2", "--eval-every", "0",
+         "--curriculum", "0:3", "--preset", "field", "--device", "cpu", "--max-words", "3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_tiny, "estimate_seconds", lambda *_: 1.0)  # not what this is about
+    monkeypatch.setattr(train_tiny, "plot_curve", lambda *_: None)
+    out = tmp_path / "run"
+    assert train_tiny.main([*QUICK, "--method", name, "--out", str(out)]) == 0
+    told, config = capsys.readouterr().out, json.loads((out / "config.json").read_text())
+    assert config["model"]["method"] == name and (name == "mod" or METHODS[name].line in told)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert ("free_running" in metrics) == (name not in OFFLINE) and 0 < metrics["kv_ratio"] < 1.5
+    code = stream_tiny.main(["--checkpoint", str(out), "--device", "cpu", "--frames", "2", "--ask", "1:where is it ?"])
+    said = capsys.readouterr()
+    if name in OFFLINE:
+        assert code == 2 and said.err == f"stream_tiny.py: {name} must know all frames before the first answer; it cannot be streamed\n"
+        assert "it cannot be streamed" in told
+    else:
+        full, dense = said.out.split(" full: ")[1].split(" entries")[0].split(), said.out.split("cache: ")[1].split()
+        assert code == 0 and len(set(full)) == 1 and int(full[0]) > 52  # two frames of 26 tokens, and text
+        if name in ("full", "mod", "layer-skip"):
+            assert dense[0] == full[0]
+
+
+def test_the_scripts_refuse_what_a_method_cannot_do(tmp_path, capsys):
+    def refused(main, flags, *parts):
+        assert main(flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(part in error for part in parts), error
+
+    out = tmp_path / "run"
+    refused(train_tiny.main, [*QUICK, "--method", "prunemerge", "--out", str(out)], "got 'prunemerge'", "prumerge")
+    refused(train_tiny.main, [*QUICK, "--method", "setok", "--layers", "all", "--out", str(out)], "--layers does nothing", "setok")
+    refused(train_tiny.main, [*QUICK, "--method", "longva", "--rope-base", "5", "--out", str(out)], "--rope-base does nothing")
+    refused(train_tiny.main, [*QUICK, "--method", "voco", "--gate", "update", "--out", str(out)], "--gate does nothing")
+    assert not out.exists()
+    assert train_tiny.main([*QUICK, "--method", "voco", "--out", str(out)]) == 0
+    refused(train_tiny.main, ["--resume", "--method", "setok", "--out", str(out)], "method got setok", "has voco")
+    capsys.readouterr()
+    stream = ["--checkpoint", str(out), "--device", "cpu", "--frames", "2"]
+    refused(stream_tiny.main, [*stream, "--html", str(tmp_path / "page.html")], "--html", "voco")
+    refused(stream_tiny.main, [*stream, "--window", "2"], "window", "VoCo")
+    refused(stream_tiny.main, [*stream, "--memory-mb", "2"], "--memory-mb", "voco")
+    assert train_tiny.main(["--method", "list"]) == 0
+    assert capsys.readouterr().out.strip() == listing()
