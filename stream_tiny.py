@@ -239,7 +239,7 @@ def run(arguments) -> int:
         return go_on(arguments)
     check_flags(arguments)
     device = pick_device(arguments.device, arguments.dtype)
-    model, words, config = load_run(arguments.checkpoint, device, arguments.dtype)
+    model, words, config = load_run(arguments.checkpoint, device, arguments.dtype, any_method=True)
     if arguments.calibrate:
         return calibrate(arguments, model, words, config)
     settings = stream_settings(arguments, config)

@@ -131,7 +131,7 @@ class ModelConfig:
     # mixture of depths
     layers: str = flag("interleaved", f"routed layers: {', '.join(PATTERNS)}, a list such as 1,3, or keep:1,1,0,0")
     keep_ratio: float = flag(0.2, "share of a frame's vision tokens that a routed layer keeps, in (0, 1]")
-    select: str = flag("learned", "how the kept tokens are chosen", ("learned", "random", "uniform"))
+    select: str = flag("learned", "how the kept tokens are chosen: learned, random, uniform, or a router of your own")
     gate: str = flag(
         "value",
         "what the score scales: update is the paper's, value also scales being read",

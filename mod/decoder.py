@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mod.block import PAD, Attention, Block, RMSNorm, Rope
-from mod.config import ModelConfig
+from mod.config import ModelConfig, UserError
 from mod.router import ROUTERS, Router
 
 
@@ -100,6 +100,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        if config.select not in ROUTERS:
+            raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList()
         for layer, ratio in enumerate(config.keep):

@@ -315,6 +315,56 @@ MUTATIONS = [
     (
         "sparks never fade", "mod/data.py", "        self.spark = None\n        for sprite", "        for sprite", "tests/test_data.py",
     ),
+    (
+        "a method's tokens stand at the first places of a frame, not at its last", "mod/related/models.py",
+        "place = last - tokens.counts[:, None] + ", "place = last - self.config.frame_tokens + ", "tests/test_methods.py",
+    ),
+    (
+        "empty places of a frame are tokens", "mod/related/models.py", "filled[row, place] = True", "filled[frame >= 0] = True",
+        "tests/test_methods.py",
+    ),
+    (
+        "a stream forgets its key frame from one frame to the next", "mod/related/models.py",
+        "remembered[row] = tokens[keys[last]]", "remembered[row] = tokens[last]", "tests/test_methods.py",
+    ),
+    (
+        "VoCo's frames stay in the cache", "mod/related/models.py", "        cache.evict()\n", "", "tests/test_methods.py",
+    ),
+    (
+        "an auxiliary loss reaches nobody", "mod/related/models.py", "context.one = torch.ones_like(loss)",
+        "context.one = torch.zeros_like(loss)", "tests/test_methods.py",
+    ),
+    (
+        "a stream that was longer leaves another RoPE behind", "mod/related/models.py", "attention.rope = rope\n        yield",
+        "attention.rope = before[0] = rope\n        yield", "tests/test_methods.py",
+    ),
+    (
+        "what must know all frames is streamed all the same", "mod/videollm.py", "if not self.online:", "if False:",
+        "tests/test_methods.py",
+    ),
+    (
+        "a needle in every frame", "mod/study/needle.py", "if self.now == self.at:", "if True:", "tests/test_methods.py",
+    ),
+    (
+        "costs of VoCo counted before eviction", "mod/related/costs.py", "(frame <= -2) if compressed else (frame >= 0)",
+        "owner(frame) >= 0", "tests/test_methods.py",
+    ),
+    (
+        "of the front, what is as good and dearer", "mod/study/field.py", "c <= cost and g >= good and (c, g) != (cost, good)",
+        "c < cost and g > good", "tests/test_field.py",
+    ),
+    (
+        "narrower frames are squeezed with the nan of wider ones", "mod/vit.py", "[picture[..., :width] for", "[picture for",
+        "tests/test_data.py",
+    ),
+    (
+        "a question in advance is answered as of the first frame", "mod/data.py", "truth[-1][asked])", "truth[0].get(asked, asked))",
+        "tests/test_data.py",
+    ),
+    (
+        "sprites stand on the landmark", "mod/data.py", "return cells | {self.landmark} if self.landmark else cells", "return cells",
+        "tests/test_data.py",
+    ),
 ]  # fmt: skip
 
 

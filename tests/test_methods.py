@@ -155,6 +155,19 @@ def test_what_must_know_all_frames_is_not_streamed(name):
         Stream(model, vocabulary(), frames=3, text=50)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_decides_to_speak_has_seen_the_frame(name):
+    """The last place of a frame, after which the model speaks or keeps silent, depends on what the frame shows; without
+    vision it does not."""
+    model, (clip,) = model_of(name), some_clips(1, 6, wide=0.0)
+    other = replace(clip, frames=clip.frames.copy())
+    other.frames[2] = some_clips(1, 7, wide=0.0)[0].frames[2]
+    with torch.no_grad():
+        (one, batch), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
+    last = int((batch.frame[0] == 2).nonzero()[-1])
+    assert torch.equal(one[0, last], two[0, last]) == (name == "no-vision")
+
+
 def test_online_is_what_the_scope_says():
     for name in METHODS:
         model = model_of(name)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mod.block import PAD
 from mod.layout import Say
+from mod.router import ROUTERS, Router
 from tests.helpers import as_batch, conversations, offline, routed, small_config, small_model
 
 
@@ -211,8 +212,24 @@ def test_wrong_sizes_are_refused():
         ({"head_dim": 5}, "head_dim must be even"),
         ({"grid": 9}, "finer than the encoder"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"select": "best"}, "select must be"),
         ({"gate": "open"}, "gate must be"),
     ):
         with pytest.raises(ValueError, match=message):
             small_config(**changes)
+    with pytest.raises(ValueError, match="select got 'best', expected learned or random or uniform"):
+        small_model(select="best")
+
+
+def test_a_router_of_ones_own_is_chosen_by_its_name(monkeypatch):
+    """As the docstring of Router says: subclass, score, add to ROUTERS."""
+
+    class Last(Router):
+        def score(self, tokens, pos):
+            return pos.to(tokens.dtype)
+
+    monkeypatch.setitem(ROUTERS, "last", Last)
+    model, trace = small_model(select="last"), []
+    offline(model, as_batch(model.config, [(2, [])]), trace)
+    kept = trace[0].kept[0].sum()
+    for routing in trace:
+        assert routing.kept[:, -kept:].all() and routing.kept.sum() == 2 * kept

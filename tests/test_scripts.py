@@ -101,7 +101,7 @@ def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
         (["--layers", "1,9"], ["layers got '1,9'", "4 layers"]),
         (["--steps", "-5"], ["steps must not be negative, got -5"]),
         (["--steps", "many"], ["invalid int value: 'many'"]),
-        (["--select", "best"], ["invalid choice: 'best'"]),
+        (["--select", "best"], ["select got 'best'", "learned or random or uniform"]),
         (["--gate", "open"], ["invalid choice: 'open'"]),
         (["--lr", "inf"], ["lr must be finite"]),
         (["--seed", str(10**30)], ["seed must be below"]),

@@ -134,10 +134,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_run(
-    folder: Path, device: torch.device, dtype: str = "float32"
+    folder: Path, device: torch.device, dtype: str = "float32", any_method: bool = False
 ) -> tuple[VideoLLM, Vocabulary | TextTokenizer, Config]:
-    """A trained run: model, words, configuration. Raises UserError when it is missing, damaged or another project's."""
+    """A trained run: model, words, configuration. Raises UserError when it is missing, damaged or another project's;
+    and when it is of another method than this project's, unless the caller can take `any_method`."""
     config = read_config(folder)
+    if config.model.method != "mod" and not any_method:
+        raise UserError(f"the run in {folder} is of {config.model.method}, expected a run of mod or full; name another")
     path = folder / "model.safetensors"
     if not path.is_file() and (folder / "state.safetensors").is_file():
         raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
