@@ -345,14 +345,19 @@ def clip_layout(words: Vocabulary, clip: Clip, frame_tokens: int) -> Layout:
     return lay_out(words, len(clip.frames), frame_tokens, clip.said)
 
 
-def clip_pixels(clips: Sequence[Clip]) -> torch.Tensor:
-    """Frames of all clips, in order, (F, 3, height, width); where some are wider than others these end in columns of
-    nan, see `vit.squeeze`."""
-    frames = [torch.as_tensor(clip.frames) for clip in clips]
+def join_frames(frames: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+    """Some frames (F, 3, height, width) after others; where some are wider, the others end in columns of nan, see
+    `vit.squeeze`."""
+    frames = [torch.as_tensor(some) for some in frames]
     widest = max(some.shape[-1] for some in frames)
     if any(some.shape[-1] != widest for some in frames):
         frames = [F.pad(some, (0, widest - some.shape[-1]), value=torch.nan) for some in frames]
     return torch.cat(frames)
+
+
+def clip_pixels(clips: Sequence[Clip]) -> torch.Tensor:
+    """Frames of all clips, in order, (F, 3, height, width), see `join_frames`."""
+    return join_frames([clip.frames for clip in clips])
 
 
 def clip_batch(words: Vocabulary, clips: Sequence[Clip], frame_tokens: int) -> Batch:

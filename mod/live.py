@@ -23,6 +23,7 @@ import torch
 
 from mod.checkpoint import read_tensors, write_tensors
 from mod.config import UserError
+from mod.data import join_frames
 from mod.layout import user_ids
 from mod.stream import Stream
 
@@ -148,7 +149,7 @@ class Live:
     def _look(self, rows: list[int]) -> list[Happened]:
         numbers, pictures = zip(*(self.coming[row] for row in rows), strict=True)
         some = [row in rows for row in range(self.stream.rows)]
-        replies = self.stream.frame(torch.stack([torch.as_tensor(picture) for picture in pictures]), some)
+        replies = self.stream.frame(join_frames([picture[None] for picture in pictures]), some)
         for row, number in zip(rows, numbers, strict=True):
             self.coming[row], self.last[row] = None, number
         return [

@@ -308,14 +308,14 @@ def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_p
     assert config["model"]["method"] == name and (name == "mod" or METHODS[name].line in told)
     metrics = json.loads((out / "metrics.json").read_text())
     assert ("free_running" in metrics) == (name not in OFFLINE) and 0 < metrics["kv_ratio"] < 1.5
-    code = stream_tiny.main(["--checkpoint", str(out), "--device", "cpu", "--frames", "2", "--ask", "1:where is it ?"])
+    code = stream_tiny.main(["--checkpoint", str(out), "--device", "cpu", "--frames", "2", "--ask", "1:where is it ?", "--streams", "3"])
     said = capsys.readouterr()
     if name in OFFLINE:
         assert code == 2 and said.err == f"stream_tiny.py: {name} must know all frames before the first answer; it cannot be streamed\n"
         assert "it cannot be streamed" in told
     else:
         full, dense = said.out.split(" full: ")[1].split(" entries")[0].split(), said.out.split("cache: ")[1].split()
-        assert code == 0 and len(set(full)) == 1 and int(full[0]) > 52  # two frames of 26 tokens, and text
+        assert code == 0 and len(set(full)) == 1 and int(full[0]) > 3 * 52  # three streams, square and wide, of two frames of 26 tokens; and text
         if name in ("full", "mod", "layer-skip"):
             assert dense[0] == full[0]
 
