@@ -19,7 +19,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mod.checkpoint import read_tensors, write_tensors
 from mod.config import UserError

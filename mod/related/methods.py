@@ -46,6 +46,7 @@ class Method:
 
 
 CAPACITY = 0.4
+SETOK_TAU = 0.3  # about 6 tokens of a tiny frame, as many as the resamplers have; the paper's 0.5 leaves one cluster
 OWN_CACHE = "nothing but its cache"
 FRAME = "nothing but the frame: runs online"
 
@@ -151,7 +152,8 @@ METHODS: dict[str, Method] = {
     "voco": Method("VoCo-LLaMA (2406.12275)", "each frame is read once into two tokens, and its own are dropped from "
                    "the cache", "a cache that evicts after each frame: runs online",
                    lambda config: Compressed(config, 2), lambda config: {"tokens": 3 + config.grid**2}),
-    "setok": reduced("SeTok (2406.05127)", lambda config: SeTok(merger=ClusterMerge(config.vit_dim)), FRAME),
+    "setok": reduced("SeTok (2406.05127)",
+                     lambda config: SeTok(tau=SETOK_TAU, merger=ClusterMerge(config.vit_dim)), FRAME),
     "prumerge": reduced("LLaVA-PruMerge (2403.15388)", lambda config: PruMerge(4), FRAME),
     "prumerge-plus": reduced("LLaVA-PruMerge+ (2403.15388)", lambda config: PruMerge(4, plus=True), FRAME,
                              line="PruMerge, and every so many-th patch beside"),
