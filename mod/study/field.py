@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from mod.checkpoint import to_json, write_text
@@ -243,39 +244,58 @@ FAMILIES = {  # colour and marker of each family: told apart without colour, too
 }
 
 
+def draw_points(axis, data: dict, measure: str) -> None:
+    """Every method's quality against one of its costs, by number, with the Pareto front."""
+    placed = points(data, measure)
+    ends = [placed[name] for name in front(placed)]
+    axis.step(*zip(*ends, strict=True), where="post", color="grey", linewidth=1, linestyle="--", zorder=0)
+    numbers = {name: number for number, name in enumerate(placed, start=1)}
+    for colour, marker, names in FAMILIES.values():
+        for name in (name for name in names if name in placed):
+            _, error = mean_error(list(data["values"][name]["quality"].values()))
+            axis.errorbar(*placed[name], error, color=colour, marker=marker, markersize=10 if name == "mod" else 6,
+                          markerfacecolor=colour if data["online"][name] else "white", capsize=2, elinewidth=0.8,
+                          linestyle="none")  # fmt: skip
+            axis.annotate(str(numbers[name]), placed[name], textcoords="offset points", xytext=(6, 5), fontsize=9,
+                          color=colour, weight="bold" if name == "mod" else "normal")  # fmt: skip
+    if measure == "kv":
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(ticks := (5000, 10000, 20000, 50000), [f"{tick:,}" for tick in ticks])
+    axis.grid(alpha=0.3)
+
+
 def plot(data: dict, path: Path) -> None:
-    """The picture: quality against FLOPs and against KV bytes, with error bars over seeds and the Pareto fronts."""
-    figure = Figure(figsize=(15, 6.6), layout="constrained")
-    values = data["values"]
-    for axis, (measure, label) in zip(
-        figure.subplots(1, 2, sharey=True),
-        (("flops", "FLOPs of a clip, encoder included (share of full computation)"),
-         ("kv", "keys and values that a frame leaves (bytes)")), strict=True,
-    ):  # fmt: skip
-        placed = points(data, measure)
-        ends = front(placed)
-        axis.step(*zip(*(placed[name] for name in ends), strict=True), where="post", color="grey", linewidth=1,
-                  linestyle="--", label="Pareto front", zorder=0)  # fmt: skip
-        for family, (colour, marker, names) in FAMILIES.items():
-            for number, name in enumerate(name for name in names if name in placed):
-                _, error = mean_error(list(values[name]["quality"].values()))
-                axis.errorbar(*placed[name], error, color=colour, marker=marker, capsize=3, linestyle="none",
-                              markersize=11 if name == "mod" else 6, markerfacecolor=colour if data["online"][name] else
-                              "white", label=None if number else family)  # fmt: skip
-                axis.annotate(name, placed[name], textcoords="offset points", xytext=(6, 4), fontsize=8,
-                              weight="bold" if name == "mod" else "normal")  # fmt: skip
+    """The picture: quality against FLOPs and against KV bytes, with error bars over seeds and the Pareto fronts; below,
+    the upper part once more, larger."""
+    figure, values = Figure(figsize=(15, 10.5), layout="constrained"), data["values"]
+    grid = figure.subplots(2, 2)
+    costs = {"flops": "FLOPs of a clip, encoder included (share of full computation)",
+             "kv": "keys and values that a frame leaves (bytes)"}  # fmt: skip
+    for column, (measure, label) in enumerate(costs.items()):
+        for row in (0, 1):
+            axis = grid[row, column]
+            draw_points(axis, data, measure)
+            axis.set(xlabel=label, ylabel="quality (share right, ± standard error over seeds)")
+        whole, near = grid[:, column]
+        whole.set_title(f"Quality against {'FLOPs' if measure == 'flops' else 'KV cache'}")
+        near.set_title("The upper part, larger")
+        best = [good for _, good in points(data, measure).values()]
+        near.set_ylim(statistics.median(best) - 0.06, max(best) + 0.025)
         if "no-vision" in values:
             blind = statistics.mean(values["no-vision"]["quality"].values())
-            axis.axhline(blind, color="grey", linestyle=":", label="no vision")
-        if measure == "kv":
-            axis.set_xscale("log")
-        axis.set(title=f"Quality against {'FLOPs' if measure == 'flops' else 'KV cache'}", xlabel=label)
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(
-        "quality: mean of narration, present, past, timing\n(share right ± standard error over seeds)"
-    )
-    figure.axes[1].legend(fontsize=9, loc="lower right", title="hollow: cannot run online")
-    figure.suptitle("The field side by side: the same model, data, steps and seeds")
+            whole.axhline(blind, color="grey", linestyle=":")
+            whole.text(0.02, blind + 0.01, "no vision", transform=whole.get_yaxis_transform(), fontsize=9)
+    placed, entries = list(points(data, "flops")), []
+    for family, (colour, marker, names) in FAMILIES.items():
+        for name in (name for name in names if name in placed):
+            face = colour if data["online"][name] else "white"
+            entries.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="none",
+                                  label=f"{placed.index(name) + 1} {name} ({family})"))  # fmt: skip
+    entries.append(Line2D([], [], color="grey", linestyle="--", label="Pareto front"))
+    figure.legend(handles=entries, loc="outside right center", fontsize=9, title="hollow: cannot run online")
+    figure.suptitle("The field side by side: the same model, data, steps and seeds. "
+                    "Quality: mean of narration, present, past and timing")  # fmt: skip
     save(figure, path)
 
 
