@@ -73,8 +73,8 @@ def merge(base: Config, arguments) -> Config:
         name: replace(part := getattr(base, name), **given(arguments, type(part))) for name in ("data", "train", "real")
     }
     sizes = given(arguments, ModelConfig)
-    if "method" in sizes:
-        base = replace(base, model=configure(base.model, sizes["method"]))
+    if "method" in sizes:  # which may depend on other sizes
+        base = replace(base, model=configure(replace(base.model, **sizes), sizes["method"]))
     if idle := sorted(own_fields(base.model) & set(sizes)):
         flag = "--" + idle[0].replace("_", "-")
         raise UserError(f"{flag} does nothing with the method {base.model.method}; leave it out")
@@ -204,10 +204,10 @@ def train_run(config: Config, arguments, device: torch.device) -> int:
         for name in (*RUN_FILES, *CALIBRATION):
             (out / name).unlink(missing_ok=True)
     build = build_method if model is None else lambda _: model
-    _, metrics = train(config, out, arguments.resume, build, source)
+    trained, metrics = train(config, out, arguments.resume, build, source)
     if metrics is None:
         return 130
-    metrics |= cost_shares(config, frames, text)
+    metrics |= cost_shares(config, frames, text, trained)
     write_text(out / "metrics.json", to_json(metrics, indent=2) + "\n")
     if rank() == 0:
         plot_curve(out)

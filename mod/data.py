@@ -67,7 +67,7 @@ class Sprite:
     shape: str
     row: int  # cell
     column: int
-    jitter: tuple[int, int]  # pixels from the cell's corner
+    jitter: tuple[int, int]  # pixels from the cell's corner; in wide frames the second is in eighths of its height
     first: str = ""  # side on which it appeared
     trail: tuple[int, int] | None = None  # the cell that it has just left
 
@@ -252,7 +252,8 @@ class Scene:
                 top, left = cell * sprite.trail[0], wide * sprite.trail[1]
                 draw(frame, sprite.shape, COLOURS[sprite.colour], top, left, opacity=TRAIL)
         for sprite in self.sprites:
-            top, left = sprite.row * cell + sprite.jitter[0], sprite.column * wide + sprite.jitter[1]
+            aside = min(sprite.jitter[1] * cell // 8, wide - cell + 1) if self.wide else sprite.jitter[1]
+            top, left = sprite.row * cell + sprite.jitter[0], sprite.column * wide + aside
             draw(frame, sprite.shape, COLOURS[sprite.colour], top, left)
         if self.spark:
             colour, row, column = self.spark

@@ -26,7 +26,6 @@ from mod.block import PAD
 from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
 from mod.config import Config, ModelConfig, TrainConfig, UserError
 from mod.data import CELLS, SPARK_LABEL, Clip, clip_batch, clip_pixels, label_sizes, make_clip, vocabulary
-from mod.decoder import MoDBlock
 from mod.evaluate import free_running, router_recall, sprite_patches, teacher_forced
 from mod.layout import NO_LABEL, Batch, Vocabulary
 from mod.metrics import summarize
@@ -115,7 +114,7 @@ def make_ready(model: VideoLLM, config: Config) -> None:
     if not config.train.vit_lr:
         model.vit.requires_grad_(False)
     for layer in model.decoder.layers:
-        block = layer.block if isinstance(layer, MoDBlock) else layer
+        block = getattr(layer, "block", layer)  # a routed layer wraps one
         block.recompute = config.train.recompute
 
 

@@ -11,9 +11,20 @@ from hypothesis import strategies as st
 
 from mod.config import DataConfig, ModelConfig
 from mod.data import (
-    COLOURS, HEIGHTS, LANDMARK, REMINDER, SHAPES, SIDES, SPARK_LABEL, SPARKS, SPLITS, clip_layout, clip_pixels, make_clip,
+    COLOURS,
+    HEIGHTS,
+    LANDMARK,
+    REMINDER,
+    SHAPES,
+    SIDES,
+    SPARK_LABEL,
+    SPARKS,
+    SPLITS,
+    clip_layout,
+    clip_pixels,
+    make_clip,
     vocabulary,
-)  # fmt: skip
+)
 from mod.vit import squeeze
 
 MODEL, DATA = ModelConfig(), DataConfig()

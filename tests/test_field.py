@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def made_up_run(dice: random.Random, online: bool) -> dict:
     run = {name: share() for name in names} | {
         "kinds": {kind: share() for kind in ("now", "past", "spark", "side", "ahead")},
         "needle": {str(frames): {str(depth): share() for depth in field.DEPTHS} for frames in field.LENGTHS},
-        "costs": {"flops": 1e8 * (1 + share()), "encoder": 1e7, "tokens": 26.0, "entries": 104 * share(), "text": 100.0},
+        "costs": {"flops": 1e8 * (1 + share()), "encoder": 1e7, "tokens": 26.0, "entries": 104 * share(), "text": 100.0, "streamed": 1e8 if online else None},
     }
     run |= {part: {name: share() for name in names} for part in ("long", "square", "wide")}
     return run | ({"free_running": {"narration_exact": share()}} if online else {})
@@ -54,7 +55,7 @@ def data(tmp_path) -> dict:
     results = {name: {str(seed): made_up_run(dice, name != "fastv") for seed in range(3)} for name in names}
     times = {"step": dict.fromkeys(names, 0.5), "frame": dict.fromkeys(set(names) - {"fastv"}, 0.25)}
     (tmp_path / "clock.json").write_text(json.dumps(times))
-    return field.summary(FIELD, results, tmp_path / "clock.json") | {"raw": results}
+    return field.summary(FIELD, results, tmp_path / "clock.json", tmp_path) | {"raw": results}
 
 
 def test_the_table_says_what_the_runs_measured(data, tmp_path):
@@ -72,8 +73,10 @@ def test_the_table_says_what_the_runs_measured(data, tmp_path):
     assert f"| {kept:,.0f} |" in row
     offline = next(line for line in text.splitlines() if line.startswith("| `fastv` "))
     assert offline.endswith("| 0.50 | - | no |") and offline.split("|")[7].strip() == "-"
+    assert row.split("|")[10].strip() == "1.00" and offline.split("|")[10].strip() == "-"
     full = next(line for line in text.splitlines() if line.startswith("| `full` full"))
     assert "| 1.00 |" in full
+    assert "`fastv`" not in text.split("On the Pareto front")[1].split("Apart")[0], "which has looked ahead"
     assert "`no-vision`" not in text.split("On the Pareto front")[1].split("Apart")[0]
     field.plot(data, tmp_path / "field.png")
     assert (tmp_path / "field.png").stat().st_size > 10_000
@@ -87,17 +90,17 @@ def test_every_method_has_a_colour_and_a_variant_of_its_own():
         assert replace(FIELD.model, **variant.model) == configure(FIELD.model, name) and variant.probed
 
 
-def test_times_are_taken_of_what_can_be_timed():
+def test_times_are_taken_of_what_can_be_timed(tmp_path):
     """Steps of all, frames of what runs online; of full computation the ratio to itself is one."""
-    times = field.clock(FIELD, ("full", "fastv", "vts-stream"))
+    times = field.clock(FIELD, ("full", "fastv", "vts-stream"), tmp_path)
     assert set(times["step"]) == {"full", "fastv", "vts-stream"} and set(times["frame"]) == {"full", "vts-stream"}
     assert times["step"]["full"] == times["frame"]["full"] == 1
     assert all(0 < value < 100 for part in times.values() for value in part.values())
 
 
-def test_a_stream_that_is_timed_stands_where_it_stood():
+def test_a_stream_that_is_timed_stands_where_it_stood(tmp_path):
     for name in ("mod", "vts-stream", "voco"):
-        see, back = field.next_frame(FIELD, name)
+        see, back = field.next_frame(FIELD, name, tmp_path)
         first = see()
         back()
         assert (see() == first).all()
@@ -129,5 +132,10 @@ def test_the_published_table_is_what_the_runs_measured():
                 value = read(run)
                 assert data["values"][name][measure][seed] == (None if value is None else pytest.approx(value)), (name, measure)
         assert data["online"][name] == build(configure(FIELD.model, name)).online
+        if name != "no-vision":  # it learns: clearly above what listening alone achieves
+            blind, seeing = (statistics.mean(data["values"][one]["quality"].values()) for one in ("no-vision", name))
+            assert seeing > blind + 0.1, name
+            worst = min(data["values"][name]["narration"].values())
+            assert worst > 0.1 + max(data["values"]["no-vision"]["narration"].values()), name
     told = set(re.findall(r"^- `([\w-]+)`", readme.split("## The field side by side")[1].split("\n## ")[0], re.M))
     assert told >= set(METHODS) - {"mod", "full", "no-vision"}, "a sentence explains each result"

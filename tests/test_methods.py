@@ -27,7 +27,7 @@ SMALL = ModelConfig(vit_dim=16, vit_hidden=24, vit_heads=2, dim=24, heads=2, kv_
 DATA = replace(PRESETS["field"].data, frames=5)
 FIELD = replace(PRESETS["field"], model=SMALL, data=DATA)
 OFFLINE = {"fastv", "p-mod", "free-video", "vts"}
-OTHER_CHOICE = {"sequence-mod", "gamma-mod"}  # streaming chooses by each token alone, training among all
+OTHER_CHOICE = {"sequence-mod", "gamma-mod"}  # training chooses among all tokens, all else by each token alone
 
 
 def model_of(name: str, seed: int = 0):
@@ -74,22 +74,6 @@ def test_a_stream_alone_is_what_it_is_in_a_batch(name):
             torch.testing.assert_close(alone[0, looked_at], together[row, : len(looked_at)][looked_at], rtol=0, atol=1e-9)
 
 
-class Whole:
-    """Stands in for a cache in one pass: stores nothing, and a token sees those that are not after it."""
-
-    def __init__(self, depth: int):
-        self.layers = [self] * depth
-
-    def make_room(self, pos, frame):
-        pass
-
-    def places(self, pos):
-        return pos
-
-    def append(self, k, v, pos, frame):
-        return k, v, (pos[:, None, :] <= pos[:, :, None])[:, None]
-
-
 def pieces(frame: list[int], sizes: list[int]) -> list[range]:
     """A stream cut before frames: first what comes before them, then so many frames and their text at a time, the last
     of `sizes` for ever."""
@@ -121,13 +105,12 @@ def test_streaming_is_offline(name, sizes, index, wide):
     """In pieces of any number of whole frames: the hidden states of one pass, and a cache of the size that is counted."""
     model, clip = model_of(name), some_clips(1, index, wide=float(wide))[0]
     with torch.no_grad():
-        offline, batch = hidden_of(model, [clip], Whole(model.config.depth) if name in OTHER_CHOICE else None)
+        offline, batch = hidden_of(model, [clip])
         online, cache = streamed(model, batch, sizes)
     looked_at = batch.labels[0] != NO_LABEL
     torch.testing.assert_close(online[0, looked_at], offline[0, looked_at], rtol=0, atol=1e-8)
-    if name not in OTHER_CHOICE:
-        counts = counted(model.float(), vocabulary(), [clip])
-        assert sum(cache.lengths()) == pytest.approx(counts["entries"] * len(clip.frames) + counts["text"])
+    counts = counted(model, vocabulary(), [clip])
+    assert sum(cache.lengths()) == pytest.approx(counts["entries"] * len(clip.frames) + counts["text"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -141,10 +124,15 @@ def test_the_future_changes_nothing_in_what_runs_online(name):
         (one, batch), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
     before = (batch.labels[0] != NO_LABEL) & (batch.frame[0].cummax(0).values < 3)
     same = torch.allclose(one[0, before], two[0, before], rtol=0, atol=1e-9)
-    if name not in OFFLINE | OTHER_CHOICE:
+    if name not in OFFLINE:
         assert same
     elif name != "free-video":  # which without a question chooses frames by their number alone
         assert not same
+    if name in OTHER_CHOICE:
+        model.train()
+        with torch.no_grad():
+            (one, _), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
+        assert not torch.allclose(one[0, before], two[0, before], rtol=0, atol=1e-9), "in training they look ahead"
 
 
 @pytest.mark.parametrize("name", sorted(OFFLINE))
@@ -176,7 +164,24 @@ def test_online_is_what_the_scope_says():
             assert model.online == (model.reducer.scope in ONLINE) and isinstance(model.reducer, Reducer)
 
 
-@pytest.mark.parametrize("name", ["vts-stream", "voco", "progressive"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
+def test_rows_that_see_at_different_times_are_what_they_are_alone(name):
+    """Two streams through one batch, a question before one of them, frames in turns and together."""
+    words, model = vocabulary(), model_of(name).float()
+    videos = [clip_pixels(some_clips(1, index, frames=3, wide=0.0)).float() for index in (1, 2)]
+    both, alone = Stream(model, words, 2, frames=3, text=60), [Stream(model, words, frames=3, text=60) for _ in videos]
+    both.hear([None, "where is it ?"])
+    alone[1].hear(["where is it ?"])
+    for rows, numbers in (((0, 1), (0, 0)), ((0,), (1, 0)), ((1,), (1, 1)), ((0, 1), (2, 2))):
+        pictures = torch.stack([videos[row][numbers[row]] for row in rows])
+        together = both.see(pictures, [row in rows for row in (0, 1)])
+        for row in rows:
+            mine = alone[row].see(videos[row][numbers[row]][None])
+            torch.testing.assert_close(together[row], mine[0], rtol=0, atol=2e-4)
+    assert [both.cache.lengths(row) for row in (0, 1)] == [one.cache.lengths() for one in alone]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
 def test_a_saved_stream_goes_on_bit_for_bit(name):
     """With what its method remembers beside keys and values."""
     words, clip = vocabulary(), some_clips(1, 2, wide=0.0)[0]
@@ -199,6 +204,8 @@ def test_a_saved_stream_goes_on_bit_for_bit(name):
 def test_windows_forget_whole_frames_of_any_number_of_tokens(name):
     """With a window that is longer than the stream nothing changes; with a shorter one the cache stops growing."""
     model, words = model_of(name).float(), vocabulary()
+    with pytest.raises(UserError, match="forget got vision"):
+        Stream(model, words, frames=3, text=9, settings=StreamConfig(window=2, forget="vision"))
     clip = make_clip(replace(DATA, frames=12), SMALL, "train", 0, 1)
     pixels = clip_pixels([clip]).float()
     plain, wide, narrow = (Stream(model, words, frames=12, text=300, settings=StreamConfig(window=w)) for w in (0, 50, 2))
@@ -270,6 +277,55 @@ def test_longer_streams_turn_more_slowly_and_others_as_they_were():
     assert model.decoder.layers[0].attention.rope == plain, "a forward pass leaves the model as it was"
 
 
+def test_rows_of_different_lengths_turn_each_at_its_own_speed_and_a_stream_goes_on_at_its_own():
+    model = model_of("visual-rope")
+    model.longest.data.fill_(4.0)
+    clips = some_clips(1, frames=3) + some_clips(1, 1, frames=9)
+    with torch.no_grad():
+        together, _ = hidden_of(model, clips)
+        for row, clip in enumerate(clips):
+            alone, batch = hidden_of(model, [clip])
+            looked_at = batch.labels[0] != NO_LABEL
+            torch.testing.assert_close(alone[0, looked_at], together[row, : len(looked_at)][looked_at], rtol=0, atol=1e-9)
+    short, long = (Stream(model, vocabulary(), frames=frames, text=10) for frames in (5, 9))
+    with pytest.raises(UserError, match="opened for 9 frames, got 5"):
+        short.restore(*long.state())
+
+
+def test_fastv_does_not_look_at_the_answer():
+    """What is dropped depends on the question, not on what stands behind it."""
+    model, clip = model_of("fastv"), make_clip(replace(DATA, question_rate=1.0), SMALL, "train", 0, 11)
+    last = max(number for number, say in enumerate(clip.said) if say.role == "assistant")
+    for wrong in ("now left", "spark orange", "nowhere"):
+        said = [replace(say, text=wrong) if number == last else say for number, say in enumerate(clip.said)]
+        with torch.no_grad():
+            (one, batch), (two, other) = hidden_of(model, [clip]), hidden_of(model, [replace(clip, said=said)])
+        begins = int((batch.ids[0] == vocabulary().assistant).nonzero()[-1])
+        same = (batch.frame[0, : begins + 1] >= 0) | (batch.ids[0, : begins + 1] == other.ids[0, : begins + 1])
+        assert same.all()
+        torch.testing.assert_close(one[0, : begins + 1], two[0, : begins + 1], rtol=0, atol=1e-9)
+
+
+def test_a_full_cache_leaves_the_key_frame_as_it_was():
+    model, pixels = model_of("vts-stream").float(), clip_pixels(some_clips(1, 2, wide=0.0)).float()
+    stream = Stream(model, vocabulary(), frames=2, text=5)
+    for picture in pixels[:2]:
+        stream.see(picture[None])
+    before = stream.state()[0]
+    with pytest.raises(UserError, match="cache is full"):
+        for picture in pixels[2:]:
+            stream.see(picture[None])
+            before = stream.state()[0]
+    after = stream.state()[0]
+    assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_reducer_may_not_hand_on_more_than_its_places():
+    model = build(replace(configure(SMALL, "longva"), tokens=4))
+    with pytest.raises(ValueError, match="10 tokens of a frame that has 4 places"):
+        hidden_of(model.double(), some_clips(1, wide=0.0))
+
+
 def test_configuring():
     """A method sets what it decides, forgets what another had set, and unknown ones are refused."""
     for name in METHODS:
@@ -330,6 +386,10 @@ def test_the_scripts_refuse_what_a_method_cannot_do(tmp_path, capsys):
     refused(train_tiny.main, [*QUICK, "--method", "prunemerge", "--out", str(out)], "got 'prunemerge'", "prumerge")
     refused(train_tiny.main, [*QUICK, "--method", "setok", "--layers", "all", "--out", str(out)], "--layers does nothing", "setok")
     refused(train_tiny.main, [*QUICK, "--method", "longva", "--rope-base", "5", "--out", str(out)], "--rope-base does nothing")
+    sizes = train_tiny.build_parser().parse_args(["--method", "setok", "--image-size", "56", "--grid", "7"])
+    assert train_tiny.merge(PRESETS["tiny"], sizes).model.frame_tokens == 50
+    depth = train_tiny.build_parser().parse_args(["--method", "early-exit", "--depth", "6"])
+    assert train_tiny.merge(PRESETS["tiny"], depth).model.keep == (1, 1, 1, 0, 0, 0)
     refused(train_tiny.main, [*QUICK, "--method", "voco", "--gate", "update", "--out", str(out)], "--gate does nothing")
     assert not out.exists()
     assert train_tiny.main([*QUICK, "--method", "voco", "--out", str(out)]) == 0

@@ -57,7 +57,7 @@ def test_a_hand_computed_case():
 
     embed = TileTokens(1, group=2, most=2)
     with torch.no_grad():
-        embed.mark.weight[:] = torch.arange(5)[:, None] * -1.0
+        embed.mark_embed.weight[:] = torch.arange(5)[:, None] * -1.0
         embed.join.weight[:], embed.join.bias[:] = torch.tensor([[1.0, 10.0]]), 0.5
     out = embed(torch.tensor([[[7.0], [8]]]), torch.tensor([[[[1.0], [2]], [[3], [4]]]]), (2, 1))
     assert out[0, :, 0].tolist() == [0, 7, 8, -1, 21.5, -3, 43.5]
@@ -113,15 +113,15 @@ def tokens_of(pictures):
 def test_index_tokens_are_distinct_in_order_and_belong_to_a_place():
     embed = TileTokens(4, group=3)
     whole = embed.marks(3, 3).tolist()
-    assert whole == sorted(set(whole)) == list(range(1, 10)) and len(embed.mark.weight) == 10
+    assert whole == sorted(set(whole)) == list(range(1, 10)) and len(embed.mark_embed.weight) == 10
     for rows in range(1, 4):
         for columns in range(1, 4):
             expected = [whole[3 * row + column] for row in range(rows) for column in range(columns)]
             assert embed.marks(rows, columns).tolist() == expected
     tokens, tiles = torch.randn(2, 9, 4), torch.randn(2, 6, 9, 4)
     out = embed(tokens, tiles, (2, 3))
-    assert torch.equal(out[:, 0], embed.mark.weight[:1].expand(2, -1)) and torch.equal(out[:, 1:10], tokens)
-    assert torch.equal(out[1, 10::4], embed.mark.weight[1:7])
+    assert torch.equal(out[:, 0], embed.mark_embed.weight[:1].expand(2, -1)) and torch.equal(out[:, 1:10], tokens)
+    assert torch.equal(out[1, 10::4], embed.mark_embed.weight[1:7])
     joined = tiles[1, 4, 3:6].flatten() @ embed.join.weight.T + embed.join.bias  # the second of the fifth tile
     torch.testing.assert_close(out[1, 10 + 4 * 4 + 2], joined)
 
@@ -132,7 +132,7 @@ def test_counts_gradients_and_refusals():
     embed(torch.randn(2, 16, 4), torch.randn(2, 9, 16, 4), (3, 3)).square().sum().backward()
     for parameter in embed.parameters():
         assert parameter.grad.abs().sum() > 0
-    assert (embed.mark.weight.grad.abs().sum(1) > 0).all(), "every index token"
+    assert (embed.mark_embed.weight.grad.abs().sum(1) > 0).all(), "every index token"
     with pytest.raises(ValueError, match="divisor"):
         embed(torch.randn(1, 9, 4), torch.randn(1, 1, 9, 4), (1, 1))
     for tiles, grid in ((3, (1, 2)), (4, (1, 4))):

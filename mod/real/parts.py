@@ -140,7 +140,9 @@ def load_run(
     and when it is of another method than this project's, unless the caller can take `any_method`."""
     config = read_config(folder)
     if config.model.method != "mod" and not any_method:
-        raise UserError(f"the run in {folder} is of {config.model.method}, expected a run of mod or full; name another")
+        raise UserError(
+            f"the run in {folder} is of the method {config.model.method}, expected one of mod; name another"
+        )
     path = folder / "model.safetensors"
     if not path.is_file() and (folder / "state.safetensors").is_file():
         raise UserError(f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")

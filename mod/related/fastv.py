@@ -68,27 +68,31 @@ class FastV(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
 
-    def scores(self, x: Tensor, pos: Tensor) -> Tensor:
-        """Of each token that enters layer K - 1, x (B, T, D), pos (B, T) -> (B, T)."""
+    def scores(self, x: Tensor, pos: Tensor, asks: Tensor | None = None) -> Tensor:
+        """Of each token that enters layer K - 1, x (B, T, D), pos (B, T) -> (B, T). `asks` (B,) names the token of each
+        row that looks, in place of the last one: in training the answer stands behind it."""
         block, real = self.decoder.layers[self.after - 1], pos < PAD
         normed = block.norm1(x)
         if self.score == "last":
-            last = (real.sum(1, keepdim=True) - 1).clamp(min=0)
+            last = (real.sum(1, keepdim=True) - 1).clamp(min=0) if asks is None else asks[:, None]
             return attention_weights(block.attention, normed, pos, last).mean(1)[:, 0]
         query = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         weights = attention_weights(block.attention, normed, pos, query).mean(1) * real[:, :, None]
         seen_by = real.flip(1).cumsum(1).flip(1)  # a token's readers: the real tokens from itself on
         return weights.sum(1) / seen_by.clamp(min=1)
 
-    def choose(self, x: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, x: Tensor, pos: Tensor, frame: Tensor, asks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Which tokens go on, (B, T) bool, and the scores (B, T); text always does."""
         real = pos < PAD
-        vision, scores = real & (frame >= 0), self.scores(x, pos).detach()
+        vision, scores = real & (frame >= 0), self.scores(x, pos, asks).detach()
         count = torch.tensor([kept_per_frame(1 - self.drop, n) for n in vision.sum(1).tolist()], device=x.device)
         return best(scores, vision, count) | (real & ~vision), scores
 
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor, cache=None, trace: list[Depth] | None = None) -> Tensor:
-        """Token vectors (B, T, D), pos, frame (B, T) -> hidden states (B, T, D).
+    def forward(
+        self, x: Tensor, pos: Tensor, frame: Tensor, cache=None, trace: list[Depth] | None = None,
+        asks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Token vectors (B, T, D), pos, frame (B, T) -> hidden states (B, T, D); asks as in `scores`.
 
         Raises ValueError when frames come in a second chunk, or when `masked` is given a cache. The cache needs room
         for all tokens in every layer.
@@ -106,7 +110,9 @@ class FastV(nn.Module):
         for layer, past in layers[: self.after - 1]:
             x = layer(x, pos, frame, past=past)
         layer, past = layers[self.after - 1]
-        keep, scores = self.choose(x, pos, frame) if vision else (pos < PAD, None)  # text alone has nothing to drop
+        keep, scores = (
+            self.choose(x, pos, frame, asks) if vision else (pos < PAD, None)
+        )  # text alone has nothing to drop
         x = layer(x, pos, frame, past=past)
         if trace is not None:
             trace.append(Depth(keep, scores))

@@ -45,7 +45,7 @@ class Method:
     sizes: Sizes = lambda config: {}
 
 
-CAPACITY = 0.4
+CAPACITY = 0.45
 SETOK_TAU = 0.3  # about 6 tokens of a tiny frame, as many as the resamplers have; the paper's 0.5 leaves one cluster
 OWN_CACHE = "nothing but its cache"
 FRAME = "nothing but the frame: runs online"
@@ -79,7 +79,7 @@ def sequence_mod(config: ModelConfig) -> VideoLLM:
     """Its capacity is what VideoLLM-MoD's layers keep of a tiny clip, text included; the paper's 12.5% would not even
     hold the text."""
     routed = range(1, config.depth, 2)
-    return Deeper(config, routed, lambda block, layer: SequenceMoD(block, config.dim, CAPACITY))
+    return Deeper(config, routed, lambda block, layer: SequenceMoD(block, config.dim, CAPACITY), causal=True)
 
 
 def p_mod(config: ModelConfig, per_frame: bool) -> VideoLLM:
@@ -94,7 +94,7 @@ def p_mod(config: ModelConfig, per_frame: bool) -> VideoLLM:
 
 def gamma_mod(config: ModelConfig) -> VideoLLM:
     router, inner = gamma_router(config.dim), range(1, config.depth - 1)
-    return Deeper(config, inner, lambda block, layer: GammaMoD(block, router))
+    return Deeper(config, inner, lambda block, layer: GammaMoD(block, router), causal=True)
 
 
 def half_deep(config: ModelConfig) -> dict:
@@ -121,15 +121,16 @@ METHODS: dict[str, Method] = {
     "fastv": Method("FastV (2403.06764)", "after half of the layers, the vision tokens that the last token looked at "
                     "least leave for good", "the question before it drops; another question needs the frames again",
                     lambda config: Thinned(config, max(1, config.depth // 2), 0.5)),
-    "sequence-mod": Method("Mixture-of-Depths (2404.02258)", "in every other layer the best 40% of the whole sequence "
+    "sequence-mod": Method("Mixture-of-Depths (2404.02258)", "in every other layer the best 45% of the whole sequence "
                            "goes through, text competing", "a predictor of the choice, which sees the future in "
-                           "training; streaming is another choice than training's", sequence_mod),
+                           "training; all evaluation is by the predictor", sequence_mod),
     "p-mod": Method("p-MoD (2412.04449)", "fewer and fewer of all vision tokens go through, weighed by 1 + a tanh(r)",
                     "all frames: the choice is among all of them", partial(p_mod, per_frame=False)),
     "p-mod-frame": Method("p-MoD, chosen in each frame (ours)", "p-MoD made causal: fewer and fewer of each frame's "
                           "tokens go through", OWN_CACHE, partial(p_mod, per_frame=True)),
     "gamma-mod": Method("gamma-MoD (2410.13859)", "one router for the inner layers lets half of all vision tokens "
-                        "through", "a threshold on the router's score, in place of the count in training", gamma_mod),
+                        "through", "a threshold on the router's score in place of training's count; all evaluation is "
+                        "by the threshold, which may let everything through", gamma_mod),
     "q-former": reduced("Q-Former of BLIP-2 (2301.12597)",
                         lambda config: QueryResampler(6, config.vit_dim, 2, config.vit_heads, "qformer"), FRAME),
     "perceiver": reduced("Perceiver Resampler of Flamingo (2204.14198)",
@@ -147,10 +148,10 @@ METHODS: dict[str, Method] = {
                           "the last key frame's features: runs online"),
     "adaptvision": Method("AdaptVision (2408.16986)", "the frame squeezed to a square, and tiles in its own shape, up "
                           "to two", FRAME, lambda config: Tiled(config, 2, config.grid), tiles),
-    "longva": reduced("LongVA (2406.16852)", lambda config: UniRes(2), FRAME, more={"rope_base": 1e6},
-                      line="the mean of every 2×2 patches, and a RoPE base of a million"),
-    "voco": Method("VoCo-LLaMA (2406.12275)", "each frame is read once into two tokens, and its own are dropped from "
-                   "the cache", "a cache that evicts after each frame: runs online",
+    "longva": reduced("LongVA (2406.16852)", lambda config: UniRes(2), FRAME, more={"rope_base": 1e9},
+                      line="the mean of every 2×2 patches, and a RoPE base of a billion"),
+    "voco": Method("VoCo-LLaMA (2406.12275)", "each frame is read once into two tokens that know the earlier ones "
+                   "(ours), and its own leave the cache", "a cache that evicts after each frame: runs online",
                    lambda config: Compressed(config, 2), lambda config: {"tokens": 3 + config.grid**2}),
     "setok": reduced("SeTok (2406.05127)",
                      lambda config: SeTok(tau=SETOK_TAU, merger=ClusterMerge(config.vit_dim)), FRAME),

@@ -23,6 +23,7 @@ from mod.block import PAD, Rope
 from mod.cache import KVCache
 from mod.config import ModelConfig, StreamConfig, UserError
 from mod.decoder import Decoder
+from mod.layout import Vocabulary
 from mod.related.base import Reducer, Seen, VisionTokens
 from mod.related.depths import gather, scatter
 from mod.related.depths import replace as replace_layers
@@ -32,6 +33,8 @@ from mod.related.voco import Masked, VoCo, VoCoCache, owner, visible
 from mod.related.window_extension import visual_rope
 from mod.videollm import VideoLLM
 from mod.vit import ViT, pictures
+
+SPEAKS = Vocabulary(()).assistant  # the token with which a response begins
 
 
 def begins(frame: Tensor) -> Tensor:
@@ -46,11 +49,24 @@ class Fewer(VideoLLM):
         """What becomes of the frames that `see` saw; x (F, n, D) in the decoder's width."""
         raise NotImplementedError
 
+    def open_cache(
+        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = KVCache
+    ) -> KVCache:
+        """See VideoLLM. Raises UserError for a window that forgets frames and not their text: where a frame ends is
+        known by its number of tokens, which differs here."""
+        if settings and settings.window and not settings.forgets_text:
+            raise UserError("forget got vision, expected all for frames of various numbers of tokens; leave it out")
+        return super().open_cache(rows, frames, text, settings, kind)
+
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen, cache=None, trace=None) -> Tensor:
         """As `VideoLLM.forward`; at empty places the result means nothing."""
         x, filled = self.decoder.embed(ids), frame < 0
         if not isinstance(seen, Tensor):  # what a stream passes along when there is text alone
             tokens = self.tokens_of(seen, ids, frame, pos, cache)
+            if int(tokens.counts.max()) > self.config.frame_tokens:
+                raise ValueError(
+                    f"{int(tokens.counts.max())} tokens of a frame that has {self.config.frame_tokens} places"
+                )
             row, start = begins(frame).nonzero(as_tuple=True)
             last = (start + self.config.frame_tokens)[:, None]
             place = last - tokens.counts[:, None] + torch.arange(tokens.x.shape[1], device=x.device)
@@ -80,6 +96,7 @@ class Remembering(KVCache):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.remembered: dict[int, Tensor] = {}  # row -> (N, D)
+        self.coming: dict[int, Tensor] = {}  # what will be remembered once the frames have been stored
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {f"remembered.{row}": tokens for row, tokens in self.remembered.items()}
@@ -101,8 +118,10 @@ class Reduced(Fewer):
         super().__init__(config)
         self.reducer, self.behind, self.online = reducer, behind, reducer.online
 
-    def open_cache(self, rows: int, frames: int, text: int, settings: StreamConfig | None = None) -> KVCache:
-        return super().open_cache(rows, frames, text, settings, kind=Remembering)
+    def open_cache(
+        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = Remembering
+    ) -> KVCache:
+        return super().open_cache(rows, frames, text, settings, kind)
 
     def see(self, frames: Tensor) -> Seen:
         tokens = frames if frames.ndim == 3 else self.vit(frames.to(self.vit.position.dtype))
@@ -120,12 +139,19 @@ class Reduced(Fewer):
         row, start = begins(frame).nonzero(as_tuple=True)
         query = self.question(ids, frame, pos) if self.reducer.scope == "query" else None
         seen = replace(seen, row=row, number=frame[row, start], query=query)
-        tokens = self.reducer(seen) if cache is None else self.go_on(seen, cache.remembered)
+        tokens = self.reducer(seen) if cache is None else self.go_on(seen, cache.remembered, cache.coming)
         return tokens if self.behind else replace(tokens, x=self.connector(tokens.x))
 
-    def go_on(self, seen: Seen, remembered: dict[int, Tensor]) -> VisionTokens:
+    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen, cache=None, trace=None) -> Tensor:
+        hidden = super().forward(ids, frame, pos, seen, cache, trace)
+        if cache is not None:  # a full cache has raised before
+            cache.remembered |= cache.coming
+            cache.coming.clear()
+        return hidden
+
+    def go_on(self, seen: Seen, remembered: dict[int, Tensor], coming: dict[int, Tensor]) -> VisionTokens:
         """The next frames of streams: each stream's remembered frame is shown once more before them, and left out of
-        what comes out."""
+        what comes out. What is to be remembered next is put into `coming`."""
         rows = seen.rows.tolist()
         shown = [row for row in dict.fromkeys(rows) if row in remembered]
         if not shown and self.reducer.remembered(seen) is None:
@@ -137,7 +163,7 @@ class Reduced(Fewer):
         out, keys, back = self.reducer(whole), self.reducer.remembered(whole), order.argsort()[len(shown) :]
         for row in dict.fromkeys(rows):
             last = int((whole.rows == row).nonzero()[-1])
-            remembered[row] = tokens[keys[last]].detach().clone()
+            coming[row] = tokens[keys[last]].detach().clone()
         return VisionTokens(out.x[back], out.valid[back], out.place[back])
 
 
@@ -185,15 +211,38 @@ class Beside(torch.autograd.Function):
         return gradient, context.one
 
 
-class Deeper(VideoLLM):
-    """A VideoLLM with make(dense block, layer) in some layers; their auxiliary losses are added to the main one."""
+class Causal:
+    """Stands in for a cache in one pass: stores nothing, and a token sees those that are not after it. To the blocks of
+    depths.py a past means that tokens come in time, and that each must be let through or not by itself."""
 
-    def __init__(self, config: ModelConfig, layers, make, online: bool = True):
+    def __init__(self, depth: int):
+        self.layers = [self] * depth
+
+    def make_room(self, pos: Tensor, frame: Tensor) -> None:
+        pass
+
+    def places(self, pos: Tensor) -> Tensor:
+        return pos
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k, v, rearrange(rearrange(pos, "b s -> b 1 s") <= rearrange(pos, "b t -> b t 1"), "b t s -> b 1 t s")
+
+
+class Deeper(VideoLLM):
+    """A VideoLLM with make(dense block, layer) in some layers; their auxiliary losses are added to the main one.
+
+    online   whether the choice can be made while frames come
+    causal   whether that is another choice than training's: then it is the one made in all evaluation, too
+    """
+
+    def __init__(self, config: ModelConfig, layers, make, online: bool = True, causal: bool = False):
         super().__init__(config)
         replace_layers(self.decoder, layers, make)
-        self.online = online
+        self.online, self.causal = online, causal
 
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
+        if cache is None and self.causal and not self.training:
+            cache = Causal(len(self.decoder.layers))
         hidden = super().forward(ids, frame, pos, seen, cache, trace)
         if self.training and torch.is_grad_enabled():
             for layer in self.decoder.layers:
@@ -203,18 +252,27 @@ class Deeper(VideoLLM):
 
 
 class Thinned(VideoLLM):
-    """FastV around the decoder."""
+    """FastV around the decoder. The token that looks is the one that the last answer begins with: what stands behind it
+    is not known when it is asked. What came before has been thinned by it, too, so all must be there at once."""
 
     def __init__(self, config: ModelConfig, after: int, drop: float):
         super().__init__(config)
         self.decoder, self.online = FastV(self.decoder, after, drop), False
 
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        return self.decoder(self.embed(ids, frame, seen), pos, frame)  # it has no routed layers to trace
+        token, begins_answer = (
+            torch.arange(ids.shape[1], device=ids.device),
+            (ids == SPEAKS) & (frame < 0) & (pos < PAD),
+        )
+        last = (pos < PAD).sum(1) - 1
+        asks = torch.where(begins_answer.any(1), (token * begins_answer).amax(1), last).clamp(min=0)
+        return self.decoder(self.embed(ids, frame, seen), pos, frame, asks=asks)  # no routed layers to trace
 
 
 class Compressed(VideoLLM):
-    """VoCo-LLaMA: the last k places of a frame are its VoCo tokens."""
+    """VoCo-LLaMA: the last k places of a frame are its VoCo tokens, the very last of which decides whether to speak. So
+    these see what was said and the VoCo tokens of earlier frames (`recurrent`, ours): from one frame alone nobody could
+    tell what is new in it."""
 
     def __init__(self, config: ModelConfig, k: int):
         super().__init__(config)
@@ -223,7 +281,7 @@ class Compressed(VideoLLM):
     def open_cache(self, rows: int, frames: int, text: int, settings: StreamConfig | None = None) -> VoCoCache:
         if settings and settings.window:
             raise UserError(f"a window got {settings.window} frames, but VoCo's cache holds no frames; leave it out")
-        return VoCoCache(super().open_cache(rows, frames, text, settings), len(self.voco.tokens))
+        return VoCoCache(super().open_cache(rows, frames, text, settings), len(self.voco.tokens), recurrent=True)
 
     def see(self, frames: Tensor) -> Tensor:
         seen = super().see(frames)
@@ -241,10 +299,11 @@ class Compressed(VideoLLM):
         x, code = self.embed(ids, frame, seen), self.codes(frame)
         if cache is None:
             first = pos.where(owner(code) >= 0, PAD).amin(1)
-            sees = visible(pos, code, pos, code, first) | (pos == PAD)[:, :, None]
+            sees = visible(pos, code, pos, code, first, recurrent=True) | (pos == PAD)[:, :, None]
             return self.decoder(x, pos, code, cache=Masked(sees, len(self.decoder.layers)))
         hidden = self.decoder(x, pos, code, cache=cache)
-        cache.evict()
+        if (code <= -2).any():
+            cache.evict()
         return hidden
 
 
@@ -260,6 +319,24 @@ def turning(decoder: Decoder, rope: Rope):
     finally:
         for attention, rope in zip(attentions, before, strict=True):
             attention.rope = rope
+
+
+class Measured(KVCache):
+    """A KVCache that knows how many frames its stream was opened for."""
+
+    def __init__(self, *args, frames: int, **options):
+        super().__init__(*args, frames=frames, **options)
+        self.frames = frames
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"frames": torch.tensor(self.frames)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        if (frames := int(tensors["frames"])) != self.frames:
+            raise UserError(
+                f"the saved stream was opened for {frames} frames, got {self.frames}; ask for as many again"
+            )
+        super().restore(tensors)
 
 
 class Extended(VideoLLM):
@@ -278,9 +355,7 @@ class Extended(VideoLLM):
             raise UserError(
                 f"a window got {settings.window} frames, but keys that turn more slowly cannot be moved; leave it out"
             )
-        cache = super().open_cache(rows, frames, text, settings)
-        cache.frames = frames
-        return cache
+        return super().open_cache(rows, frames, text, settings, kind=Measured)
 
     def rope(self, frames: int) -> Rope:
         """For a stream of so many frames."""
@@ -289,8 +364,15 @@ class Extended(VideoLLM):
         return visual_rope(plain, trained, target, self.low, self.high) if 0 < trained < target else plain
 
     def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        frames = int(frame.max()) + 1 if cache is None else cache.frames
+        if cache is not None:
+            with turning(self.decoder, self.rope(cache.frames)):
+                return super().forward(ids, frame, pos, seen, cache, trace)
+        lengths = frame.amax(1) + 1
         if self.training:
-            self.longest.data.clamp_(min=frames)
-        with turning(self.decoder, self.rope(frames)):
+            self.longest.data.clamp_(min=float(lengths.max()))
+        ropes = [self.rope(number) for number in lengths.tolist()]
+        if len(set(ropes)) > 1:  # then each row alone: what one is must not depend on another
+            parts = zip(ids.split(1), frame.split(1), pos.split(1), seen.split(lengths.tolist()), strict=True)
+            return torch.cat([self.forward(*part) for part in parts])
+        with turning(self.decoder, ropes[0]):
             return super().forward(ids, frame, pos, seen, cache, trace)

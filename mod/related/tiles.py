@@ -58,13 +58,13 @@ class TileTokens(nn.Module):
     def __init__(self, dim: int, group: int = 4, most: int = 3):
         super().__init__()
         self.group, self.most = group, most
-        self.mark = nn.Embedding(1 + most * most, dim)  # the whole, and each place that a tile can have
+        self.mark_embed = nn.Embedding(1 + most * most, dim)  # the whole, and each place that a tile can have
         self.join = nn.Linear(group * dim, dim)
 
     def marks(self, rows: int, columns: int) -> Tensor:
         """(rows*columns,) numbers of the tiles' index tokens, row by row. A place has its own, whatever the grid is."""
-        row = rearrange(torch.arange(rows, device=self.mark.weight.device), "r -> r 1")
-        column = rearrange(torch.arange(columns, device=self.mark.weight.device), "k -> 1 k")
+        row = rearrange(torch.arange(rows, device=self.mark_embed.weight.device), "r -> r 1")
+        column = rearrange(torch.arange(columns, device=self.mark_embed.weight.device), "k -> 1 k")
         return rearrange(1 + row * self.most + column, "r k -> (r k)")
 
     def count(self, tokens: int, rows: int, columns: int) -> int:
@@ -79,6 +79,6 @@ class TileTokens(nn.Module):
         if max(grid) > self.most or tiles.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"got {tiles.shape[1]} tiles for a grid of {grid}, at most {self.most} a side")
         joined = self.join(rearrange(tiles, "f t (n g) d -> f t n (g d)", g=self.group))
-        mark = repeat(self.mark(self.marks(*grid)), "t d -> f t 1 d", f=frames)
+        mark = repeat(self.mark_embed(self.marks(*grid)), "t d -> f t 1 d", f=frames)
         local = rearrange(torch.cat((mark, joined), dim=2), "f t n d -> f (t n) d")
-        return torch.cat((repeat(self.mark.weight[:1], "1 d -> f 1 d", f=frames), whole, local), dim=1)
+        return torch.cat((repeat(self.mark_embed.weight[:1], "1 d -> f 1 d", f=frames), whole, local), dim=1)

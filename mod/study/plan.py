@@ -23,6 +23,7 @@ from mod.study.costs import (
     learned_layers,
     ratios,
 )
+from mod.videollm import VideoLLM
 
 GIB = 2**30
 
@@ -97,21 +98,23 @@ def print_costs(config: Config, frames: int, text: int) -> None:
     print(f"  KV cache                      {share['kv_ratio']:.3f} of full ({mod_bytes:,} of {full_bytes:,} bytes)")
 
 
-def cost_shares(config: Config, frames: int, text: int) -> dict[str, float]:
-    """`costs.ratios` of a run; of another method than this project's, as counted on validation clips."""
+def cost_shares(config: Config, frames: int, text: int, model: VideoLLM | None = None) -> dict[str, float]:
+    """`costs.ratios` of a run; of another method than this project's, as counted on validation clips, with `model` or,
+    when there is none yet, an untrained one, which may keep other tokens."""
     if config.model.method == "mod":
         return ratios(config.model, frames, text)
-    own, full = counts(config.model, config.data), counts(methods.configure(config.model, "full"), config.data)
+    own = counts(config.model, config.data, model)
+    full = counts(methods.configure(config.model, "full"), config.data)
     decoder = [one["flops"] - one["encoder"] for one in (own, full)]
     vision = [one["entries"] for one in (own, full)]
     return {"flop_ratio": decoder[0] / decoder[1], "kv_ratio": vision[0] / vision[1]}
 
 
-def counts(model: ModelConfig, data: DataConfig) -> dict[str, float]:
-    """`related.costs.counted` of an untrained model on some validation clips."""
+def counts(sizes: ModelConfig, data: DataConfig, model: VideoLLM | None = None) -> dict[str, float]:
+    """`related.costs.counted` on some validation clips, of an untrained model if none is given."""
     torch.manual_seed(0)
-    clips = [make_clip(data, model, "validation", 0, index) for index in range(4)]
-    return counted(methods.build(model), vocabulary(), clips)
+    clips = [make_clip(data, sizes, "validation", 0, index) for index in range(4)]
+    return counted(methods.build(sizes) if model is None else model.cpu(), vocabulary(), clips)
 
 
 def print_counts(config: Config) -> None:

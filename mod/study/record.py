@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from mod.decoder import Routing
 from mod.layout import user_ids
 from mod.live import Happened
 from mod.stream import Stream
 from mod.study.costs import chunk_flops, dense
+from mod.vit import squeeze
 
 NOTHING = "(nothing)"  # stands for a response of no words, which is not the same as silence
 
@@ -37,7 +39,7 @@ class Moment:
     """One frame of a stream and all that was said until the next.
 
     frame, time  number from 0, and seconds of stream time
-    picture      (3, side, side) in [-1, 1]
+    picture      (3, side, side) in [-1, 1], squeezed where the frame is wider
     kept         of every routed layer: (N,) bool, the frame's tokens that went through it; token 0 is the CLS
     scores       of every routed layer: (N,) float, what its router gave them
     said         lines in order; a rightly silent frame has none
@@ -91,7 +93,8 @@ class Recorder:
         fed, self.position = self.stream.position[self.row] - self.position, self.stream.position[self.row]
         if happened.question is None:
             self._count(1, [1] * (fed - self.stream.model.config.frame_tokens))  # a reply is fed word by word
-            moment = Moment(happened.number, float(happened.time), happened.picture)
+            picture = squeeze(torch.as_tensor(happened.picture)[None])[0].numpy()  # as the encoder saw it
+            moment = Moment(happened.number, float(happened.time), picture)
             moment.said, self.early = self.early, []
             if self.trace is not None:
                 # The frame's own routing; the words after it are text and are never routed.
