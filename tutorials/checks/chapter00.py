@@ -43,7 +43,7 @@ def tokens_kept(answer) -> str:
     ),
 )
 def routed(answer) -> str:
-    x, mu = torch.randn(6, 3), torch.randn(6)
+    x, mu = torch.randn(6, 4), torch.randn(6)
     kept = torch.tensor([1, 3, 4])
 
     def f(h):

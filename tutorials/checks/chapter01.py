@@ -107,7 +107,7 @@ def news(answer) -> str:
     tiles = torch.cat((fading, jump, mixed), 1)
     given = tiles.clone()
     got = something(answer(given, 0.25), "news(tiles, threshold)")
-    same(given, tiles, "tiles after your function (work on a copy); they")
+    same(given, tiles, "tiles after your function (work on a copy)")
     looks_like(
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",

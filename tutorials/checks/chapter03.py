@@ -64,6 +64,7 @@ _ATTEND = (
     (_ATTEND.replace("k.repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(k), 0)", "k.repeat(len(q) // len(k), 1, 1), v.repeat(len(q) // len(k), 1, 1)"), "neighbouring query heads"),
     (_ATTEND.replace("rotate(k[None], k_pos[None], Rope())[0]", "k"), "keys were not turned"),
     (_ATTEND.replace("q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]", "q, k = q, k"), "Nothing was turned"),
+    (_ATTEND.replace("q_pos[None], Rope()", "torch.arange(len(q_pos))[None], Rope()").replace("k_pos[None], Rope()", "torch.arange(len(k_pos))[None], Rope()"), "by row number"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
 )  # fmt: skip
 def attend(answer) -> str:
@@ -73,9 +74,10 @@ def attend(answer) -> str:
     q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
     q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
 
-    def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True):
-        a = rotate(q[None], q_pos[None], Rope())[0] if turn_q else q
-        b = rotate(k[None], k_pos[None], Rope())[0] if turn_k else k
+    def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True, renumbered=False):
+        places = [torch.arange(len(pos)) if renumbered else pos for pos in (q_pos, k_pos)]
+        a = rotate(q[None], places[0][None], Rope())[0] if turn_q else q
+        b = rotate(k[None], places[1][None], Rope())[0] if turn_k else k
         b, c = (x.repeat(2, 1, 1) if tile else x.repeat_interleave(2, 0) for x in (b, v))
         hidden = (k_pos[None] > q_pos[:, None]) & mask
         return ((a @ b.transpose(1, 2)) / scale).masked_fill(hidden, -torch.inf).softmax(-1) @ c
@@ -87,6 +89,7 @@ def attend(answer) -> str:
         (reference(turn_q=False, turn_k=False), "Nothing was turned: queries and keys need RoPE at their positions."),
         (reference(turn_k=False), "The keys were not turned, only the queries; then q·k depends on more than the distance."),
         (reference(turn_q=False), "The queries were not turned, only the keys; then q·k depends on more than the distance."),
+        (reference(renumbered=True), "You turned by row number; RoPE wants the positions q_pos and k_pos, which have gaps."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
     ):  # fmt: skip
         looks_like(got, mistake, hint)

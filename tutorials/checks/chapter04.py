@@ -39,6 +39,9 @@ def keep_best(answer) -> str:
             if (got.sum(1) > k).any():
                 raise Wrong(f"With equal scores {int(got.sum(1).max())} tokens of a row are kept where k is {k}: a threshold cannot "
                             "tell equal scores apart. Count places, not values.")  # fmt: skip
+            by_chance = torch.zeros_like(want).scatter(1, scores.topk(k).indices, True)
+            if not torch.equal(by_chance, want):
+                looks_like(got, by_chance, "topk breaks ties as it likes. Sort stably, largest first, and take the first k.")
             backwards = top_k_mask(scores.flip(1), k).flip(1)
             looks_like(got, backwards, "Of equal scores the later one is kept. Try a stable sort, largest first: it leaves equals in their order.")
         flat = top_k_mask(scores.reshape(1, -1), k * len(scores)).view_as(scores)
