@@ -325,7 +325,7 @@ MUTATIONS = [
     ),
     (
         "a stream forgets its key frame from one frame to the next", "mod/related/models.py",
-        "remembered[row] = tokens[keys[last]]", "remembered[row] = tokens[last]", "tests/test_methods.py",
+        "coming[row] = tokens[keys[last]]", "coming[row] = tokens[last]", "tests/test_methods.py",
     ),
     (
         "VoCo's frames stay in the cache", "mod/related/models.py", "        cache.evict()\n", "", "tests/test_methods.py",
@@ -346,8 +346,8 @@ MUTATIONS = [
         "a needle in every frame", "mod/study/needle.py", "if self.now == self.at:", "if True:", "tests/test_methods.py",
     ),
     (
-        "costs of VoCo counted before eviction", "mod/related/costs.py", "(frame <= -2) if compressed else (frame >= 0)",
-        "owner(frame) >= 0", "tests/test_methods.py",
+        "costs of VoCo counted before eviction", "mod/related/costs.py", "if model.online:  # then", "if False:  # then",
+        "tests/test_methods.py",
     ),
     (
         "of the front, what is as good and dearer", "mod/study/field.py", "c <= cost and g >= good and (c, g) != (cost, good)",
@@ -364,6 +364,17 @@ MUTATIONS = [
     (
         "sprites stand on the landmark", "mod/data.py", "return cells | {self.landmark} if self.landmark else cells", "return cells",
         "tests/test_data.py",
+    ),
+    (
+        "FastV is asked by the last token, which has read the answer", "mod/related/models.py", "(token * begins_answer).amax(1), last)",
+        "last, last)", "tests/test_methods.py",
+    ),
+    (
+        "Mixture-of-Depths is evaluated by the choice of training", "mod/related/models.py",
+        "if cache is None and self.causal and not self.training:", "if False:", "tests/test_methods.py",
+    ),
+    (
+        "one front for all, those that look ahead too", "mod/study/field.py", " if data[\"online\"][name]})", "})", "tests/test_field.py",
     ),
 ]  # fmt: skip
 
