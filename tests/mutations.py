@@ -328,7 +328,7 @@ MUTATIONS = [
         "coming[row] = tokens[keys[last]]", "coming[row] = tokens[last]", "tests/test_methods.py",
     ),
     (
-        "VoCo's frames stay in the cache", "mod/related/models.py", "        cache.evict()\n", "", "tests/test_methods.py",
+        "VoCo's frames stay in the cache", "mod/related/models.py", "if (code <= -2).any():", "if False:", "tests/test_methods.py",
     ),
     (
         "an auxiliary loss reaches nobody", "mod/related/models.py", "context.one = torch.ones_like(loss)",
