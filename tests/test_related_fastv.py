@@ -164,7 +164,7 @@ class TestStreams:
         assert cache.lengths() == [end + more] * 2 + [int(kept.sum()) + more] * 2
 
         whole = FastV(MODEL.decoder)
-        whole.choose = lambda x, pos, frame: (torch.cat((kept, kept.new_ones(1, more)), 1), None)
+        whole.choose = lambda x, pos, frame, asks=None: (torch.cat((kept, kept.new_ones(1, more)), 1), None)
         together = whole(torch.cat((x, later), 1), torch.arange(end + more)[None], torch.cat((frame, frame.new_full((1, more), -1)), 1))
         torch.testing.assert_close(torch.cat(outs, 1), together[:, end:])
 
