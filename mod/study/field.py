@@ -24,7 +24,7 @@ from mod.stream import Stream
 from mod.study.ablate_report import judge, mean_and_error, mean_error
 from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.needle import DEPTHS, LENGTHS, LONG
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
+from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, publish, save
 from mod.study.sweep import Variant, collect, sweep
 from mod.train import step_clips
 from mod.videollm import VideoLLM, stream_loss
@@ -247,14 +247,11 @@ def report(data: dict) -> str:
 
 
 FAMILIES = {  # colour and marker of each family: told apart without colour, too
-    "skip": (
-        BLUE,
-        "o",
-        ("mod", "layer-skip", "early-exit", "fastv", "sequence-mod", "p-mod", "p-mod-frame", "gamma-mod"),
-    ),
+    "skip": (BLUE, "o", ("mod", "layer-skip", "sequence-mod", "p-mod", "p-mod-frame", "gamma-mod")),
+    "drop on the way": (SKY, "P", ("early-exit", "fastv")),
+    "drop before": (ORANGE, "^", ("vts", "vts-stream", "prumerge", "prumerge-plus")),
     "merge or pool": (GREEN, "s", ("longva", "progressive", "setok", "free-video")),
     "resample": (PURPLE, "D", ("q-former", "perceiver")),
-    "drop": (ORANGE, "^", ("vts", "vts-stream", "prumerge", "prumerge-plus")),
     "compress": (VERMILION, "v", ("voco",)),
     "all tokens": ("black", "*", ("full", "visual-rope", "adaptvision")),
 }
