@@ -6,10 +6,13 @@ each must get; the tests run them, and the unsolved cell, and the solution.
 """
 
 import importlib
+import math
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+FOREIGN = (os.path.dirname(__file__), "site-packages", os.path.dirname(os.__file__))  # code that no student wrote
 EXERCISES: dict[str, "Exercise"] = {}
 
 
@@ -42,20 +45,31 @@ def find(number: str) -> Exercise:
 def something(answer, what: str = "your function"):
     """The answer, if there is one."""
     if answer is None or answer is ...:
-        raise Wrong(f"Nothing here yet: {what} gives {answer}. Replace the three dots, then run both cells again.")
+        raise Wrong(f"Nothing here yet: {what} gives {answer}. Replace the three dots (or is a return missing?), then run both cells again.")
     return answer
 
 
-def numbers(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def numbers(got, want) -> tuple[str, str]:
+    """Two numbers that differ, as short as shows it."""
+    if all(float(value).is_integer() for value in (got, want)):
+        return f"{int(got):,}", f"{int(want):,}"
+    for digits in (4, 7, 12):
+        texts = f"{got:.{digits}g}", f"{want:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def same(got, want, what: str = "your answer", tolerance: float = 1e-5) -> None:
     """Raises Wrong, naming the first place that differs, unless got equals want: tensors, numbers, lists, anything."""
-    import torch
-
     if want is not None:
         something(got, what)
+    equal(got, want, what, tolerance)
+
+
+def equal(got, want, what: str, tolerance: float) -> None:
+    import torch
+
     if isinstance(want, torch.Tensor):
         if not isinstance(got, torch.Tensor):
             raise Wrong(f"{what} is a {type(got).__name__}, expected a tensor of shape {tuple(want.shape)}.")
@@ -67,21 +81,26 @@ def same(got, want, what: str = "your answer", tolerance: float = 1e-5) -> None:
         off = ~torch.isclose(*wide, atol=tolerance, rtol=tolerance, equal_nan=True)
         if off.any():
             place = off.nonzero()[0].tolist()
-            values = [numbers(tensor[tuple(place)].item()) for tensor in (got, want)]
-            count = f"the first of {int(off.sum())} of {off.numel()} that differ"
-            raise Wrong(f"{what} at place {place} is {values[0]}, expected {values[1]} ({count}).")
+            values = [tensor[tuple(place)].item() for tensor in (got, want)]
+            shown = numbers(*values) if all(map(math.isfinite, values)) and want.dtype != torch.bool else values
+            where = f" at place {place}" if place else ""
+            count = f" (the first of {int(off.sum())} of {off.numel()} that differ)" if place else ""
+            raise Wrong(f"{what}{where} is {shown[0]}, expected {shown[1]}{count}.")
     elif isinstance(want, (list, tuple)):
+        if hasattr(got, "tolist"):  # a tensor or an array of as many numbers will do
+            got = got.tolist()
         if not isinstance(got, (list, tuple)) or len(got) != len(want):
             raise Wrong(f"{what} is {got!r}, expected {len(want)} entries, one for each.")
         for place, (one, other) in enumerate(zip(got, want, strict=True)):
-            same(one, other, f"{what}, entry {place},", tolerance)
+            equal(one, other, f"{what}, entry {place},", tolerance)
     elif isinstance(want, (int, float)) and not isinstance(want, bool):
         try:
-            got = float(got)
+            value = float(got)
         except (TypeError, ValueError):
             raise Wrong(f"{what} is {got!r}, expected a number.") from None
-        if not abs(got - want) <= tolerance * max(1, abs(want)):
-            raise Wrong(f"{what} is {numbers(got)}, expected {numbers(want)}.")
+        if not (abs(value - want) <= tolerance * max(1, abs(want)) or math.isnan(value) and math.isnan(want)):
+            shown = numbers(value, want) if math.isfinite(value) and math.isfinite(want) else (value, want)
+            raise Wrong(f"{what} is {shown[0]}, expected {shown[1]}.")
     elif got != want:
         raise Wrong(f"{what} is {got!r}, expected {want!r}.")
 
@@ -108,8 +127,12 @@ def verdict(number: str, *answers) -> str:
     except Wrong as wrong:
         return f"✗ {number}  {wrong}"
     except Exception as error:  # the student's code, most likely: say what and where instead of a page of traceback
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        lines = traceback.extract_tb(error.__traceback__)
+        # the last line that the student wrote: neither a judge's nor a library's
+        own = [line for line in lines if not any(part in line.filename for part in FOREIGN)]
+        line = (own or lines)[-1]
+        reason = " ".join(str(error).split()) or "no reason given"
+        reason = reason if len(reason) <= 300 else f"{reason[:150]} … {reason[-150:]}"  # einops says why at the end
         return f"✗ {number}  It stops with {type(error).__name__}: {reason} (in {line.name}: {line.line})"
 
 

@@ -17,10 +17,12 @@ def tokens_kept(answer) -> str:
     for r, n in ((0.2, 26), (0.4, 5), (0.5, 7), (1.0, 26), (0.01, 26)):
         got = something(answer(r, n), f"tokens_kept({r}, {n})")
         want = math.ceil(r * n)
-        if got != want and got in (int(r * n), round(r * n)) and float(got).is_integer():
-            raise Wrong(f"tokens_kept({r}, {n}) is {got}; the product {r * n:g} is to be rounded up, to {want}.")
+        if not isinstance(got, (int, float)) and not (isinstance(got, torch.Tensor) and got.numel() == 1):
+            raise Wrong(f"tokens_kept({r}, {n}) is {got!r}, expected a number.")
         if not float(got).is_integer():
             raise Wrong(f"tokens_kept({r}, {n}) is {got:g}, which is no whole number: nobody keeps part of a token.")
+        if got != want and got in (int(r * n), round(r * n)):
+            raise Wrong(f"tokens_kept({r}, {n}) is {got}; the product {r * n:g} is to be rounded up, to {want}.")
         same(got, want, f"tokens_kept({r}, {n})")
     return "Right: the smallest whole number that is not below r·n, so at least one token stays."
 
@@ -41,15 +43,30 @@ def tokens_kept(answer) -> str:
         "def routed(x, kept, mu, f):\n    x[kept] = x[kept] + mu[kept, None] * f(x[kept])\n    return x",
         "changed its input",
     ),
+    (
+        "def routed(x, kept, mu, f):\n    m = torch.zeros(len(x), dtype=torch.bool)\n    m[kept] = True\n"
+        "    return x + torch.where(m[:, None], mu[:, None] * f(x * m[:, None]), 0)",
+        "zeros included",
+    ),
+    ("def routed(x, kept, mu, f):\n    y = x.clone()\n    for n in kept:\n        y[n] = x[n] + mu[n] * f(x[n][None])[0]\n    return y", "once"),
+    ("def routed(x, kept, mu, f):\n    y = x.clone()\n    y[kept] = mu[kept, None] * f(x[kept])\n    return y", "itself is missing"),
+    ("def routed(x, kept, mu, f):\n    y = torch.zeros_like(x)\n    y[kept] = x[kept] + mu[kept, None] * f(x[kept])\n    return y", "come out as zeros"),
+    ("def routed(x, kept, mu, f):\n    y = x.clone()\n    y[kept] = x[kept] + mu[: len(kept), None] * f(x[kept])\n    return y", "mu[kept]"),
 )
 def routed(answer) -> str:
     x, mu = torch.randn(6, 4), torch.randn(6)
     kept = torch.tensor([1, 3, 4])
 
-    def f(h):
+    def double(h):
         return h.cumsum(0) * 0.5 + 1
 
-    short = f(x[kept])
+    seen = []
+
+    def f(h):
+        seen.append(len(h))
+        return double(h)
+
+    short = double(x[kept])
     want = x.clone()
     want[kept] = x[kept] + mu[kept, None] * short
     given = x.clone()
@@ -60,16 +77,25 @@ def routed(answer) -> str:
         raise Wrong("Only the kept tokens come back. The skipped ones are left out, but they go on to the next layer.")
     mistakes = {
         "f was given all tokens, so the kept ones saw the skipped tokens. Hand f only x[kept]: that is the saving.":
-            mu[kept, None] * f(x)[kept] + x[kept],
+            mu[kept, None] * double(x)[kept] + x[kept],
         "mu multiplies the token itself, too. Put x[kept] outside the product: h + mu · f(h).":
             mu[kept, None] * (x[kept] + short),
         "mu is missing: the update of each kept token is multiplied by its own mu.": x[kept] + short,
+        "f mixes tokens: call it once with all kept tokens, not once for each.":
+            x[kept] + mu[kept, None] * torch.cat([double(x[n][None]) for n in kept]),
+        "The kept token itself is missing: h + mu · f(h), not mu · f(h).": mu[kept, None] * short,
+        "mu belongs to the places of the frame; take those of the kept tokens, mu[kept].": x[kept] + mu[:3, None] * short,
     }  # fmt: skip
     for hint, rows in mistakes.items():
         wrong = x.clone()
         wrong[kept] = rows
         looks_like(got, wrong, hint)
+    wrong = torch.zeros_like(x)
+    wrong[kept] = want[kept]
+    looks_like(got, wrong, "Skipped tokens come out as zeros; they must come out as they went in.")
     same(got, want, "routed(...)")
+    if seen != [3]:
+        raise Wrong(f"The numbers are right, but f was given {seen} tokens, zeros included; hand it x[kept], once: that is the saving.")
     return "Right: kept tokens are updated, skipped ones are the same bits as before, and f saw three tokens, not six."
 
 
@@ -92,8 +118,6 @@ def routed(answer) -> str:
 def cache_entries(answer) -> str:
     keep, frames, n, text = (1.0, 0.2, 1.0, 0.2), 8, 26, 27
     got = something(answer(keep, frames, n, text), "cache_entries(...)")
-    if isinstance(got, torch.Tensor):
-        got = got.tolist()
     hints = {
         "The routed layers round over all frames at once. The choice is made frame by frame: round up, then multiply.":
             [math.ceil(r * n * frames) + text for r in keep],

@@ -17,6 +17,14 @@ from . import exercise, looks_like, same, something
         "channels last",
     ),
     ("def cut(frame, p):\n    return frame.reshape(-1, 3 * p * p)", "stripes"),
+    (
+        "from einops import rearrange\ndef cut(frame, p):\n    return rearrange(frame, 'c (p h) (q w) -> (h w) (c p q)', p=p, q=p)",
+        "order in the bracket",
+    ),
+    (
+        "from einops import rearrange\ndef cut(frame, p):\n    return rearrange(frame, 'c (h p) (w p) -> (h w) (c p p)', p=p)",
+        "duplicate",
+    ),
 )
 def cut(answer) -> str:
     for shape, p in (((3, 6, 8), 2), ((3, 12, 12), 4)):
@@ -28,6 +36,10 @@ def cut(answer) -> str:
             "c (h p) (w q) -> (h w) (c q p)": "Within a patch columns come before rows: each patch is transposed.",
         }.items():
             looks_like(got, rearrange(frame, pattern, p=p, q=p), hint)
+        looks_like(
+            got, rearrange(frame, "c (p h) (q w) -> (h w) (c p q)", p=p, q=p),
+            "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes every so many-th pixel.",
+        )  # fmt: skip
         looks_like(
             got, frame.reshape(-1, 3 * p * p),
             "A plain reshape cuts the memory into stripes, not the picture into squares: a patch is p rows, each p wide.",
@@ -52,6 +64,16 @@ def cut(answer) -> str:
         "    return reduce(features, '(h p w q) d -> (h w) d', 'max', h=grid, p=s, w=grid, q=s)",
         "largest",
     ),
+    (
+        "from einops import reduce\ndef pool(features, grid):\n    side = round(len(features) ** 0.5)\n    s = side // grid\n"
+        "    return reduce(features, '(h p w q) d -> (w h) d', 'mean', h=grid, p=s, w=grid, q=s)",
+        "column by column",
+    ),
+    (
+        "from einops import reduce\ndef pool(features, grid):\n    side = round(len(features) ** 0.5)\n    s = side // grid\n"
+        "    return reduce(features, '(p h q w) d -> (h w) d', 'mean', h=grid, p=s, w=grid, q=s)",
+        "far apart",
+    ),
 )
 def pool(answer) -> str:
     for side, grid in ((4, 2), (6, 2), (6, 3)):
@@ -65,18 +87,29 @@ def pool(answer) -> str:
         square = rearrange(features, "(h p w q) d -> (h w) p q d", **sizes)
         looks_like(got, square[:, 0, 0], "You take the first patch of each square; the mean of all is asked for.")
         looks_like(got, square.amax((1, 2)), "You take the largest value of each square; the mean is asked for.")
+        looks_like(got, reduce(features, "(h p w q) d -> (w h) d", "mean", **sizes), "The squares come column by column; they should come row by row.")
+        far = reduce(features, "(p h q w) d -> (h w) d", "mean", **sizes)
+        if not torch.allclose(far, square.mean((1, 2))):
+            looks_like(got, far, "You average patches that are far apart: neighbours are (h p), h blocks of p, not (p h).")
         looks_like(got, square.sum((1, 2)), "You add up each square; divide by the number of its patches.")
         same(got, square.mean((1, 2)), f"pool of {side} × {side} patches to {grid} × {grid}")
     return "Right, and the same as adaptive_avg_pool2d in the package."
 
 
-def _news(tiles, threshold, previous=False, signed=False):
-    known, new = tiles[0].clone(), [torch.ones(tiles.shape[1], dtype=torch.bool)]
+def _news(tiles, threshold, previous=False, measure=lambda gap: gap.abs().mean(-1), whole=False, first=True):
+    known, new = tiles[0].clone(), [torch.full((tiles.shape[1],), first)]
     for frame in tiles[1:]:
-        change = (frame - known).mean(-1).abs() if signed else (frame - known).abs().mean(-1)
-        new.append(change > threshold)
-        known = frame if previous else torch.where(new[-1][:, None], frame, known)
+        new.append(measure(frame - known) > threshold)
+        take = new[-1].any().expand_as(new[-1]) if whole else new[-1]
+        known = frame if previous else torch.where(take[:, None], frame, known)
     return torch.stack(new)
+
+
+_NEWS = (
+    "import torch\ndef news(tiles, threshold):\n    known, new = tiles[0].clone(), [torch.ones(tiles.shape[1], dtype=torch.bool)]\n"
+    "    for frame in tiles[1:]:\n        new.append((frame - known).abs().mean(-1) > threshold)\n        known[new[-1]] = frame[new[-1]]\n"
+    "    return torch.stack(new)"
+)
 
 
 @exercise(
@@ -91,12 +124,11 @@ def _news(tiles, threshold, previous=False, signed=False):
         "    return torch.cat((torch.ones_like(change[:1]), change))",
         "first frame",
     ),
-    (
-        "import torch\ndef news(tiles, threshold):\n    known, new = tiles[0].clone(), [torch.ones(tiles.shape[1], dtype=torch.bool)]\n"
-        "    for frame in tiles[1:]:\n        new.append((frame - known).mean(-1).abs() > threshold)\n        known[new[-1]] = frame[new[-1]]\n"
-        "    return torch.stack(new)",
-        "cancel",
-    ),
+    (_NEWS.replace(".abs().mean(-1)", ".mean(-1).abs()"), "cancel"),
+    (_NEWS.replace(".abs().mean(-1)", ".mean(-1)"), "Darker"),
+    (_NEWS.replace(".abs().mean(-1)", ".abs().amax(-1)"), "One pixel"),
+    (_NEWS.replace("torch.ones(", "torch.zeros("), "first frame everything is new"),
+    (_NEWS.replace("known[new[-1]] = frame[new[-1]]", "known = frame.clone() if new[-1].any() else known"), "memory of its own"),
 )
 def news(answer) -> str:
     fading = torch.linspace(1, 0, 11)[:, None, None].repeat(1, 1, 4)  # a light that fades, too slowly for one step
@@ -104,7 +136,9 @@ def news(answer) -> str:
     jump[4:8] = 1.0
     mixed = torch.zeros(11, 1, 4)
     mixed[3:] = torch.tensor([0.5, -0.5, 0.5, -0.5])
-    tiles = torch.cat((fading, jump, mixed), 1)
+    pixel = torch.zeros(11, 1, 4)
+    pixel[5:, :, 2] = 0.6  # one entry of four: the mean changes by less than the threshold
+    tiles = torch.cat((fading, jump, mixed, pixel), 1)
     given = tiles.clone()
     got = something(answer(given, 0.25), "news(tiles, threshold)")
     same(given, tiles, "tiles after your function (work on a copy)")
@@ -112,11 +146,15 @@ def news(answer) -> str:
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
     )  # fmt: skip
-    first = torch.cat((torch.ones(1, 3, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
+    first = torch.cat((torch.ones(1, 4, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
     looks_like(got, first, "You compare with the first frame for ever: what has changed once stays news. Update it when it is new.")
-    looks_like(
-        got, _news(tiles, 0.25, signed=True),
-        "Brighter and darker pixels cancel each other in your mean: take the absolute value before the mean.",
-    )  # fmt: skip
+    for mistake, hint in (
+        ({"measure": lambda gap: gap.mean(-1).abs()}, "Brighter and darker pixels cancel each other in your mean: take the absolute value before the mean."),
+        ({"measure": lambda gap: gap.mean(-1)}, "Darker counts as well: take the absolute value of the difference."),
+        ({"measure": lambda gap: gap.abs().amax(-1)}, "One pixel decides in yours; the mean over the patch should."),
+        ({"first": False}, "In the first frame everything is new."),
+        ({"whole": True}, "Each patch has a memory of its own: remember anew only the patches that are new, not the whole frame."),
+    ):  # fmt: skip
+        looks_like(got, _news(tiles, 0.25, **mistake), hint)
     same(got, _news(tiles, 0.25), "news(tiles, 0.25)")
     return "Right. Some systems of chapter 9 keep tokens by such a rule; comparing with the frame before is their known flaw."

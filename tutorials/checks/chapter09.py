@@ -11,6 +11,7 @@ from . import Wrong, exercise, looks_like, same, something
     ("def selection(keep):\n    return torch.diag(keep.float())", "zeros in the place"),
     ("def selection(keep):\n    return torch.eye(len(keep))[:, keep]", "transposed"),
     ("def selection(keep):\n    return torch.eye(len(keep))[keep] / keep.sum()", "add up to"),
+    ("def selection(keep):\n    return torch.eye(len(keep), dtype=torch.bool)[keep]", "float matrix"),
 )
 def selection(answer) -> str:
     keep = torch.tensor([True, False, True, True, False, False, True])
@@ -19,11 +20,17 @@ def selection(answer) -> str:
     looks_like(got, want.T, "This is the transposed matrix, (N, n): it puts tokens back (scatter) instead of taking them out.")
     if isinstance(got, torch.Tensor) and got.shape == want.shape and not torch.allclose(got.float().sum(1), torch.ones(4)):
         raise Wrong(f"The rows add up to {got.float().sum(1).tolist()}; a kept token is copied, so each row holds a single one.")
-    same(got.float() if isinstance(got, torch.Tensor) else got, want, "selection(keep)")
+    if isinstance(got, torch.Tensor) and not got.is_floating_point():
+        raise Wrong(f"M holds {got.dtype}; M @ x needs a float matrix.")
+    same(got, want, "selection(keep)")
     return "Right: a row of the identity for every token that is kept."
 
 
 _AHEAD = "def looks_ahead(system, frames):\n    other = frames.clone()\n    other[{0}] = torch.randn_like(other[{0}])\n    return not torch.allclose(system(other){1}, system(frames){1})"
+_EVERY = (
+    "def looks_ahead(system, frames):\n    for t in range(1, len(frames)):\n        other = frames.clone()\n        other[t:] {0}\n"
+    "        if not torch.allclose(system(other)[:t], system(frames)[:t], atol=1e-7):\n            return True\n    return False"
+)
 
 
 @exercise(
@@ -31,35 +38,60 @@ _AHEAD = "def looks_ahead(system, frames):\n    other = frames.clone()\n    othe
     (_AHEAD.format("-1", ""), "may change"),
     (_AHEAD.format("0", "[1:]"), "past"),
     (_AHEAD.format("-1", "[:-1]"), "only when the last frame is not"),
+    (_AHEAD.format("-1", "[:-1]").replace("frames.clone()", "frames"), "clone first"),
+    (_EVERY.format("+= 1e-3"), "does not move a choice"),
+    ("def looks_ahead(system, frames):\n    return any(not torch.equal(system(frames[:t]), system(frames)[:t]) for t in range(1, len(frames)))", "always hand it all 6"),
     ("def looks_ahead(system, frames):\n    return True", "says True"),
 )
 def looks_ahead(answer) -> str:
     frames = torch.randn(6, 4)
+
+    def ask(system, name: str) -> bool:
+        given = frames.clone()
+
+        def asked(x):
+            if len(x) != len(frames):
+                raise Wrong(f"You hand the system {len(x)} frames; always hand it all {len(frames)}, some of them changed.")
+            return system(x)
+
+        said = something(answer(asked, given), f"looks_ahead on {name}")
+        if not torch.equal(given, frames):
+            raise Wrong("You changed the frames that you were given, so the comparison is with other frames than you think: clone first.")
+        return bool(said)
+
     systems = {
         "each frame alone": (lambda x: x.square(), False),
         "the sum so far": (lambda x: x.cumsum(0), False),
         "the mean of all frames": (lambda x: x - x.mean(0), True),
         "a peep at the next frame": (lambda x: torch.cat((x[1:], x[-1:])), True),
     }
-    got = {name: something(answer(system, frames.clone()), f"looks_ahead on {name!r}") for name, (system, _) in systems.items()}
+    got = {name: ask(system, repr(name)) for name, (system, _) in systems.items()}
     if all(got.values()):
         raise Wrong("It says True of everybody, even of a system that computes on each frame alone. The frame that you change may change its own output.")
     if got["the sum so far"] and not got["each frame alone"]:
         raise Wrong("It says that a sum of all frames so far looks ahead. Depending on the past is allowed: change later frames, compare earlier outputs.")
     for name, (_, want) in systems.items():
-        if bool(got[name]) != want:
-            raise Wrong(f"On a system that outputs {name} it says {bool(got[name])}, expected {want}.")
-    # outputs that depend on a later frame only when the last frame is not the one that was changed
-    sly = torch.zeros(6, 4)
+        if got[name] != want:
+            raise Wrong(f"On a system that outputs {name} it says {got[name]}, expected {want}.")
 
-    def second(x):
-        y = sly.clone()
-        y[0] = x[2]
-        return y
+    # an output that depends on a later frame only when the last frame is not the one that was changed
+    def third_first(x):
+        return torch.cat((x[2:3], torch.zeros_like(x[1:])))
 
-    if not answer(second, frames.clone()):
+    if not ask(third_first, "a peep at frame 2"):
         raise Wrong("A system whose output 0 is frame 2 goes free: you find a peep only when the last frame is not innocent. Change the others, too.")
-    return "Right. This is how tests/test_methods.py looks at every system, and how chapter 4 caught a router."
+
+    # as p-mod and vts do: the frames whose norm is among the best half go through, the others are blank
+    def best_half(x):
+        norm = x.norm(dim=1, keepdim=True)
+        return torch.where(norm >= norm.median(), x, torch.zeros_like(x))
+
+    if not all(ask(best_half, "a choice among all frames") for _ in range(5)):
+        raise Wrong(
+            "A system that keeps the longer half of all frames goes free, at least sometimes. A gradient or a small change "
+            "does not move a choice: replace later frames altogether, and try several times."
+        )
+    return "Right. This is how experiment 2 caught its suspects, and how chapter 4 caught a router."
 
 
 _MERGE = (
@@ -73,9 +105,14 @@ _MERGE = (
 @exercise(
     "9.3",
     (_MERGE.replace("(sizes[i] * x[i] + sizes[j] * x[j]) / (sizes[i] + sizes[j])", "(x[i] + x[j]) / 2"), "sizes"),
+    (_MERGE.replace("(sizes[i] * x[i] + sizes[j] * x[j]) / (sizes[i] + sizes[j])", "sizes[i] * x[i] + sizes[j] * x[j]"), "sum, not the mean"),
     (_MERGE.replace("F.normalize(x, dim=-1)", "x"), "dot product"),
     (_MERGE.replace(".fill_diagonal_(-torch.inf)", ""), "itself"),
+    (_MERGE.replace(".fill_diagonal_(-torch.inf)", ".fill_diagonal_(0)"), "below zero"),
+    (_MERGE.replace("(unit @ unit.T)", "(unit @ unit.T).abs()"), "opposite"),
+    (_MERGE.replace("i, j = sorted(", "j, i = sorted("), "earlier"),
     (_MERGE.replace("    sizes[i] += sizes[j]\n", ""), "four patches"),
+    (_MERGE.replace("    x, sizes = x.clone(), sizes.clone()\n", ""), "changed"),
 )
 def merge_closest(answer) -> str:
     x = torch.randn(6, 8)
@@ -83,26 +120,43 @@ def merge_closest(answer) -> str:
     x[0], x[5] = 9 * x[0], 9 * x[0] + 9 * torch.randn(8)  # long, so that a dot product is deceived
     sizes = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 1.0])
 
-    def merged(i, j, weights=sizes):
+    def merged(i, j, weights=sizes, x=x, sizes=sizes):
         y, s = x.clone(), sizes.clone()
         y[i], s[i] = (weights[i] * x[i] + weights[j] * x[j]) / (weights[i] + weights[j]), sizes[i] + sizes[j]
-        stay = torch.arange(6) != j
+        stay = torch.arange(len(x)) != j
         return y[stay], s[stay]
 
     unit = F.normalize(x, dim=-1)
     assert sorted(divmod(int((unit @ unit.T).fill_diagonal_(-2).argmax()), 6)) == [1, 4]
-    got = something(answer(x.clone(), sizes.clone()), "merge_closest(x, sizes)")
+    given = x.clone(), sizes.clone()
+    got = something(answer(*given), "merge_closest(x, sizes)")
     if not isinstance(got, (tuple, list)) or len(got) != 2:
         raise Wrong("Return two things: the new tokens and their sizes.")
+    if not (torch.equal(given[0], x) and torch.equal(given[1], sizes)):
+        raise Wrong("You changed x or sizes themselves: clone them first.")
     new, counts = got
     for k in range(6):
         if isinstance(new, torch.Tensor) and new.shape == (5, 8) and torch.allclose(new, x[torch.arange(6) != k]):
             raise Wrong(f"Token {k} was merged with itself: nothing is more like a token than itself. Leave the diagonal out.")
+    right = merged(1, 4)[0]
     looks_like(new, merged(1, 4, torch.ones(6))[0], "The mean ignores sizes: a token that stands for three patches counts three times.")
+    summed = right.clone()
+    summed[1] *= 4
+    looks_like(new, summed, "This is the weighted sum, not the mean: divide by the sum of the sizes.")
+    looks_like(new, merged(4, 1)[0], "The merged token stands at the place of the later one; the earlier place is right: what has been read cannot move back in time.")
     i, j = sorted(divmod(int((x @ x.T).fill_diagonal_(-torch.inf).argmax()), 6))
-    looks_like(new, merged(i, j)[0], "You compare by the dot product, so long vectors win. The cosine compares directions: normalise first.")
-    same(new, merged(1, 4)[0], "the new tokens")
+    looks_like(new, merged(i, j)[0], "You compare by the dot product, so long vectors win, or normalise along the wrong axis. The cosine compares directions: every *row* gets length one.")
+    same(new, right, "the new tokens")
     if isinstance(counts, torch.Tensor) and counts.shape == (5,) and counts[1] == 3:
         raise Wrong("The tokens are right, but the merged one stands for four patches now: add the sizes.")
     same(counts, merged(1, 4)[1], "the new sizes")
+    # three tokens that all point away from each other
+    away, ones = torch.tensor([[1.0, 0.0], [-0.9, 0.1], [-0.05, -1.0]]), torch.ones(3)
+    cosine = F.normalize(away, dim=-1) @ F.normalize(away, dim=-1).T
+    assert cosine.fill_diagonal_(-2).max() < 0 and sorted(divmod(int(cosine.argmax()), 3)) == [0, 2]
+    new = answer(away.clone(), ones.clone())[0]
+    looks_like(new, merged(0, 1, ones, away, ones)[0], "Of three tokens you merged the two that are opposite: a cosine of -1 is the least alike.")
+    for k in range(3):
+        looks_like(new, away[torch.arange(3) != k], "Where all cosines are below zero, a token was merged with itself: fill the diagonal with -inf, not with 0.")
+    same(new, merged(0, 2, ones, away, ones)[0], "the new tokens of three whose cosines are all below zero")
     return "Right: repeat it, and you have a token merger; its place in the cache is that of the earliest patch."
