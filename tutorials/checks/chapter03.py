@@ -13,6 +13,8 @@ from . import exercise, looks_like, same, something
     ("def angle(p, i, E, base):\n    return p * base ** (2 * i / E)", "faster"),
     ("import math\ndef angle(p, i, E, base):\n    return math.degrees(p * base ** (-2 * i / E))", "degrees"),
     ("def angle(p, i, E, base):\n    return base ** (-2 * i / E)", "same at every position"),
+    ("def angle(p, i, E, base):\n    return p * base ** (-2 * (i - 1) / E)", "from 0"),
+    ("import math\ndef angle(p, i, E, base):\n    return p * base ** (-2 * i / E) % (2 * math.pi)", "whole turns"),
 )
 def angle(answer) -> str:
     for p, i, width, base in ((7, 3, 32, 10000.0), (100, 1, 8, 500.0)):
@@ -21,9 +23,12 @@ def angle(answer) -> str:
             (p * base ** (-i / width), "The exponent lacks the factor 2: the E/2 pairs share the whole range from 1 down to 1/base."),
             (p * base ** (2 * i / width), "Later pairs turn faster and faster; the exponent wants a minus sign."),
             (math.degrees(want), "This is in degrees; sin and cos of torch want radians."),
+            (p * base ** (-2 * (i - 1) / width), "Pairs count from 0: pair 0 turns by one radian a token."),
+            (want % (2 * math.pi) if want > 2 * math.pi else None, "You took whole turns out; leave them in."),
             (want / p, "Your angle is the same at every position: multiply by p."),
         ):
-            looks_like(got, mistake, hint)
+            if mistake is not None:
+                looks_like(got, mistake, hint)
         same(got, want, f"angle({p}, {i}, {width}, {base})")
     return "Right: the first pair turns by one radian a token, the last by hardly anything."
 
@@ -33,6 +38,7 @@ def angle(answer) -> str:
     ("import torch\ndef visible(q_pos, k_pos):\n    return torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()", "row numbers"),
     ("def visible(q_pos, k_pos):\n    return k_pos[None, :] < q_pos[:, None]", "itself"),
     ("def visible(q_pos, k_pos):\n    return k_pos[None, :] >= q_pos[:, None]", "future"),
+    ("def visible(q_pos, k_pos):\n    return k_pos[None, :] > q_pos[:, None]", "may look"),
     ("def visible(q_pos, k_pos):\n    return k_pos[:, None] <= q_pos[None, :]", r"shape (6, 3), expected (3, 6)"),
 )
 def visible(answer) -> str:
@@ -42,6 +48,7 @@ def visible(answer) -> str:
         (torch.ones(3, 6, dtype=torch.bool).tril(), "You compare row numbers, not positions. With a past or with holes they are different things; this is how is_causal goes wrong."),
         (torch.ones(3, 6, dtype=torch.bool).tril(3), "You compare row numbers, counted from the end; with holes they are not positions."),
         (k_pos[None] < q_pos[:, None], "A token may look at itself: <= instead of <."),
+        (~want, "Turned round: true means that the query *may look* at the key, not that it is hidden."),
         (k_pos[None] >= q_pos[:, None], "These are the keys of the future (and itself): the wrong way round."),
     ):  # fmt: skip
         looks_like(got, mistake, hint)
@@ -66,6 +73,12 @@ _ATTEND = (
     (_ATTEND.replace("q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]", "q, k = q, k"), "Nothing was turned"),
     (_ATTEND.replace("q_pos[None], Rope()", "torch.arange(len(q_pos))[None], Rope()").replace("k_pos[None], Rope()", "torch.arange(len(k_pos))[None], Rope()"), "by row number"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
+    (_ATTEND.replace(".softmax(-1) @ v", ".softmax(1) @ v"), "over the keys"),
+    (_ATTEND.replace("-torch.inf", "0"), "ordinary logit"),
+    (_ATTEND.replace("logits.masked_fill(~(k_pos[None] <= q_pos[:, None]), -torch.inf).softmax(-1)", "logits.softmax(-1).masked_fill(~(k_pos[None] <= q_pos[:, None]), 0)"), "after the softmax"),
+    (_ATTEND.replace("<= q_pos", "< q_pos"), "itself"),
+    (_ATTEND.replace("q.shape[-1] ** 0.5", "q.shape[-1]"), "by E"),
+    (_ATTEND.replace("    k, v = k.rep", "    v = rotate(v[None], k_pos[None], Rope())[0]\n    k, v = k.rep"), "Values"),
 )  # fmt: skip
 def attend(answer) -> str:
     from mod.block import Rope, rotate
@@ -74,13 +87,18 @@ def attend(answer) -> str:
     q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
     q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
 
-    def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True, renumbered=False):
+    def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True, renumbered=False, turn_v=False,
+                  strict=False, hide=-torch.inf, axis=-1, late=False):  # fmt: skip
         places = [torch.arange(len(pos)) if renumbered else pos for pos in (q_pos, k_pos)]
         a = rotate(q[None], places[0][None], Rope())[0] if turn_q else q
         b = rotate(k[None], places[1][None], Rope())[0] if turn_k else k
-        b, c = (x.repeat(2, 1, 1) if tile else x.repeat_interleave(2, 0) for x in (b, v))
-        hidden = (k_pos[None] > q_pos[:, None]) & mask
-        return ((a @ b.transpose(1, 2)) / scale).masked_fill(hidden, -torch.inf).softmax(-1) @ c
+        c = rotate(v[None], k_pos[None], Rope())[0] if turn_v else v
+        b, c = (x.repeat(2, 1, 1) if tile else x.repeat_interleave(2, 0) for x in (b, c))
+        hidden = (k_pos[None] >= q_pos[:, None] if strict else k_pos[None] > q_pos[:, None]) & mask
+        logits = (a @ b.transpose(1, 2)) / scale
+        if late:
+            return logits.softmax(-1).masked_fill(hidden, 0) @ c
+        return logits.masked_fill(hidden, hide).softmax(axis) @ c
 
     got = something(answer(q.clone(), k.clone(), v.clone(), q_pos, k_pos), "attend(...)")
     for mistake, hint in (
@@ -90,6 +108,12 @@ def attend(answer) -> str:
         (reference(turn_k=False), "The keys were not turned, only the queries; then q·k depends on more than the distance."),
         (reference(turn_q=False), "The queries were not turned, only the keys; then q·k depends on more than the distance."),
         (reference(renumbered=True), "You turned by row number; RoPE wants the positions q_pos and k_pos, which have gaps."),
+        (reference(scale=width), "The logits are divided by E; it should be its square root."),
+        (reference(axis=1), "The weights of a query must add up to one over the keys: softmax over the last axis."),
+        (reference(hide=0.0), "0 is an ordinary logit; a hidden key needs -inf, or it keeps a weight."),
+        (reference(late=True), "You masked after the softmax: what is left no longer adds up to one. Mask the logits."),
+        (reference(strict=True), "No token sees itself; a key at the query's own position may be looked at."),
+        (reference(turn_v=True), "Values are not turned, only queries and keys."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
     ):  # fmt: skip
         looks_like(got, mistake, hint)

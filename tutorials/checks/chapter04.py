@@ -5,51 +5,44 @@ import torch
 from . import Wrong, exercise, looks_like, same, something
 
 
+_GRADIENT = (
+    "def router_gradient(x, scores, kept, slope):\n    gate = torch.sigmoid(scores)\n    return (kept * slope * 2 * gate * (1 - gate)) @ x"
+)
+
+
 @exercise(
     "4.1",
-    ("def keep_best(scores, k):\n    return scores >= scores.topk(k).values[:, -1:]", "equal scores"),
-    ("def keep_best(scores, k):\n    return scores.topk(k).indices", "places"),
-    (
-        "def keep_best(scores, k):\n    flat = scores.flatten().sort(descending=True, stable=True).indices[: k * len(scores)]\n"
-        "    mask = torch.zeros(scores.numel(), dtype=torch.bool)\n    mask[flat] = True\n    return mask.view_as(scores)",
-        "whole batch",
-    ),
-    (
-        "def keep_best(scores, k):\n    best = scores.sort(stable=True).indices[:, :k]\n"
-        "    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)",
-        "smallest",
-    ),
-    (
-        "def keep_best(scores, k):\n    best = scores.sort(stable=True).indices[:, -k:]\n"
-        "    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)",
-        "the later one",
-    ),
+    (_GRADIENT.replace("kept * slope", "slope"), "skipped tokens"),
+    (_GRADIENT.replace(" * 2 * gate * (1 - gate)", ""), "update gate"),
+    (_GRADIENT.replace("2 * gate", "gate"), "twice"),
+    (_GRADIENT.replace(" * (1 - gate)", ""), "derivative"),
+    (_GRADIENT.replace(") @ x", ").sum() * x.mean(0)"), "its own token"),
+    (_GRADIENT.replace(") @ x", ")[:, None] * x"), "Add them up"),
+    (_GRADIENT.replace("(kept *", "-(kept *"), "uphill"),
+    (_GRADIENT.replace(") @ x", ") @ x / kept.sum()"), "a sum"),
 )
-def keep_best(answer) -> str:
-    from mod.router import top_k_mask
-
-    plain = torch.tensor([[0.1, 0.9, -2.0, 0.5, 0.3], [7.0, 9.0, 8.0, 5.0, 6.0], [-1.0, -5.0, -2.0, -3.0, -4.0]])
-    tied = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
-    for scores, k in ((plain, 2), (plain, 5), (tied, 2)):
-        want = top_k_mask(scores, k)
-        got = something(answer(scores.clone(), k), "keep_best(scores, k)")
-        if isinstance(got, torch.Tensor) and got.dtype == torch.long and got.shape == (len(scores), k):
-            raise Wrong("These are the places of the best, a whole number each. Asked for is a mask as large as scores.")
-        if isinstance(got, torch.Tensor) and got.shape == want.shape and got.dtype == torch.bool and scores is tied:
-            if (got.sum(1) > k).any():
-                raise Wrong(f"With equal scores {int(got.sum(1).max())} tokens of a row are kept where k is {k}: a threshold cannot "
-                            "tell equal scores apart. Count places, not values.")  # fmt: skip
-            by_chance = torch.zeros_like(want).scatter(1, scores.topk(k).indices, True)
-            if not torch.equal(by_chance, want):
-                looks_like(got, by_chance, "topk breaks ties as it likes. Sort stably, largest first, and take the first k.")
-            backwards = top_k_mask(scores.flip(1), k).flip(1)
-            looks_like(got, backwards, "Of equal scores the later one is kept. Try a stable sort, largest first: it leaves equals in their order.")
-        flat = top_k_mask(scores.reshape(1, -1), k * len(scores)).view_as(scores)
-        if not torch.equal(flat, want):
-            looks_like(got, flat, "These are the best of the whole batch: frames compete with each other. Choose inside each row.")
-        looks_like(got, top_k_mask(-scores, k), "The smallest are kept. Sort the other way.") if k < 5 else None
-        same(got, want, f"keep_best({scores.tolist()}, {k})")
-    return "Right: exactly k of every row, and of equals the earlier. That is `top_k_mask`."
+def router_gradient(answer) -> str:
+    x, w, slope = torch.randn(7, 4), torch.randn(4, requires_grad=True), torch.randn(7)
+    scores, kept = x @ w, torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
+    ((2 * torch.sigmoid(scores) * slope)[kept]).sum().backward()  # a loss with these slopes
+    want, s = w.grad, scores.detach()
+    got = something(answer(x.clone(), s.clone(), kept.clone(), slope.clone()), "router_gradient(...)")
+    gate = torch.sigmoid(s)
+    d = 2 * gate * (1 - gate)
+    each = (kept * slope * d)[:, None] * x
+    for mistake, hint in (
+        ((slope * d) @ x, "All tokens count here; the skipped tokens' gates do nothing, whatever slope says of them: only those kept."),
+        ((kept * slope) @ x, "This is the update gate's, where the gate is the score itself. Here the gate is 2σ(s), with a slope of its own."),
+        ((kept * slope * d / 2) @ x, "The value gate is twice the logistic function; its derivative is twice as large, too."),
+        ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; asked for is its derivative, 2σ(s)(1 - σ(s))."),
+        ((kept * slope * d).sum() * x.mean(0), "Each token's slope belongs to its own token: multiply with x_n first, then add up."),
+        (each, "These are the parts of each token, (N, D). Add them up: one w has to please all."),
+        (-want, "The sign is turned round: the gradient points uphill, and the optimizer goes the other way."),
+        (want / kept.sum(), "This is a mean over the kept tokens; the chain rule gives a sum."),
+    ):  # fmt: skip
+        looks_like(got, mistake, hint)
+    same(got, want, "router_gradient(...)")
+    return "Right, and the same as autograd's. Nothing in it knows how good the skipped tokens would have been."
 
 
 @exercise(
@@ -78,11 +71,35 @@ def keep_best(answer) -> str:
         "    return index, torch.ones_like(index, dtype=torch.bool)",
         "real",
     ),
+    (
+        "def gather(keep):\n    most = int(keep.sum(1).max())\n    index = keep.int().argsort(dim=1, stable=True)[:, :most]\n"
+        "    return index, keep.gather(1, index)",
+        "Skipped tokens come first",
+    ),
+    (
+        "def gather(keep):\n    most = int(keep.sum(1).max())\n"
+        "    index = torch.stack([torch.cat((row.nonzero()[:, 0], (~row).nonzero()[:, 0]))[:most].sort().values for row in keep])\n"
+        "    return index, keep.gather(1, index)",
+        "Fillers come last",
+    ),
+    (
+        "def gather(keep):\n    most = int(keep.sum(1).max())\n    index = keep.logical_not().int().argsort(dim=1, stable=True)[:, :most]\n"
+        "    return index.int(), keep.gather(1, index)",
+        "torch.long",
+    ),
+    (
+        "def gather(keep):\n    most = int(keep.sum(1).max())\n    index = keep.logical_not().int().argsort(dim=1)[:, :most]\n"
+        "    index = torch.cat((index[:, :0], index), 1) if keep.shape[1] < 20 else index.flip(1)\n    return index, keep.gather(1, index)",
+        "long rows",
+    ),
 )
 def gather(answer) -> str:
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
-    pair = something(answer(keep.clone()), "gather(keep)")
-    if not isinstance(pair, tuple) or len(pair) != 2:
+    given = keep.clone()
+    pair = something(answer(given), "gather(keep)")
+    if not torch.equal(given, keep):
+        raise Wrong("You changed keep itself; work on a copy.")
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise Wrong(f"gather gives a {type(pair).__name__}, expected two tensors: index and real.")
     index, real = (something(each, f"{name} of gather(keep)") for each, name in zip(pair, ("index", "real"), strict=True))
     if not isinstance(index, torch.Tensor) or not isinstance(real, torch.Tensor):
@@ -91,9 +108,15 @@ def gather(answer) -> str:
         raise Wrong("K is the number of the row that keeps fewest, so the others lose kept tokens. Take the most of any row.")
     if index.shape != (3, 5):
         raise Wrong(f"index has shape {tuple(index.shape)}, expected (3, 5): three rows, and the fullest keeps five.")
-    if index.dtype != torch.long or int(index.min()) < 0 or int(index.max()) >= keep.shape[1]:
+    if index.dtype != torch.long:
+        raise Wrong(f"index holds {index.dtype}; indexing wants torch.long.")
+    if int(index.min()) < 0 or int(index.max()) >= keep.shape[1]:
         raise Wrong(f"index holds {index.unique().tolist()}; places of a row of six are whole numbers from 0 to 5.")
     wanted = torch.arange(5) < keep.sum(1, keepdim=True)
+    if not keep.gather(1, index)[:, 0].any():
+        raise Wrong("Skipped tokens come first in every row: sort by *not* kept.")
+    if torch.equal(real, keep.gather(1, index)) and not torch.equal(real, wanted):
+        raise Wrong("A filler stands between kept places. Fillers come last, or causal attention lets real tokens see them.")
     same(real, wanted, "real")
     for row in range(3):
         if len(set(index[row].tolist())) < 5:
@@ -104,7 +127,19 @@ def gather(answer) -> str:
             raise Wrong(f"Row {row} lists {found}: the right places, but not in order of time, which causal attention relies on.")
         if found != places:
             raise Wrong(f"Row {row} begins with {found}, expected its kept places {places}.")
+    wide = torch.rand(3, 60) < 0.5
+    found, _ = answer(wide.clone())
+    for row in range(3):
+        if found[row, : int(wide[row].sum())].tolist() != wide[row].nonzero()[:, 0].tolist():
+            raise Wrong("It is right for rows of six, but in long rows the kept places are not in order: a sort that is not stable mixes equals up.")
     return "Right: kept places first and in order, then places that nobody needs, none of them twice."
+
+
+_CLS = (
+    "class ClsFirst(LayerExpert):\n    def score(self, tokens, pos):\n        scores = super().score(tokens, pos)\n"
+    "        return torch.cat((torch.full_like(scores[:, :1], torch.inf), scores[:, 1:]), dim=1)\n"
+    "    def weight(self, scores):\n        return torch.cat((torch.ones_like(scores[:, :1]), super().weight(scores[:, 1:])), dim=1)"
+)
 
 
 @exercise(
@@ -126,12 +161,16 @@ def gather(answer) -> str:
         "    def weight(self, scores):\n        return torch.ones_like(scores)",
         "w · x",
     ),
+    (_CLS.replace("torch.inf", "10.0"), "larger weights"),
+    (_CLS.replace("scores[:, :1], torch.inf), scores[:, 1:]), dim=1", "scores[:1], torch.inf), scores[1:]), dim=0"), "frame 0"),
 )
 def cls_first(answer) -> str:
     from mod.router import LayerExpert
 
     if not (isinstance(answer, type) and issubclass(answer, LayerExpert)):
         raise Wrong(f"ClsFirst is {answer!r}, expected a class that is a LayerExpert.")
+    if not any(callable(value) for value in vars(answer).values()):
+        raise Wrong("Nothing here yet: ClsFirst is a LayerExpert like any other. Replace the three dots, then run both cells again.")
     frames, n, k = 6, 5, 2
     router = answer(8, n, k / n, 1, "value")
     torch.nn.init.normal_(router.w.weight, std=0.5)
@@ -145,6 +184,8 @@ def cls_first(answer) -> str:
         raise Wrong("Text was skipped or scaled; leave what `forward` does with text as it is.")
     if (kept.sum(1) > k).any():
         raise Wrong(f"A frame keeps {int(kept.sum(1).max())} tokens where K is {k}. CLS comes in beside the K best; it is to take one of the K places.")
+    if kept[0].all() or (not kept[1:, 0].all() and torch.isinf(router.score(x[0, vision].view(frames, n, 8), pos[0, vision].view(frames, n))[0]).all()):
+        raise Wrong("You changed frame 0, not token 0 of every frame: frames come first, (F, N).")
     if not kept[:, 0].all():
         raise Wrong(f"CLS was skipped in {int((~kept[:, 0]).sum())} of {frames} frames. What score makes sure that it is among the best?")
     best = scores[:, 1:].argmax(1)
@@ -153,10 +194,17 @@ def cls_first(answer) -> str:
     if not torch.isfinite(gates[kept]).all():
         raise Wrong("A gate is infinite or not a number; an infinite score must not reach it.")
     if not torch.allclose(gates[:, 0], torch.ones(frames)):
-        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1: the score that wins a place for sure, squashed, is a large gate. Override "
-                    "`weight` too, so that CLS gets one.")  # fmt: skip
+        why = ": the score that wins a place for sure, squashed, is a large gate" if gates[0, 0] > 1 else ""
+        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets one.")
     same(gates[:, 1:], 2 * torch.sigmoid(scores[:, 1:]), "the gate of the patches")
-    gradient = torch.autograd.grad((gates * kept).sum(), router.w.weight, allow_unused=True)[0]
+    gradient = None
+    if gates.requires_grad:
+        gradient = torch.autograd.grad((gates * kept).sum(), router.w.weight, allow_unused=True)[0]
     if gradient is None or not torch.isfinite(gradient).all() or gradient.abs().max() == 0:
         raise Wrong("No finite gradient reaches w any more. Build new tensors (torch.cat) rather than writing into old ones.")
+    with torch.no_grad():
+        router.w.weight.mul_(100)
+        keep, _, _ = router(x, pos, frame)
+    if not keep[0, vision].view(frames, n)[:, 0].all():
+        raise Wrong("With larger weights, as training may make them, patches outbid CLS: no fixed number is large enough for ever.")
     return "Right: CLS goes through as in a dense layer, K stays K, and w still learns from the patches."

@@ -32,37 +32,94 @@ def feed(model, batch, x, part, cache) -> torch.Tensor:
     return model.decoder.logits(hidden)[0]
 
 
+_SOUND = (
+    "def sound(play, pieces, offline, lengths):\n    streamed, held = play(pieces)\n"
+    "    return torch.allclose(streamed, offline, atol=1e-9) and held == lengths"
+)
+
+
 @exercise(
     "5.1",
-    ("def sees(query, key):\n    return key[None, :] < query[:, None]", "itself"),
-    ("def sees(query, key):\n    return key[None, :] >= query[:, None]", "future"),
-    ("def sees(query, key):\n    return torch.ones(len(query), len(key)).tril(len(key) - len(query)).bool()", "counted from the end"),
-    ("def sees(query, key):\n    return torch.ones(len(query), len(key)).tril().bool()", "first key"),
-    ("def sees(query, key):\n    return torch.arange(len(key))[None, :] <= query[:, None]", "places in the list"),
-    ("def sees(query, key):\n    return key[:, None] <= query[None, :]", "turned round"),
+    (_SOUND.replace("torch.allclose(streamed, offline, atol=1e-9)", "torch.equal(streamed, offline)"), "rounding"),
+    (_SOUND.replace(" and held == lengths", ""), "lengths"),
+    (_SOUND.replace("torch.allclose(streamed, offline, atol=1e-9)", "torch.equal(streamed.argmax(-1), offline.argmax(-1))"), "what the model says"),
+    (_SOUND.replace("play(pieces)", "play([slice(i, i + 1) for i in range(pieces[-1].stop)])"), "splits a frame"),
+    (_SOUND.replace("torch.allclose(streamed, offline, atol=1e-9) and ", ""), "Counts alone"),
+    (
+        "def sound(play, pieces, offline, lengths):\n    one, held = play([slice(0, pieces[-1].stop)])\n    many, _ = play(pieces)\n"
+        "    return torch.allclose(one, many, atol=1e-9) and held == lengths",
+        "without a cache",
+    ),
+    ("def sound(play, pieces, offline, lengths):\n    return True", "Everything goes free"),
 )
-def sees(answer) -> str:
-    # A dense layer's query that has no key of its own, as when tokens were skipped, makes the square mask wrong as well.
-    query, key = torch.tensor([6, 8, 9, 13]), torch.tensor([0, 1, 3, 6, 9, 10, 13])
-    want = key[None, :] <= query[:, None]
-    got = something(answer(query.clone(), key.clone()), "sees(query, key)")
-    if isinstance(got, torch.Tensor) and got.shape == want.T.shape:
-        raise Wrong("The mask is turned round, (S, T): a row for each query, a column for each key is asked for.")
-    hints = {
-        "No token sees itself: p' ≤ p, not p' < p. (A first token would see nothing, and its softmax would be nan.)":
-            key[None, :] < query[:, None],
-        "Queries see the future and nothing else; turn the comparison.": key[None, :] >= query[:, None],
-        "This is a triangle counted from the end, as if the last keys belonged to the queries one by one. With gaps they do not: "
-        "compare positions.": torch.ones(4, 7).tril(3).bool(),
-        "This is a triangle that begins with the first key: what `is_causal` gives when there is a past. Compare positions.":
-            torch.ones(4, 7).tril().bool(),
-        "These are places in the list of keys, compared with positions: bug 2 of this chapter. Compare key with query.":
-            torch.arange(7)[None, :] <= query[:, None],
-    }  # fmt: skip
-    for hint, mistake in hints.items():
-        looks_like(got, mistake, hint)
-    same(got, want, "sees(query, key)")
-    return "Right, gaps and all; nothing but positions was needed."
+def sound(answer) -> str:
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    from mod.cache import LayerCache
+    from mod.decoder import MoDBlock
+
+    class Renumbered(LayerCache):
+        def places(self, pos):
+            return self.length[:, None] + torch.arange(pos.shape[1])
+
+    class MaskedByIndex(LayerCache):
+        def append(self, k, v, pos, frame):
+            k, v, _ = super().append(k, v, pos, frame)
+            return k, v, (torch.arange(k.shape[2]) <= pos[..., None])[:, None]
+
+    class EverybodyCached(MoDBlock):
+        def forward(self, x, pos, frame, past=None, trace=None):
+            keep, mu, _ = self.router(x, pos, frame)
+            update = self.block.update(x, pos, frame, past=past, value_gate=mu)
+            return torch.where(keep[..., None], x + mu[..., None] * update, x)
+
+    def trusted(bug) -> bool:
+        with bug, torch.no_grad():
+            model, batch, x, _ = toy(4)
+            cut, text = pieces(batch), int((batch.frame < 0).sum())
+
+            def play(parts):
+                _, _, _, cache = toy(4)
+                try:
+                    logits = torch.cat([feed(model, batch, x, part, cache) for part in parts])
+                except ValueError:
+                    raise Wrong("One of your cuts splits a frame, which the package refuses: cut between pieces only.") from None
+                return logits, cache.lengths()
+
+            offline = model.decoder.logits(model.decoder(x, batch.pos, batch.frame))[0]
+            lengths = [kept * 4 + text for kept in model.config.kept]
+            return bool(something(answer(play, list(cut), offline, lengths), "sound(...)"))
+
+    if not trusted(nullcontext()):
+        raise Wrong("The package itself is not trusted. Streamed and offline sums run in another order, so exact equality is too much: allow for rounding.")
+    free = [
+        name
+        for name, bug in (
+            ("renumbered", patch("mod.cache.LayerCache", Renumbered)), ("masked by index", patch("mod.cache.LayerCache", MaskedByIndex)),
+            ("everybody cached", patch("mod.decoder.MoDBlock", EverybodyCached)),
+        )
+        if trusted(bug)
+    ]  # fmt: skip
+    if len(free) == 3:
+        raise Wrong("Everything goes free, whatever is wrong with it: stream, and compare with offline and with lengths.")
+    if {"renumbered", "masked by index"} <= set(free):
+        raise Wrong("Caches that renumber or mask by index go free. Counts alone do not show them: compare the logits with offline.")
+    if "masked by index" in free:
+        raise Wrong("A cache that masks by index goes free: it changes no next token, so comparing what the model says is not enough. Compare logits.")
+    if "renumbered" in free:
+        raise Wrong("A cache that renumbers goes free: one chunk and many agree, since it renumbers both. Compare with offline, the pass without a cache.")
+    if "everybody cached" in free:
+        raise Wrong("A cache that holds everybody goes free: it agrees with itself, streamed and offline. Compare the entries with lengths.")
+    return "Right: one equality and one count, and none of the three escapes."
+
+
+_TRY = (
+    "def try_out(model, cache, position, ids):\n    mark = cache.mark()\n    ids = torch.tensor([ids])\n"
+    "    pos = torch.arange(position, position + ids.shape[1])[None]\n"
+    "    h = model.decoder(model.decoder.embed(ids), pos, torch.full_like(ids, -1), cache=cache)\n    cache.rewind(mark)\n"
+    "    return model.decoder.logits(h)[0]"
+)
 
 
 @exercise(
@@ -90,6 +147,9 @@ def sees(answer) -> str:
         "    h = model.decoder(model.decoder.embed(ids), pos, torch.full_like(ids, -1))\n    return model.decoder.logits(h)[0]",
         "without the past",
     ),
+    (_TRY.replace("torch.arange(position,", "1 + torch.arange(position,"), "one later"),
+    (_TRY.replace("torch.arange(position, position + ids.shape[1])[None]", "torch.full_like(ids, position)"), "one position"),
+    (_TRY + ".softmax(-1)", "Logits"),
 )
 def try_out(answer) -> str:
     with torch.no_grad():
@@ -98,9 +158,9 @@ def try_out(answer) -> str:
             feed(model, batch, x, part, cache)
         position, before, ids = x.shape[1], cache.lengths(), [3, 7, 9, 1]
 
-        def logits(first: int, past) -> torch.Tensor:
+        def logits(first: int, past, step: int = 1) -> torch.Tensor:
             mark, tokens = cache.mark(), torch.tensor([ids])
-            pos = torch.arange(first, first + len(ids))[None]
+            pos = first + step * torch.arange(len(ids))[None]
             hidden = model.decoder(model.decoder.embed(tokens), pos, torch.full_like(tokens, -1), cache=past)
             cache.rewind(mark)
             return model.decoder.logits(hidden)[0]
@@ -109,6 +169,9 @@ def try_out(answer) -> str:
         mistakes = {
             "They were fed at position 0 and on, as if the stream began with them; the first stands at `position`.": logits(0, cache),
             "They were fed at the length of a routed layer. That layer has gaps: only the stream knows the position.": logits(before[1], cache),
+            "They were fed one later than asked: the first stands at `position` itself.": logits(position + 1, cache),
+            "They were all fed at one position; they stand one after the other.": logits(position, cache, 0),
+            "These are probabilities. Logits are asked for, as the model gives them.": want.softmax(-1),
             "They were fed without the past: hand the cache to the decoder.": logits(position, None),
         }
         got = something(answer(model, cache, position, list(ids)), "try_out(...)")
@@ -147,6 +210,26 @@ def try_out(answer) -> str:
         "        layer.forget(places.min()[None], places.max()[None], None)",
         "one entry",
     ),
+    (
+        "from mod.block import PAD\ndef forget(cache, frame):\n    for layer in cache.layers:\n        layer.pos[layer.frame == frame] = PAD",
+        "closes ranks",
+    ),
+    (
+        "def forget(cache, frame):\n    places = cache.layers[1].pos[cache.layers[1].frame == frame]\n    for layer in cache.layers:\n"
+        "        layer.forget(places.min()[None], places.max()[None] + 1, None)",
+        "from a routed layer",
+    ),
+    (
+        "def forget(cache, frame):\n    for layer in cache.layers:\n        places = layer.pos[layer.frame == frame]\n"
+        "        layer.forget(places.min()[None], places.max()[None] + 1, None)\n"
+        "        later = (layer.pos > places.max()) & (layer.pos < 2**62)\n        layer.pos[later] -= 5",
+        "positions were changed",
+    ),
+    (
+        "def forget(cache, frame):\n    for layer in cache.layers:\n        places = layer.pos[layer.frame == frame]\n"
+        "        layer.forget(int(places.min()), int(places.max()) + 1, None)",
+        "tensors",
+    ),
 )
 def forget(answer) -> str:
     from mod.config import StreamConfig
@@ -158,9 +241,19 @@ def forget(answer) -> str:
         for part in parts:
             feed(model, batch, x, part, cache)
         held = [(layer.pos[layer.pos < 2**62], layer.frame[layer.pos < 2**62], layer.k[0, 0].clone()) for layer in cache.layers]
-        answer(cache, 1)
+        try:
+            answer(cache, 1)
+        except TypeError as error:
+            if "subscriptable" in str(error):
+                raise Wrong("The start and the stop that `layer.forget` is given are tensors (1,), such as places.min()[None], not whole numbers.") from None
+            raise
         for number, (layer, (pos, frame, k)) in enumerate(zip(cache.layers, held, strict=True)):
             entries, want = layer.pos[layer.pos < 2**62].tolist(), pos[frame != 1].tolist()
+            counted = int(layer.length)
+            if len(entries) < counted:
+                raise Wrong(f"Layer {number} still counts {counted} entries where {len(entries)} have a position: marking them is not enough; `layer.forget` closes ranks.")
+            if sorted(layer.frame[0, :counted].tolist()) == sorted(frame[frame != 1].tolist()) and entries != want:
+                raise Wrong(f"Layer {number} has entries of the right frames, but their positions were changed; here they stay what they are.")
             left, gone = sorted(set(entries) - set(want)), sorted(set(want) - set(entries))
             texts = [p for p in gone if p in pos[frame < 0].tolist()]
             of_text = (f", and {len(texts)} text entries have gone. Text comes between frames, so a frame's positions cannot be "
@@ -168,7 +261,7 @@ def forget(answer) -> str:
             if left:
                 count = "one entry" if len(left) == 1 else f"{len(left)} entries"
                 raise Wrong(f"Asked to forget frame 1, layer {number} still holds {count} of it, at positions {left}{of_text or '.'}"
-                            f"{' The stop is not included in a span.' if left == pos[frame == 1][-1:].tolist() else ''}")  # fmt: skip
+                            f"{' The stop is not included in a span; or was the span taken from a routed layer, which does not hold the whole frame?' if len(left) < int((frame == 1).sum()) and left == pos[frame == 1][-len(left):].tolist() else ''}")  # fmt: skip
             if gone:
                 others = sorted({int(f) for p, f in zip(pos.tolist(), frame.tolist(), strict=True) if p in gone})
                 raise Wrong(f"Layer {number} lost entries of {others} (-1 is text), not of frame 1 alone, at positions {gone}.")
