@@ -14,12 +14,20 @@ from . import Wrong, exercise, looks_like, same, something
     ("def recall(kept, shows):\n    return (kept[:, 1:] & shows).sum().item() / kept.sum().item()", "precision"),
     ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1)).nanmean().item()", "frame by frame"),
     ("def recall(kept, shows):\n    return (kept[:, 1:] == shows).float().mean().item()", "agree"),
+    ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)).mean().item()", "frame by frame"),
+    ("def recall(kept, shows):\n    kept[:, 0] = False\n    return (kept[:, 1:] & shows).sum().item() / shows.sum().item()", "changed"),
 )
 def recall(answer) -> str:
     kept, shows = torch.rand(12, 10) < 0.4, torch.rand(12, 9) < 0.3
     shows[3] = False
     hit = (kept[:, 1:] & shows).sum().item()
-    got = something(answer(kept.clone(), shows.clone()), "recall(kept, shows)")
+    given = kept.clone(), shows.clone()
+    got = something(answer(*given), "recall(kept, shows)")
+    if not (torch.equal(given[0], kept) and torch.equal(given[1], shows)):
+        raise Wrong("You changed what you were given; the trace of a model is not yours to write in. Work on a copy.")
+    by_frame = (kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)
+    for mean in (by_frame.mean(), by_frame[shows.any(1)].mean()):
+        looks_like(got, mean.item(), "This averages frame by frame; a frame with three sprite patches then counts as much as one with one. Count patches over all frames.")
     hints = {
         "Token 0 is the CLS; patch 0 is token 1. The columns of kept and shows are off by one.":
             (kept[:, :-1] & shows).sum().item() / shows.sum().item(),
@@ -27,8 +35,6 @@ def recall(answer) -> str:
             hit / kept[:, 1:].sum().item(),
         "This is the share of kept tokens that show a sprite, close to what is called precision. Divide by the sprite patches.":
             hit / kept.sum().item(),
-        "This averages frame by frame; a frame with three sprite patches then counts as much as one with one. Count patches over all frames.":
-            ((kept[:, 1:] & shows).sum(1) / shows.sum(1)).nanmean().item(),
         "This is how often kept and shows agree, background included. Only patches that show a sprite count.":
             (kept[:, 1:] == shows).float().mean().item(),
     }  # fmt: skip
@@ -40,6 +46,13 @@ def recall(answer) -> str:
         looks_like(got, mistake, hint)
     same(got, hit / shows.sum().item(), "recall(kept, shows)")
     return "Right. `router_recall` does the same, and finds out which token shows which patch when the grids differ."
+
+
+_STEPS = (
+    "import math\ndef steps_to(curve, quality):\n    logged = [p for p in curve if 'lm' in p]\n"
+    "    for before, point in zip(logged, logged[1:]):\n        if (before['lm'] + point['lm']) / 2 <= quality:\n"
+    "            return point['step']\n    return math.nan"
+)
 
 
 @exercise(
@@ -64,13 +77,17 @@ def recall(answer) -> str:
         "        if (curve[i - 1]['lm'] + curve[i]['lm']) / 2 <= quality:\n            return curve[i]['step']\n    return float('nan')",
         "validation",
     ),
+    (_STEPS.replace("<= quality", "< quality"), "at most"),
+    (_STEPS.replace("    return math.nan", "    return None"), "return math.nan"),
+    (_STEPS.replace("zip(logged, logged[1:])", "zip([logged[0], *logged], logged)"), "none before it"),
+    (_STEPS.replace("logged = [p for p in curve if 'lm' in p]", "logged = curve").replace("        if (", "        if 'lm' in before and 'lm' in point and ("), "in between"),
 )
 def steps_to(answer) -> str:
     from mod.study import tables
 
     losses = {20: 1.3, 40: 0.19, 60: 0.5, 80: 0.25, 100: 0.15, 120: 0.05}
     curve = [{"step": step, "lm": lm, "recall": {}} for step, lm in losses.items()]
-    curve.insert(2, {"step": 50, "narration": 0.7})
+    curve.insert(4, {"step": 90, "narration": 0.8})
     curve.append({"step": 120, "narration": 0.9})
 
     def ask(quality: float):
@@ -89,8 +106,16 @@ def steps_to(answer) -> str:
     }  # fmt: skip
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
+    looks_like(got, 120, "A pair of logged losses was lost: between them lies a validation. Take the losses out of the curve first, then look at neighbours.")
     same(got, tables.steps_to({"curve": curve}, 0.2), "steps_to(curve, 0.2)")
-    last = something(ask(0.01), "steps_to(curve, 0.01)")
+    if ask((0.19 + 0.5) / 2) == 100:
+        raise Wrong("Where the mean of step 40 and step 60 is exactly the quality, that counts: *at most* is <=, not <.")
+    if ask(1.5) == 20:
+        raise Wrong("steps_to(curve, 1.5) is 20, the first logged step; it has none before it to take a mean with, so 40 is the first that can be.")
+    same(ask(1.5), 40, "steps_to(curve, 1.5)")
+    last = ask(0.01)
+    if last is None:
+        raise Wrong("It returns nothing when the quality is never reached: return math.nan.")
     if not (isinstance(last, float) and math.isnan(last)):
         raise Wrong(f"steps_to(curve, 0.01) is {last}, but that quality is never reached: return math.nan, or a run that failed would "
                     "count as one that was slow.")  # fmt: skip
@@ -104,6 +129,7 @@ def steps_to(answer) -> str:
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return -(tokens - tokens.mean(1, keepdim=True)).norm(dim=-1)", "ordinary"),
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens[:, :1]).norm(dim=-1)", "CLS"),
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(1, keepdim=True)).sum(-1)", "cancel"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(-1, keepdim=True)).norm(dim=-1)", "over D"),
 )
 def contrast(answer) -> str:
     from mod.router import Router
@@ -128,6 +154,8 @@ def contrast(answer) -> str:
         "The sign is turned: now the most ordinary tokens are kept.": -want,
         "This is the distance from the CLS token, the first of the frame; asked for is that from the mean.":
             (tokens - tokens[:, :1]).norm(dim=-1),
+        "This subtracts each token's own mean over D; subtract the mean of the frame's tokens, dim 1.":
+            (tokens - tokens.mean(-1, keepdim=True)).norm(dim=-1),
         "Differences are added up with their signs, so that they cancel. Take the norm over D.": away.sum(-1),
     }  # fmt: skip
     for hint, mistake in hints.items():
