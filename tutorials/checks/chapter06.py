@@ -80,7 +80,7 @@ _STEPS = (
     (_STEPS.replace("<= quality", "< quality"), "at most"),
     (_STEPS.replace("    return math.nan", "    return None"), "return math.nan"),
     (_STEPS.replace("zip(logged, logged[1:])", "zip([logged[0], *logged], logged)"), "none before it"),
-    (_STEPS.replace("logged = [p for p in curve if 'lm' in p]", "logged = curve").replace("        if (", "        if 'lm' in before and 'lm' in point and ("), "in between"),
+    (_STEPS.replace("logged = [p for p in curve if 'lm' in p]", "logged = curve").replace("        if (", "        if 'lm' in before and 'lm' in point and ("), "A pair"),
 )
 def steps_to(answer) -> str:
     from mod.study import tables
@@ -106,10 +106,10 @@ def steps_to(answer) -> str:
     }  # fmt: skip
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
-    looks_like(got, 120, "A pair of logged losses was lost: between them lies a validation. Take the losses out of the curve first, then look at neighbours.")
-    same(got, tables.steps_to({"curve": curve}, 0.2), "steps_to(curve, 0.2)")
     if ask((0.19 + 0.5) / 2) == 100:
         raise Wrong("Where the mean of step 40 and step 60 is exactly the quality, that counts: *at most* is <=, not <.")
+    looks_like(got, 120, "A pair of logged losses was lost: between them lies a validation. Take the losses out of the curve first, then look at neighbours.")
+    same(got, tables.steps_to({"curve": curve}, 0.2), "steps_to(curve, 0.2)")
     if ask(1.5) == 20:
         raise Wrong("steps_to(curve, 1.5) is 20, the first logged step; it has none before it to take a mean with, so 40 is the first that can be.")
     same(ask(1.5), 40, "steps_to(curve, 1.5)")

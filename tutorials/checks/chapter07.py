@@ -21,9 +21,17 @@ from . import Wrong, exercise, looks_like, same, something
         "def frame_bytes(kept, kv_heads, head_dim, number_bytes):\n    return sum(kept) * 2 * kv_heads * head_dim",
         "counts numbers, not bytes",
     ),
+    (
+        "def frame_bytes(kept, kv_heads, head_dim, number_bytes):\n    return sum(kept) * 2 * head_dim * number_bytes",
+        "heads are missing",
+    ),
+    (
+        "def frame_bytes(kept, kv_heads, head_dim, number_bytes):\n    return sum(kept) / len(kept) * 2 * kv_heads * head_dim * number_bytes",
+        "mean over layers",
+    ),
 )
 def frame_bytes(answer) -> str:
-    kept, heads, size, number = (26, 6, 26, 6), 2, 32, 4
+    kept, heads, size, number = (26, 6, 26, 6, 26), 3, 32, 4
     got = something(answer(kept, heads, size, number), "frame_bytes(...)")
     entry = heads * size
     hints = {
@@ -31,10 +39,12 @@ def frame_bytes(answer) -> str:
         "That is full computation's: every layer has a length of its own, so add up `kept`.":
             len(kept) * kept[0] * 2 * entry * number,
         "It counts numbers, not bytes: multiply by number_bytes.": sum(kept) * 2 * entry,
+        "The heads are missing: every key/value head has a key and a value.": sum(kept) * 2 * size * number,
+        "This is a mean over layers; a frame leaves entries in all of them.": sum(kept) / len(kept) * 2 * entry * number,
     }  # fmt: skip
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
-    same(got, sum(kept) * 2 * entry * number, "frame_bytes((26, 6, 26, 6), 2, 32, 4)")
+    same(got, sum(kept) * 2 * entry * number, "frame_bytes((26, 6, 26, 6, 26), 3, 32, 4)")
     same(answer((50, 10) * 16, 8, 128, 2), 960 * 2 * 8 * 128 * 2, "frame_bytes((50, 10) * 16, 8, 128, 2)")
     return "Right. The second number tried is the paper's model: compare it with the table above, in MiB."
 
@@ -46,9 +56,14 @@ def frame_bytes(answer) -> str:
     ("def keep_ratio_for(share, routed):\n    return share / routed", "dense layers"),
     ("def keep_ratio_for(share, routed):\n    return ((share - (1 - routed)) / routed) ** 0.5", "attention"),
     ("def keep_ratio_for(share, routed):\n    return 0.2 if share == 0.6 else None", "does it"),
+    ("def keep_ratio_for(share, routed):\n    r = share / routed\n    return r if 0 <= r <= 1 else None", "does it"),
+    ("def keep_ratio_for(share, routed):\n    r = (share - (1 - routed)) / routed\n    return r if r > -1e-9 else None", "outside 0 to 1"),
 )
 def keep_ratio_for(answer) -> str:
-    got = something(answer(0.6, 0.5), "keep_ratio_for(0.6, 0.5)")
+    got = answer(0.6, 0.5)
+    if got is None and answer(0.3, 1.0) is not None:
+        raise Wrong("keep_ratio_for(0.6, 0.5) is None, but r = 0.2 does it: put it into (1 - q) + q·r.")
+    something(got, "keep_ratio_for(0.6, 0.5)")
     for mistake in (0.6, 1.2):
         looks_like(
             got, mistake, f"With r = {got:g} in half of the layers the whole cache would hold {0.5 + 0.5 * got:g} of full "
@@ -62,7 +77,7 @@ def keep_ratio_for(answer) -> str:
         if got is None:
             raise Wrong(f"{what} is None, but r = {want:g} does it: put it into (1 - q) + q·r.")
         same(got, want, what)
-    for share, routed in ((0.4, 0.5), (0.2, 0.25)):
+    for share, routed in ((0.4, 0.5), (0.2, 0.25), (1.2, 0.5)):
         got = answer(share, routed)
         if got is not None:
             raise Wrong(
@@ -70,6 +85,14 @@ def keep_ratio_for(answer) -> str:
                 "tokens. Return None: with so few routed layers no r does it."
             )
     return "Right. With every other layer routed, half is the floor: below it only more routed layers help."
+
+
+_FRAME = """def one_more_frame(config, cached):
+    q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
+    for kept, ratio in zip(config.kept, config.keep):
+        flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * (cached + 1) * q
+        flops += 2 * config.frame_tokens * config.dim if ratio < 1 else 0
+    return flops"""
 
 
 @exercise(
@@ -107,7 +130,7 @@ def keep_ratio_for(answer) -> str:
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * n * (cached + 1) * q
         flops += 2 * n * config.dim if ratio < 1 else 0
     return flops""",
-        "every frame's",
+        "every frame's N",
     ),
     (
         """def one_more_frame(config, cached):
@@ -127,18 +150,26 @@ def keep_ratio_for(answer) -> str:
     return flops""",
         "full computation",
     ),
+    (_FRAME.replace("4 * kept * kept", "2 * kept * kept"), "one of the two products"),
+    (_FRAME.replace("4 * kept * kept * (cached + 1)", "4 * (kept * (cached + 1)) ** 2"), "do not ask again"),
+    (_FRAME.replace("4 * kept * kept * (cached + 1)", "4 * kept * kept * ((cached + 1) ** 2 - cached**2)"), "do not ask again"),
+    (_FRAME.replace("4 * kept * kept", "4 * config.frame_tokens * kept"), "only K of every frame are asked"),
+    (_FRAME.replace("3 * config.ffn_hidden", "2 * config.ffn_hidden"), "three matrices"),
+    (_FRAME.replace("if ratio < 1 else 0", ""), "Dense layers have no router"),
 )
 def one_more_frame(answer) -> str:
-    def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None):
+    def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None, products=4, square=None,
+              ffn=3, charged=False):  # fmt: skip
         q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
         for kept, ratio in zip(config.kept, config.keep, strict=True):
             n = through or kept
-            flops += 2 * n * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden)
-            flops += 4 * n * (keys or n) * (cached + see) * (heads or config.heads) * config.head_dim
-            flops += 2 * (kept if scored else config.frame_tokens) * config.dim if ratio < 1 and router else 0
+            flops += 2 * n * config.dim * (2 * q + 2 * k + ffn * config.ffn_hidden)
+            pairs = n * n * square if square else n * (keys or n) * (cached + see)
+            flops += products * pairs * (heads or config.heads) * config.head_dim
+            flops += 2 * (kept if scored else config.frame_tokens) * config.dim if (ratio < 1 or charged) and router else 0
         return flops
 
-    config, cached = ModelConfig(), 3
+    config, cached = ModelConfig(kv_heads=1), 3
     got = something(answer(config, cached), "one_more_frame(...)")
     n = config.frame_tokens
     hints = {
@@ -148,8 +179,15 @@ def one_more_frame(answer) -> str:
             count(config, cached, router=False),
         "Attention is counted with the key/value heads. They are fewer than the query heads, but shared: each query head "
         "still does its own products.": count(config, cached, heads=config.kv_heads),
-        "The keys are every frame's N tokens, but a routed layer's cache holds only the kept ones: "
-        "attention shrinks twice.": count(config, cached, keys=n),
+        "Attention is counted as K times every frame's N tokens. Only K tokens of the new frame ask, and only K of every frame are asked: "
+        "it shrinks twice.": count(config, cached, keys=n),
+        "Attention is two products, queries times keys and weights times values, of two FLOPs each: one of the two products is missing.":
+            count(config, cached, products=2),
+        "That is attention of the whole square. Old tokens do not ask again: only the new frame's K do.": count(config, cached, square=(cached + 1) ** 2),
+        "That is the difference of two squares. Old tokens do not ask again, not even for the new keys: only the new frame's K do.":
+            count(config, cached, square=(cached + 1) ** 2 - cached**2),
+        "SwiGLU has three matrices: gate, up and down.": count(config, cached, ffn=2),
+        "Dense layers have no router; only routed ones score.": count(config, cached, charged=True),
         "The router is charged for the kept tokens alone, but a token has to be scored before it is chosen: all N are.":
             count(config, cached, scored=True),
         "All N tokens go through the routed layers: that is masking, not skipping, and costs as much as full computation.":
@@ -157,7 +195,7 @@ def one_more_frame(answer) -> str:
     }  # fmt: skip
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint, tolerance=0)
-    same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(), 3)", tolerance=0)
+    same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(kv_heads=1), 3)", tolerance=0)
     for changes in ({"layers": "none"}, {"layers": "all", "keep_ratio": 0.5}, {"heads": 8, "kv_heads": 1, "layers": "2,3"}):
         other = ModelConfig(**changes)
         named = ", ".join(f"{name}={value!r}" for name, value in changes.items())
