@@ -89,6 +89,12 @@ def results(name: str):
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
 
 
+def table(name: str, number: int = 0) -> None:
+    """Show one table of a study's Markdown file in the folder results, with the line that explains it."""
+    blocks = (ROOT / "results" / name).read_text(encoding="utf-8").strip().split("\n\n")
+    display("\n\n".join(blocks[2 * number : 2 * number + 2]))
+
+
 def check(number: str, *answers) -> None:
     """Judge the answer to an exercise: prints what is off, or that it is right. Never raises."""
     importlib.import_module("checks").check(number, *answers)

@@ -6,72 +6,54 @@ import statistics
 from . import Wrong, exercise, looks_like, same, something
 
 
+_FLIPS = (
+    "from itertools import product\ndef sign_flips(gaps):\n"
+    "    sums = [abs(sum(s * g for s, g in zip(signs, gaps))) for signs in product((1, -1), repeat=len(gaps))]\n"
+    "    return sum(one >= abs(sum(gaps)) - 1e-12 for one in sums) / len(sums)"
+)
+
+
 @exercise(
     "8.1",
-    (
-        """def paired(a, b):
-    from statistics import mean, variance
-    d = mean(a.values()) - mean(b.values())
-    e = (variance(a.values()) / len(a) + variance(b.values()) / len(b)) ** 0.5
-    return d, e, d / e""",
-        "unpaired",
-    ),
-    (
-        """def paired(a, b):
-    from statistics import mean, stdev
-    gaps = [x - y for x, y in zip(a.values(), b.values())]
-    e = stdev(gaps) / len(gaps) ** 0.5
-    return mean(gaps), e, mean(gaps) / e""",
-        "by seed",
-    ),
-    (
-        """def paired(a, b):
-    from statistics import mean, pstdev
-    gaps = [a[s] - b[s] for s in a]
-    e = pstdev(gaps) / len(gaps) ** 0.5
-    return mean(gaps), e, mean(gaps) / e""",
-        "n - 1",
-    ),
-    (
-        """def paired(a, b):
-    from statistics import mean, stdev
-    gaps = [a[s] - b[s] for s in a]
-    return mean(gaps), stdev(gaps), mean(gaps) / stdev(gaps)""",
-        "square root",
-    ),
-    (
-        """def paired(a, b):
-    from statistics import mean, stdev
-    gaps = [b[s] - a[s] for s in a]
-    e = stdev(gaps) / len(gaps) ** 0.5
-    return mean(gaps), e, mean(gaps) / e""",
-        "a - b",
-    ),
+    (_FLIPS.replace("[abs(sum(s * g for s, g in zip(signs, gaps)))", "[sum(s * g for s, g in zip(signs, gaps))"), "both directions"),
+    (_FLIPS.replace(" - 1e-12", " + 1e-12"), "at least"),
+    (_FLIPS.replace(" / len(sums)", ""), "share"),
+    ("def sign_flips(gaps):\n    from scipy.stats import ttest_1samp\n    return ttest_1samp(gaps, 0).pvalue", "bell"),
+    ("def sign_flips(gaps):\n    from scipy.stats import binomtest\n    return binomtest(sum(g > 0 for g in gaps), len(gaps)).pvalue", "sizes"),
+    (_FLIPS.replace("abs(sum(gaps))", "sum(gaps)"), "below zero"),
 )
-def paired(answer) -> str:
-    a = {"0": 0.91, "1": 0.84, "2": 0.89, "3": 0.62, "4": 0.80}
-    b = {"4": 0.74, "3": 0.58, "2": 0.86, "1": 0.83, "0": 0.85}
-    got = something(answer(dict(a), dict(b)), "paired(a, b)")
-    if not isinstance(got, (tuple, list)) or len(got) != 3:
-        raise Wrong(f"paired(a, b) is {got!r}, expected three numbers: mean difference, standard error, t.")
-    gaps, n = [a[seed] - b[seed] for seed in a], len(a)
-    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(n)
-    looks_like(got[0], -mean, "The sign is turned round: the difference is a - b.", 1e-9)
-    places = [x - y for x, y in zip(a.values(), b.values(), strict=True)]
-    hints = {
-        "That is the unpaired error: it has all of the spread between seeds in it, which cancels when each seed is "
-        "compared with itself.": math.sqrt((statistics.variance(a.values()) + statistics.variance(b.values())) / n),
-        "The values were matched by their place in the dictionary. Match them by seed: a[seed] - b[seed].":
-            statistics.stdev(places) / math.sqrt(n),
-        "The spread is divided by n; with a mean taken from the same numbers it must be n - 1.":
-            statistics.pstdev(gaps) / math.sqrt(n),
-        "That is the spread of single differences; the mean of n varies less, by the square root of n.":
-            statistics.stdev(gaps),
-    }  # fmt: skip
-    for hint, mistake in hints.items():
-        looks_like(got[1], mistake, hint, 1e-9)
-    same(list(got), [mean, error, mean / error], "paired(a, b)", 1e-9)
-    return "Right. Unpaired, the error of these numbers would be several times as large."
+def sign_flips(answer) -> str:
+    from itertools import product
+
+    from scipy.stats import binomtest, ttest_1samp
+
+    def right(gaps, pick=lambda one, measured: abs(one) >= abs(measured) - 1e-12):
+        sums = [sum(sign * gap for sign, gap in zip(signs, gaps, strict=True)) for signs in product((1, -1), repeat=len(gaps))]
+        return sum(pick(one, sum(gaps)) for one in sums) / len(sums)
+
+    for gaps in ([0.06, 0.01, 0.03, -0.02, 0.05], [0.03, 0.01, 0.02, 0.04, 0.05], [-0.02, 0.01, -0.03, -0.05, -0.01, 0.02]):
+        got = something(answer(list(gaps)), f"sign_flips({gaps})")
+        for mistake, hint in (
+            (right(gaps, lambda one, measured: one >= measured - 1e-12), "Only one direction counts here; a difference as large the other way is as surprising: take both directions."),
+            (right(gaps, lambda one, measured: abs(one) > abs(measured) + 1e-12), "The measured pattern itself is one of the ways: *at least* as large, up to rounding, not larger."),
+            (right(gaps) * 2 ** len(gaps), "This is how many of the ways there are; the share of all 2ⁿ is asked for."),
+            (ttest_1samp(gaps, 0).pvalue, "That is the t-test, which assumes a bell. Count signs instead."),
+            (binomtest(sum(gap > 0 for gap in gaps), len(gaps)).pvalue, "That counts signs alone; here the sizes count as well: compare sums."),
+            (1.0 if sum(gaps) < 0 else None, "Where the measured sum is below zero everything passes: compare with its size, without the sign."),
+        ):  # fmt: skip
+            if mistake is not None and abs(mistake - right(gaps)) > 1e-9:
+                looks_like(got, mistake, hint)
+        same(got, right(gaps), f"sign_flips({gaps})")
+    return "Right. Five seeds that all agree have p = 0.0625, the smallest there can be."
+
+
+_HOLM = """def holm(p_values, alpha=0.05):
+    m, kept = len(p_values), [False] * len(p_values)
+    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        if p_values[index] > alpha / (m - rank):
+            break
+        kept[index] = True
+    return kept"""
 
 
 @exercise(
@@ -105,6 +87,11 @@ def paired(answer) -> str:
     return [order.index(i) <= most for i in range(m)]""",
         "Benjamini",
     ),
+    (_HOLM.replace("(m - rank)", "(m - rank - 1) if rank + 1 < m else alpha"), "ranks from 0"),
+    (_HOLM.replace("> alpha", ">= alpha"), "at most"),
+    (_HOLM.replace("kept[index] = True", "kept[p_values.index(p_values[index])] = True"), "equal p-values"),
+    (_HOLM.replace("p_values[index] > alpha / (m - rank)", "p_values[index] > 1 - (1 - alpha) ** (1 / (m - rank))"), "alpha / m"),
+    (_HOLM.replace("return kept", "return [i for i in range(m) if kept[i]]"), "one for each"),
 )
 def holm(answer) -> str:
     def right(p_values, alpha):
@@ -116,8 +103,14 @@ def holm(answer) -> str:
         return kept
 
     p = [0.045, 0.001, 0.012, 0.028, 0.6]
-    got = [bool(one) for one in something(answer(list(p)), "holm(...)")]
-    want = right(p, 0.05)
+    def ask(p, alpha=0.05):
+        got = something(answer(list(p), alpha), "holm(...)")
+        got = got.tolist() if hasattr(got, "tolist") else got
+        if not isinstance(got, (list, tuple)) or len(got) != len(p):
+            raise Wrong(f"holm({list(p)}) is {got!r}, expected {len(p)} times True or False, one for each p-value.")
+        return [bool(one) for one in got]
+
+    got, want = ask(p), right(p, 0.05)
     order = sorted(range(5), key=p.__getitem__)
     found = [rank for rank, index in enumerate(order) if p[index] <= 0.05 * (rank + 1) / 5]
     hints = {
@@ -134,16 +127,21 @@ def holm(answer) -> str:
         if got == mistake:
             raise Wrong(hint)
     same(got, want, f"holm({p})")
+    if not ask([0.0125, 0.6, 0.7, 0.8])[0]:
+        raise Wrong("0.0125 is exactly 0.05 / 4, and *at most* includes it: <=, not <.")
+    if ask([0.0126, 0.6, 0.7, 0.8])[0]:
+        raise Wrong("0.0126 is more than 0.05 / 4: the smallest of m is held against alpha / m, the next against alpha / (m - 1). Count ranks from 0.")
+    if ask([0.01, 0.01, 0.9]) == [True, False, False]:
+        raise Wrong("Of two equal p-values only one is found: look them up by their place, not by their value.")
     for p in ([0.02, 0.02, 0.02, 0.04], [0.2, 0.4], [0.01], [0.03, 0.03, 0.001, 0.04], [0.0125, 0.02, 0.02, 0.02]):
-        got = [bool(one) for one in answer(list(p))]
-        want = right(p, 0.05)
+        got, want = ask(p), right(p, 0.05)
         if sum(got) > sum(want):
             raise Wrong(
                 f"holm({p}) finds {sum(got)}, expected {sum(want)}: at the first p that fails, stop; a larger one can "
                 "never be significant."
             )
         same(got, want, f"holm({p})")
-    if [bool(one) for one in answer([0.04, 0.09], 0.1)] != [True, True]:
+    if ask([0.04, 0.09], 0.1) != [True, True]:
         raise Wrong("With alpha = 0.1 both of [0.04, 0.09] stay; use the parameter alpha.")
     return "Right: as safe as Bonferroni's, and never finds less."
 
@@ -169,6 +167,16 @@ def holm(answer) -> str:
         "half of the time",
     ),
     ("def seeds_needed(difference, spread):\n    return 5", "grow"),
+    (
+        """def seeds_needed(difference, spread):
+    from scipy.stats import nct, t
+    for n in range(2, 10_000):
+        edge, shift = t.ppf(0.975, n - 1), difference * n**0.5
+        if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= 0.8:
+            return n""",
+        "divide by spread",
+    ),
+    ("def seeds_needed(difference, spread):\n    import math\n    return math.ceil((2.8 * spread / difference) ** 2) + 4", "too many"),
 )
 def seeds_needed(answer) -> str:
     from scipy.stats import nct, t
@@ -179,6 +187,10 @@ def seeds_needed(answer) -> str:
             if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= 0.8:
                 return n
 
+    first, scaled = (something(answer(size, size), f"seeds_needed({size}, {size})") for size in (1.0, 2.0))
+    if abs(first - scaled) > 1 and first >= 5:  # asked before any case that would take a simulation long
+        raise Wrong(f"seeds_needed(1.0, 1.0) is {first}, seeds_needed(2.0, 2.0) is {scaled}, but only difference / spread can matter: power takes the "
+                    "difference in standard deviations, so divide by spread.")  # fmt: skip
     cases = ((0.1, 0.1), (0.02, 0.01), (0.3, 0.1), (0.05, 0.1))
     got = [something(answer(*case), f"seeds_needed{case}") for case in cases]
     want = [exact(difference / spread) for difference, spread in cases]
@@ -192,7 +204,8 @@ def seeds_needed(answer) -> str:
     if all(abs(one - other) <= 1 for one, other in zip(got, z, strict=True)) and got[1] < want[1]:
         raise Wrong(f"Those are the numbers of the normal distribution: {got[1]} for a difference of two standard "
                     f"deviations, where {want[1]} are needed. With few seeds the t distribution has heavier tails.")  # fmt: skip
+    cases, got, want = (*cases, (0.03, 0.1)), (*got, answer(0.03, 0.1)), (*want, exact(0.3))
     for case, one, other in zip(cases, got, want, strict=True):
-        if abs(one - other) > max(1, round(0.06 * other)):
+        if abs(one - other) > (1 if other < 20 else 2):
             raise Wrong(f"seeds_needed{case} is {one}, too {'many' if one > other else 'few'}: expected about {other}.")
-    return "Right. Now compare with the five seeds of the tables, and with the spreads that the last figure printed."
+    return "Right. Now compare with the five seeds of the tables, and with the spreads printed below the last figure."
