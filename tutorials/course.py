@@ -3,14 +3,18 @@
 Everything else in the notebooks is plain PyTorch, matplotlib and the package `mod`. Nothing happens at import.
 """
 
+import atexit
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +91,22 @@ def show(figure, alt: str) -> None:
 def results(name: str):
     """What a study of the repository measured: a JSON file of the folder results."""
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+
+
+def scratch() -> Path:
+    """A folder for files that nobody needs for long: it goes when the notebook's kernel does."""
+    import tempfile
+
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Collect what is printed inside instead of showing it: scripts name folders and times, which differ."""
+    with redirect_stdout(io.StringIO()) as told:
+        yield told
 
 
 def table(name: str, number: int = 0) -> None:

@@ -12,16 +12,17 @@ from . import Wrong, exercise, looks_like, same, something
     ("def tokens_kept(r, n):\n    return int(r * n)", "rounded up"),
     ("def tokens_kept(r, n):\n    return round(r * n)", "rounded up"),
     ("def tokens_kept(r, n):\n    return r * n", "whole number"),
+    ("def tokens_kept(r, n):\n    return int(r * n + 0.8)", "rounded up"),
 )
 def tokens_kept(answer) -> str:
-    for r, n in ((0.2, 26), (0.4, 5), (0.5, 7), (1.0, 26), (0.01, 26)):
+    for r, n in ((0.2, 26), (0.4, 5), (0.5, 7), (1.0, 26), (0.01, 26), (0.05, 22)):
         got = something(answer(r, n), f"tokens_kept({r}, {n})")
         want = math.ceil(r * n)
         if not isinstance(got, (int, float)) and not (isinstance(got, torch.Tensor) and got.numel() == 1):
             raise Wrong(f"tokens_kept({r}, {n}) is {got!r}, expected a number.")
         if not float(got).is_integer():
             raise Wrong(f"tokens_kept({r}, {n}) is {got:g}, which is no whole number: nobody keeps part of a token.")
-        if got != want and got in (int(r * n), round(r * n)):
+        if got != want and got == want - 1:
             raise Wrong(f"tokens_kept({r}, {n}) is {got}; the product {r * n:g} is to be rounded up, to {want}.")
         same(got, want, f"tokens_kept({r}, {n})")
     return "Right: the smallest whole number that is not below r·n, so at least one token stays."

@@ -1,10 +1,11 @@
 """Chapter 3: the decoder, and positions with gaps."""
 
 import math
+from unittest.mock import patch
 
 import torch
 
-from . import exercise, looks_like, same, something
+from . import Wrong, exercise, looks_like, same, something
 
 
 @exercise(
@@ -79,11 +80,12 @@ _ATTEND = (
     (_ATTEND.replace("<= q_pos", "< q_pos"), "itself"),
     (_ATTEND.replace("q.shape[-1] ** 0.5", "q.shape[-1]"), "by E"),
     (_ATTEND.replace("    k, v = k.rep", "    v = rotate(v[None], k_pos[None], Rope())[0]\n    k, v = k.rep"), "Values"),
+    ("def attend(q, k, v, q_pos, k_pos):\n    return torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)[0]", "Do without"),
 )  # fmt: skip
 def attend(answer) -> str:
     from mod.block import Rope, rotate
 
-    heads, groups, width = 4, 2, 8
+    heads, groups, width = 6, 2, 8
     q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
     q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
 
@@ -93,14 +95,18 @@ def attend(answer) -> str:
         a = rotate(q[None], places[0][None], Rope())[0] if turn_q else q
         b = rotate(k[None], places[1][None], Rope())[0] if turn_k else k
         c = rotate(v[None], k_pos[None], Rope())[0] if turn_v else v
-        b, c = (x.repeat(2, 1, 1) if tile else x.repeat_interleave(2, 0) for x in (b, c))
+        b, c = (x.repeat(3, 1, 1) if tile else x.repeat_interleave(3, 0) for x in (b, c))
         hidden = (k_pos[None] >= q_pos[:, None] if strict else k_pos[None] > q_pos[:, None]) & mask
         logits = (a @ b.transpose(1, 2)) / scale
         if late:
             return logits.softmax(-1).masked_fill(hidden, 0) @ c
         return logits.masked_fill(hidden, hide).softmax(axis) @ c
 
-    got = something(answer(q.clone(), k.clone(), v.clone(), q_pos, k_pos), "attend(...)")
+    def forbidden(*_, **__):
+        raise Wrong("Do without scaled_dot_product_attention: write the products and the softmax yourself.")
+
+    with patch("torch.nn.functional.scaled_dot_product_attention", forbidden), patch("torch._C._nn.scaled_dot_product_attention", forbidden):
+        got = something(answer(q.clone(), k.clone(), v.clone(), q_pos, k_pos), "attend(...)")
     for mistake, hint in (
         (reference(scale=1), "The logits are not divided by the square root of E: the softmax is too sharp."),
         (reference(tile=True), "The heads are paired wrongly: neighbouring query heads share a key head (repeat_interleave, not repeat)."),

@@ -111,14 +111,14 @@ _MERGE = (
     (_MERGE.replace(".fill_diagonal_(-torch.inf)", ".fill_diagonal_(0)"), "below zero"),
     (_MERGE.replace("(unit @ unit.T)", "(unit @ unit.T).abs()"), "opposite"),
     (_MERGE.replace("i, j = sorted(", "j, i = sorted("), "earlier"),
-    (_MERGE.replace("    sizes[i] += sizes[j]\n", ""), "four patches"),
+    (_MERGE.replace("    sizes[i] += sizes[j]\n", ""), "five patches"),
     (_MERGE.replace("    x, sizes = x.clone(), sizes.clone()\n", ""), "changed"),
 )
 def merge_closest(answer) -> str:
     x = torch.randn(6, 8)
     x[4] = 0.2 * x[1] + 0.01 * torch.randn(8)  # alike in direction, not in length
     x[0], x[5] = 9 * x[0], 9 * x[0] + 9 * torch.randn(8)  # long, so that a dot product is deceived
-    sizes = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 1.0])
+    sizes = torch.tensor([1.0, 3.0, 1.0, 2.0, 2.0, 1.0])
 
     def merged(i, j, weights=sizes, x=x, sizes=sizes):
         y, s = x.clone(), sizes.clone()
@@ -141,14 +141,14 @@ def merge_closest(answer) -> str:
     right = merged(1, 4)[0]
     looks_like(new, merged(1, 4, torch.ones(6))[0], "The mean ignores sizes: a token that stands for three patches counts three times.")
     summed = right.clone()
-    summed[1] *= 4
+    summed[1] *= 5
     looks_like(new, summed, "This is the weighted sum, not the mean: divide by the sum of the sizes.")
     looks_like(new, merged(4, 1)[0], "The merged token stands at the place of the later one; the earlier place is right: what has been read cannot move back in time.")
     i, j = sorted(divmod(int((x @ x.T).fill_diagonal_(-torch.inf).argmax()), 6))
     looks_like(new, merged(i, j)[0], "You compare by the dot product, so long vectors win, or normalise along the wrong axis. The cosine compares directions: every *row* gets length one.")
     same(new, right, "the new tokens")
     if isinstance(counts, torch.Tensor) and counts.shape == (5,) and counts[1] == 3:
-        raise Wrong("The tokens are right, but the merged one stands for four patches now: add the sizes.")
+        raise Wrong("The tokens are right, but the merged one stands for five patches now: add the sizes.")
     same(counts, merged(1, 4)[1], "the new sizes")
     # three tokens that all point away from each other
     away, ones = torch.tensor([[1.0, 0.0], [-0.9, 0.1], [-0.05, -1.0]]), torch.ones(3)
