@@ -8,6 +8,7 @@ import io
 import json
 import keyword
 import re
+import shutil
 import sys
 import tokenize
 from pathlib import Path
@@ -64,9 +65,9 @@ def test_the_course_is_complete():
 
 @each_chapter
 def test_a_chapter_runs_and_its_exercises_judge_rightly(path):
-    """Top to bottom, unsolved; every check refuses the unsolved cell and wrong answers, with a hint, and takes the
+    """Top to bottom, unsolved, each cell twice; every check refuses the unsolved cell and wrong answers, with a hint, and takes the
     solution. The file's outputs are of this code: same kinds, same displayed source."""
-    result = notebooks.run(path, wrong_answers(path))
+    result = notebooks.run(path, wrong_answers(path), again=True)
     assert notebooks.complaints(result) == []
     assert result.seconds < 90, f"{result.seconds:.0f} s of processor time"
     for now, stored in zip(code_cells_of(result.notebook), code_cells(path), strict=True):
@@ -252,6 +253,8 @@ def test_the_glossary_is_in_order_and_says_something_of_every_term():
     assert not re.search(r"<\w+>", re.sub(r"`[^`]*`", "", text)), "symbols need backticks"
     for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
         assert anchor in anchors(text), anchor
+    # JupyterLab's own ids of headings keep capitals; it finds a term by the line above it.
+    assert re.findall(r'^<a id="([\w-]+)"></a>\n\n### ', text, re.M) == [re.sub(r"[^\w\- ]", "", term.lower()).replace(" ", "-") for term in terms]
 
 
 @pytest.mark.parametrize("folder", ["tutorials", ".", "elsewhere"])
@@ -262,6 +265,14 @@ def test_the_first_cell_finds_the_repository_or_says_what_to_do(folder, tmp_path
     if folder == "elsewhere":
         with pytest.raises(FileNotFoundError, match="Clone the repository"):
             exec(first, {})
+        for clone in ("clone", "drive/clone"):  # as Colab has it: the clone is in a folder below
+            (tmp_path / clone / "tutorials").mkdir(parents=True)
+            (tmp_path / clone / "tutorials/course.py").write_text("def start(seed):\n    print('started below')\n")
+            monkeypatch.delitem(sys.modules, "course", raising=False)
+            exec(first, {})
+            assert "started below" in capsys.readouterr().out
+            shutil.rmtree(tmp_path / clone)
+        monkeypatch.delitem(sys.modules, "course", raising=False)
     else:
         with matplotlib.rc_context():  # the course's plot style is not for the tests after this one
             exec(first, {})
@@ -279,6 +290,21 @@ def test_only_what_is_missing_is_installed(monkeypatch):
     assert all(re.search(rf"^{name}[=>]", lines, re.M) for name in course.NEEDS)
 
 
+def test_scratch_folders_and_tables(capsys, monkeypatch):
+    course = importlib.import_module("tutorials.course")
+    folder = course.scratch()
+    assert folder.is_dir() and folder != course.scratch()
+    with course.quiet() as told:
+        print("a path")
+    assert told.getvalue() == "a path\n" and capsys.readouterr().out == ""
+    shown = []
+    monkeypatch.setattr(course, "display", shown.append)
+    course.table("table1.md")
+    course.table("table1.md", 1)
+    text = (ROOT / "results/table1.md").read_text()
+    assert all(each in text for each in shown) and shown[0].startswith("**Table 1") and shown[1].startswith("Orderings")
+
+
 def test_a_verdict_says_what_is_off():
     import torch
 
@@ -294,6 +320,17 @@ def test_a_verdict_says_what_is_off():
         with pytest.raises(checks.Wrong, match=hint):
             checks.same(got, wanted)
     checks.same(want.clone(), want)
+    checks.same(want[0], [1.0, 2.0])  # a tensor where a list of numbers is wanted
+    with pytest.raises(checks.Wrong, match="is 17,082,048, expected 17,082,112"):
+        checks.same(17_082_048, 17_082_112, tolerance=0)
+    with pytest.raises(checks.Wrong, match=r"is 4\.21637, expected 4\.216371"):
+        checks.same(4.21637, 4.216371, tolerance=1e-9)
+    with pytest.raises(checks.Wrong, match="entry 1, is None, expected a number"):
+        checks.same([1, None], [1, 2])
+    import einops
+
+    told = checks.verdict("1.1", lambda frame, p: einops.rearrange(frame, "c (h p) (w p) -> (h w) (c p p)", p=p))
+    assert 'duplicate dimension "p"' in told and "(in <lambda>: told" in told, "the reason and the student's own line"
     state = torch.random.get_rng_state()
     assert checks.verdict("0.1", lambda r, n: 1 / 0).startswith("✗ 0.1  It stops with ZeroDivisionError: division by zero")
     assert torch.equal(state, torch.random.get_rng_state()), "checking leaves the notebook's random numbers alone"

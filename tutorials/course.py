@@ -35,7 +35,11 @@ def need(*packages: str) -> None:
         lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
         wanted = [line for line in lines if line.replace("=", ">").split(">")[0] in missing]
         print("installing", ", ".join(wanted))
-        subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *wanted])
+        try:
+            quietly = ["install", "-q", "--disable-pip-version-check"]
+            subprocess.check_call([sys.executable, "-m", "pip", *quietly, *wanted])
+        except subprocess.CalledProcessError:
+            raise ImportError(f"pip could not install them; in a terminal: pip install {' '.join(wanted)}") from None
         importlib.invalidate_caches()
 
 
@@ -74,7 +78,8 @@ def source(*things) -> None:
 
 
 def show(figure, alt: str) -> None:
-    """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it."""
+    """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it. (VS Code, code hosts and
+    exported pages use it. JupyterLab drops it, so the caption below says what matters, too.)"""
     import base64
     import io
 

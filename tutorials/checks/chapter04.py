@@ -4,7 +4,6 @@ import torch
 
 from . import Wrong, exercise, looks_like, same, something
 
-
 _GRADIENT = (
     "def router_gradient(x, scores, kept, slope):\n    gate = torch.sigmoid(scores)\n    return (kept * slope * 2 * gate * (1 - gate)) @ x"
 )

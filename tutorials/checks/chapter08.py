@@ -1,10 +1,8 @@
 """Chapter 8: the tables."""
 
 import math
-import statistics
 
 from . import Wrong, exercise, looks_like, same, something
-
 
 _FLIPS = (
     "from itertools import product\ndef sign_flips(gaps):\n"

@@ -12,7 +12,6 @@ from mod.router import Router
 
 from . import Wrong, exercise, looks_like, same, something
 
-
 _LINE = """def line(video, events, fps):
     import json, math
     turns = [{"time": math.ceil(s * fps - 1e-9) / fps, "role": "assistant", "content": t} for s, t in events]
