@@ -78,8 +78,8 @@ def source(*things) -> None:
 
 
 def show(figure, alt: str) -> None:
-    """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it. (VS Code, code hosts and
-    exported pages use it. JupyterLab drops it, so the caption below says what matters, too.)"""
+    """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it. (VS Code
+    uses it. JupyterLab and exported pages drop it, so the caption below says what matters, too.)"""
     import base64
     import io
 
