@@ -155,7 +155,7 @@ def run(path: Path, wrong: dict[str, tuple[tuple[str, str], ...]] | None = None,
     """Execute a chapter, then its exercises: `wrong` maps an exercise to (code, part of the hint) pairs. With `again`
     each cell that is not slow is run twice, as students do, which must go well."""
     notebook = read(path)
-    result, kernel, count = Run(notebook), Kernel(), 0
+    result, kernel, count, repeated = Run(notebook), Kernel(), 0, 0.0
     begun = time.perf_counter()
     with kernel.running():
         for cell in notebook.cells:
@@ -163,8 +163,10 @@ def run(path: Path, wrong: dict[str, tuple[tuple[str, str], ...]] | None = None,
                 count, started = count + 1, time.perf_counter()
                 kernel.cell(cell, count)
                 if again and time.perf_counter() - started < AGAIN_SECONDS:
+                    before = float(kernel.code(STAMP))
                     kernel.cell(nbformat.v4.new_code_cell(cell.source))
-        result.seconds, result.wall = float(kernel.code(STAMP)), time.perf_counter() - begun
+                    repeated += float(kernel.code(STAMP)) - before
+        result.seconds, result.wall = float(kernel.code(STAMP)) - repeated, time.perf_counter() - begun
         for each in exercises(notebook):
             result.unsolved[each.number] = printed(each.check)
             result.wrong[each.number] = []

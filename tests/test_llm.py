@@ -15,6 +15,7 @@ from mod.config import ModelConfig
 from mod.decoder import MoDBlock
 from mod.real.llm import continue_text, load_llm, read_llm_config
 from mod.real.tokenizer import TextTokenizer
+from mod.router import ROUTERS, LayerExpert
 from tests.test_scripts import refused
 
 WORDS = ["<s>", "</s>", "<unk>", "User", "Assistant", "the", "capital", "of", "France", "is", "Paris", "red", "disc"]
@@ -185,6 +186,33 @@ def test_kept_vision_tokens_run_as_in_the_dense_layer(checkpoint):
         layer.router.kept = 26
     pos = torch.arange(27)[None]
     torch.testing.assert_close(dense(x, pos, frame), routed(x, pos, frame), rtol=1e-10, atol=1e-10)
+
+
+def test_a_router_with_more_weights_learns(checkpoint, monkeypatch):
+    """Guards against zeroing all of a router: a hidden layer of zeros never gets a gradient, and nobody is told."""
+    folder, *_ = checkpoint
+
+    class TwoLayers(LayerExpert):
+        def __init__(self, dim, *others):
+            super().__init__(dim, *others)
+            self.hidden = torch.nn.Linear(dim, dim)
+
+        def score(self, tokens, pos):
+            return super().score(torch.relu(self.hidden(tokens)), pos)
+
+    monkeypatch.setitem(ROUTERS, "two", TwoLayers)
+    decoder = load_llm(folder, read_llm_config(folder, ModelConfig(layers="all", select="two")))
+    routers = [layer.router for layer in decoder.layers]
+    assert all(isinstance(router, TwoLayers) and router.layer == number for number, router in enumerate(routers))
+    assert all((router.w.weight == 0).all() and router.hidden.weight.norm() > 0 for router in routers)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
+    x, frame, pos = torch.randn(1, 27, 24), torch.tensor([[-1] + [0] * 26]), torch.arange(27)[None]
+    before = [router.hidden.weight.clone() for router in routers]
+    for _ in range(2):  # the first step moves w, the second what lies below it
+        optimizer.zero_grad()
+        decoder(x, pos, frame).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(router.hidden.weight, was) for router, was in zip(routers, before, strict=True))
 
 
 class TestScript:

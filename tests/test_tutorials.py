@@ -65,7 +65,7 @@ def test_the_course_is_complete():
 
 @each_chapter
 def test_a_chapter_runs_and_its_exercises_judge_rightly(path):
-    """Top to bottom, unsolved, each cell twice; every check refuses the unsolved cell and wrong answers, with a hint, and takes the
+    """Top to bottom, unsolved, each quick cell twice; every check refuses the unsolved cell and wrong answers, with a hint, and takes the
     solution. The file's outputs are of this code: same kinds, same displayed source."""
     result = notebooks.run(path, wrong_answers(path), again=True)
     assert notebooks.complaints(result) == []
@@ -331,6 +331,12 @@ def test_a_verdict_says_what_is_off():
 
     told = checks.verdict("1.1", lambda frame, p: einops.rearrange(frame, "c (h p) (w p) -> (h w) (c p p)", p=p))
     assert 'duplicate dimension "p"' in told and "(in <lambda>: told" in told, "the reason and the student's own line"
+    from tests.helpers import small_model
+
+    def asks_the_package(x, kept, mu, f):
+        return small_model().decoder.layers[1].router(x, None, torch.tensor([[0, 0, 0]]))
+
+    assert "(in asks_the_package: return small_model()" in checks.verdict("0.2", asks_the_package), "not a line of mod/"
     state = torch.random.get_rng_state()
     assert checks.verdict("0.1", lambda r, n: 1 / 0).startswith("✗ 0.1  It stops with ZeroDivisionError: division by zero")
     assert torch.equal(state, torch.random.get_rng_state()), "checking leaves the notebook's random numbers alone"

@@ -81,7 +81,6 @@ def show(figure, alt: str) -> None:
     """Show a figure and close it. `alt` says what is to be seen, for those who cannot see it. (VS Code
     uses it. JupyterLab and exported pages drop it, so the caption below says what matters, too.)"""
     import base64
-    import io
 
     import matplotlib.pyplot as plt
     from IPython.display import display as show_in_notebook

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mod.cache import KVCache
 from mod.config import ModelConfig, UserError
 from mod.decoder import Decoder
-from mod.router import ROUTER_STD
+from mod.router import ROUTER_STD, LayerExpert
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Our name of each part of a layer, and Hugging Face's.
@@ -208,7 +208,7 @@ def hub_name(name: str) -> str:
 def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
     """A Decoder with the checkpoint's weights, and routers, which no checkpoint has.
 
-    With the value gate they start at zero, which is weight one: the decoder is what it was. The paper's gate takes zero
+    With the value gate their scores start at zero, which is weight one: the decoder is what it was. The paper's gate takes zero
     for no update at all, and all scores would be equal: there they start small and random, as anywhere else.
 
     config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
@@ -234,10 +234,12 @@ def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float
     for theirs, ours in wanted.items():
         if decoder.get_parameter(ours).is_meta:
             raise UserError(f"{files[theirs]} lacks the tensor {theirs}, which the index promises; download it again")
-    for name, parameter in list(decoder.named_parameters()):
-        if ".router." in name:
-            std = 0.0 if config.gate == "value" else ROUTER_STD
-            place(decoder, name, std * torch.randn(parameter.shape, dtype=dtype, device=device), name)
+    for number, (layer, ratio) in enumerate(zip(decoder.layers, config.keep, strict=True)):
+        if ratio < 1:  # a new router of the same kind, off the meta device: what else it has begins as its class says
+            router = type(layer.router)(config.dim, config.frame_tokens, ratio, number, config.gate)
+            if isinstance(router, LayerExpert):
+                nn.init.normal_(router.w.weight, std=0.0 if config.gate == "value" else ROUTER_STD)
+            layer.router = router.to(device, dtype)
     return decoder
 
 

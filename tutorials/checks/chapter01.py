@@ -127,6 +127,7 @@ _NEWS = (
     (_NEWS.replace(".abs().mean(-1)", ".mean(-1).abs()"), "cancel"),
     (_NEWS.replace(".abs().mean(-1)", ".mean(-1)"), "Darker"),
     (_NEWS.replace(".abs().mean(-1)", ".abs().amax(-1)"), "One pixel"),
+    (_NEWS.replace(".abs().mean(-1)", ".square().mean(-1).sqrt()"), "mean square"),
     (_NEWS.replace("torch.ones(", "torch.zeros("), "first frame everything is new"),
     (_NEWS.replace("known[new[-1]] = frame[new[-1]]", "known = frame.clone() if new[-1].any() else known"), "memory of its own"),
 )
@@ -137,8 +138,10 @@ def news(answer) -> str:
     mixed = torch.zeros(11, 1, 4)
     mixed[3:] = torch.tensor([0.5, -0.5, 0.5, -0.5])
     pixel = torch.zeros(11, 1, 4)
-    pixel[5:, :, 2] = 0.6  # one entry of four: the mean changes by less than the threshold
-    tiles = torch.cat((fading, jump, mixed, pixel), 1)
+    pixel[5:, :, 2] = 0.4  # one entry of four: the mean changes by less than the threshold
+    two = torch.zeros(11, 1, 4)
+    two[7:, :, :2] = 0.4  # two of four: the mean is below the threshold, the root of the mean square is not
+    tiles = torch.cat((fading, jump, mixed, pixel, two), 1)
     given = tiles.clone()
     got = something(answer(given, 0.25), "news(tiles, threshold)")
     same(given, tiles, "tiles after your function (work on a copy)")
@@ -146,11 +149,12 @@ def news(answer) -> str:
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
     )  # fmt: skip
-    first = torch.cat((torch.ones(1, 4, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
+    first = torch.cat((torch.ones(1, 5, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
     looks_like(got, first, "You compare with the first frame for ever: what has changed once stays news. Update it when it is new.")
     for mistake, hint in (
         ({"measure": lambda gap: gap.mean(-1).abs()}, "Brighter and darker pixels cancel each other in your mean: take the absolute value before the mean."),
         ({"measure": lambda gap: gap.mean(-1)}, "Darker counts as well: take the absolute value of the difference."),
+        ({"measure": lambda gap: gap.square().mean(-1).sqrt()}, "That is the root of the mean square, which weighs large differences more; asked for is the mean of their sizes."),
         ({"measure": lambda gap: gap.abs().amax(-1)}, "One pixel decides in yours; the mean over the patch should."),
         ({"first": False}, "In the first frame everything is new."),
         ({"whole": True}, "Each patch has a memory of its own: remember anew only the patches that are new, not the whole frame."),

@@ -75,6 +75,7 @@ _ATTEND = (
     (_ATTEND.replace("q_pos[None], Rope()", "torch.arange(len(q_pos))[None], Rope()").replace("k_pos[None], Rope()", "torch.arange(len(k_pos))[None], Rope()"), "by row number"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
     (_ATTEND.replace(".softmax(-1) @ v", ".softmax(1) @ v"), "over the keys"),
+    (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "~torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()"), "by row number; compare"),
     (_ATTEND.replace("-torch.inf", "0"), "ordinary logit"),
     (_ATTEND.replace("logits.masked_fill(~(k_pos[None] <= q_pos[:, None]), -torch.inf).softmax(-1)", "logits.softmax(-1).masked_fill(~(k_pos[None] <= q_pos[:, None]), 0)"), "after the softmax"),
     (_ATTEND.replace("<= q_pos", "< q_pos"), "itself"),
@@ -90,13 +91,15 @@ def attend(answer) -> str:
     q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
 
     def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True, renumbered=False, turn_v=False,
-                  strict=False, hide=-torch.inf, axis=-1, late=False):  # fmt: skip
+                  strict=False, hide=-torch.inf, axis=-1, late=False, rows=False):  # fmt: skip
         places = [torch.arange(len(pos)) if renumbered else pos for pos in (q_pos, k_pos)]
         a = rotate(q[None], places[0][None], Rope())[0] if turn_q else q
         b = rotate(k[None], places[1][None], Rope())[0] if turn_k else k
         c = rotate(v[None], k_pos[None], Rope())[0] if turn_v else v
         b, c = (x.repeat(3, 1, 1) if tile else x.repeat_interleave(3, 0) for x in (b, c))
         hidden = (k_pos[None] >= q_pos[:, None] if strict else k_pos[None] > q_pos[:, None]) & mask
+        if rows:
+            hidden = ~torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()
         logits = (a @ b.transpose(1, 2)) / scale
         if late:
             return logits.softmax(-1).masked_fill(hidden, 0) @ c
@@ -120,6 +123,7 @@ def attend(answer) -> str:
         (reference(late=True), "You masked after the softmax: what is left no longer adds up to one. Mask the logits."),
         (reference(strict=True), "No token sees itself; a key at the query's own position may be looked at."),
         (reference(turn_v=True), "Values are not turned, only queries and keys."),
+        (reference(rows=True), "You masked by row number; compare the positions q_pos and k_pos."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
     ):  # fmt: skip
         looks_like(got, mistake, hint)

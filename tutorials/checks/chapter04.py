@@ -19,6 +19,9 @@ _GRADIENT = (
     (_GRADIENT.replace(") @ x", ")[:, None] * x"), "Add them up"),
     (_GRADIENT.replace("(kept *", "-(kept *"), "uphill"),
     (_GRADIENT.replace(") @ x", ") @ x / kept.sum()"), "a sum"),
+    (_GRADIENT.replace("torch.sigmoid(scores)", "2 * torch.sigmoid(scores)").replace("2 * gate * (1 - gate)", "gate * (1 - gate)"), "of the gate"),
+    (_GRADIENT.replace("torch.sigmoid(scores)", "scores"), "the score itself"),
+    (_GRADIENT.replace(") @ x", ")[:, None] * x").replace("    return (", "    return ((") + ").sum(1)", "over tokens"),
 )
 def router_gradient(answer) -> str:
     x, w, slope = torch.randn(7, 4), torch.randn(4, requires_grad=True), torch.randn(7)
@@ -36,6 +39,9 @@ def router_gradient(answer) -> str:
         ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; asked for is its derivative, 2σ(s)(1 - σ(s))."),
         ((kept * slope * d).sum() * x.mean(0), "Each token's slope belongs to its own token: multiply with x_n first, then add up."),
         (each, "These are the parts of each token, (N, D). Add them up: one w has to please all."),
+        ((kept * slope * 2 * gate * (1 - 2 * gate)) @ x, "σ(1 - σ) is the derivative of the logistic function, not of the gate: with μ = 2σ it is μ(1 - μ/2)."),
+        ((kept * slope * 2 * s * (1 - s)) @ x, "σ is the logistic function of the score, not the score itself."),
+        (each.sum(1), "You added up over the D entries of each token; add up over tokens, (D,)."),
         (-want, "The sign is turned round: the gradient points uphill, and the optimizer goes the other way."),
         (want / kept.sum(), "This is a mean over the kept tokens; the chain rule gives a sum."),
     ):  # fmt: skip
@@ -91,11 +97,17 @@ def router_gradient(answer) -> str:
         "    index = torch.cat((index[:, :0], index), 1) if keep.shape[1] < 20 else index.flip(1)\n    return index, keep.gather(1, index)",
         "long rows",
     ),
+    ("def gather(keep):\n    index = keep.int().argsort(1, descending=True, stable=True)\n    return index, keep.gather(1, index)", "by its name"),
 )
 def gather(answer) -> str:
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
     given = keep.clone()
-    pair = something(answer(given), "gather(keep)")
+    try:
+        pair = something(answer(given), "gather(keep)")
+    except TypeError as error:
+        if "argsort()" in str(error) or "sort()" in str(error):
+            raise Wrong("PyTorch wants the axis by its name beside `stable`: argsort(dim=1, stable=True).") from None
+        raise
     if not torch.equal(given, keep):
         raise Wrong("You changed keep itself; work on a copy.")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -161,6 +173,7 @@ _CLS = (
         "w · x",
     ),
     (_CLS.replace("torch.inf", "10.0"), "larger weights"),
+    (_CLS.replace("torch.inf", "1e9"), "larger weights"),
     (_CLS.replace("scores[:, :1], torch.inf), scores[:, 1:]), dim=1", "scores[:1], torch.inf), scores[1:]), dim=0"), "frame 0"),
 )
 def cls_first(answer) -> str:
@@ -202,7 +215,7 @@ def cls_first(answer) -> str:
     if gradient is None or not torch.isfinite(gradient).all() or gradient.abs().max() == 0:
         raise Wrong("No finite gradient reaches w any more. Build new tensors (torch.cat) rather than writing into old ones.")
     with torch.no_grad():
-        router.w.weight.mul_(100)
+        router.w.weight.mul_(1e12)
         keep, _, _ = router(x, pos, frame)
     if not keep[0, vision].view(frames, n)[:, 0].all():
         raise Wrong("With larger weights, as training may make them, patches outbid CLS: no fixed number is large enough for ever.")

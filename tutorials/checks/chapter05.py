@@ -51,28 +51,25 @@ _SOUND = (
         "without a cache",
     ),
     ("def sound(play, pieces, offline, lengths):\n    return True", "Everything goes free"),
+    ("def sound(play, pieces, offline, lengths):\n    return False", "trusts nobody"),
+    (_SOUND.replace("play(pieces)", "play([slice(0, len(offline))])"), "never looks back"),
+    (_SOUND.replace("return torch", "return not (torch").replace("== lengths", "== lengths)"), "turned round"),
+    (_SOUND.replace("streamed, offline, atol", "streamed[:6], offline[:6], atol"), "too few"),
+    (_SOUND.replace("return torch.allclose(streamed, offline, atol=1e-9) and", "torch.testing.assert_close(streamed, offline)\n    return"), "do not raise"),
 )
 def sound(answer) -> str:
     from contextlib import nullcontext
     from unittest.mock import patch
 
+    from bugs import EverybodyCached, MaskedByIndex, Renumbered
+
     from mod.cache import LayerCache
-    from mod.decoder import MoDBlock
 
-    class Renumbered(LayerCache):
-        def places(self, pos):
-            return self.length[:, None] + torch.arange(pos.shape[1])
-
-    class MaskedByIndex(LayerCache):
+    class NoPast(LayerCache):
         def append(self, k, v, pos, frame):
-            k, v, _ = super().append(k, v, pos, frame)
-            return k, v, (torch.arange(k.shape[2]) <= pos[..., None])[:, None]
-
-    class EverybodyCached(MoDBlock):
-        def forward(self, x, pos, frame, past=None, trace=None):
-            keep, mu, _ = self.router(x, pos, frame)
-            update = self.block.update(x, pos, frame, past=past, value_gate=mu)
-            return torch.where(keep[..., None], x + mu[..., None] * update, x)
+            old = int(self.length.max())
+            k, v, sees = super().append(k, v, pos, frame)
+            return k[:, :, old:], v[:, :, old:], sees[..., old:]
 
     def trusted(bug) -> bool:
         with bug, torch.no_grad():
@@ -89,29 +86,38 @@ def sound(answer) -> str:
 
             offline = model.decoder.logits(model.decoder(x, batch.pos, batch.frame))[0]
             lengths = [kept * 4 + text for kept in model.config.kept]
-            return bool(something(answer(play, list(cut), offline, lengths), "sound(...)"))
+            try:
+                return bool(something(answer(play, list(cut), offline, lengths), "sound(...)"))
+            except AssertionError:
+                raise Wrong("It raises where logits differ; return False there, do not raise.") from None
 
     if not trusted(nullcontext()):
+        if not trusted(patch("mod.decoder.MoDBlock", EverybodyCached)) and not trusted(patch("mod.cache.LayerCache", Renumbered)):
+            raise Wrong("It trusts nobody, not even the package. If you compare exactly: streamed and offline sums run in another order, so allow for rounding.")
+        if trusted(patch("mod.cache.LayerCache", Renumbered)):
+            raise Wrong("You trust a sick cache and not the package: is the answer turned round?")
         raise Wrong("The package itself is not trusted. Streamed and offline sums run in another order, so exact equality is too much: allow for rounding.")
     free = [
         name
         for name, bug in (
             ("renumbered", patch("mod.cache.LayerCache", Renumbered)), ("masked by index", patch("mod.cache.LayerCache", MaskedByIndex)),
-            ("everybody cached", patch("mod.decoder.MoDBlock", EverybodyCached)),
+            ("everybody cached", patch("mod.decoder.MoDBlock", EverybodyCached)), ("no past", patch("mod.cache.LayerCache", NoPast)),
         )
         if trusted(bug)
     ]  # fmt: skip
-    if len(free) == 3:
+    if len(free) == 4:
         raise Wrong("Everything goes free, whatever is wrong with it: stream, and compare with offline and with lengths.")
     if {"renumbered", "masked by index"} <= set(free):
-        raise Wrong("Caches that renumber or mask by index go free. Counts alone do not show them: compare the logits with offline.")
+        raise Wrong("Caches that renumber or mask by index go free. Counts alone do not show them: compare the logits with offline; or do you compare too few of them? Bugs wait for the first gap.")
+    if "no past" in free:
+        raise Wrong("A cache that never looks back goes free: fed in one chunk, a stream has no past to get wrong. Cut it.")
     if "masked by index" in free:
         raise Wrong("A cache that masks by index goes free: it changes no next token, so comparing what the model says is not enough. Compare logits.")
     if "renumbered" in free:
         raise Wrong("A cache that renumbers goes free: one chunk and many agree, since it renumbers both. Compare with offline, the pass without a cache.")
     if "everybody cached" in free:
         raise Wrong("A cache that holds everybody goes free: it agrees with itself, streamed and offline. Compare the entries with lengths.")
-    return "Right: one equality and one count, and none of the three escapes."
+    return "Right: one equality and one count, and none of the four escapes."
 
 
 _TRY = (
@@ -230,6 +236,11 @@ def try_out(answer) -> str:
         "        layer.forget(int(places.min()), int(places.max()) + 1, None)",
         "tensors",
     ),
+    (
+        "def forget(cache, frame):\n    for layer in cache.layers:\n        places = layer.pos[layer.frame == frame]\n"
+        "        layer.forget(places.min(), places.max() + 1, None)",
+        "tensors",
+    ),
 )
 def forget(answer) -> str:
     from mod.config import StreamConfig
@@ -243,8 +254,8 @@ def forget(answer) -> str:
         held = [(layer.pos[layer.pos < 2**62], layer.frame[layer.pos < 2**62], layer.k[0, 0].clone()) for layer in cache.layers]
         try:
             answer(cache, 1)
-        except TypeError as error:
-            if "subscriptable" in str(error):
+        except (TypeError, IndexError) as error:
+            if "subscriptable" in str(error) or "dimension" in str(error) or "indices" in str(error):
                 raise Wrong("The start and the stop that `layer.forget` is given are tensors (1,), such as places.min()[None], not whole numbers.") from None
             raise
         for number, (layer, (pos, frame, k)) in enumerate(zip(cache.layers, held, strict=True)):

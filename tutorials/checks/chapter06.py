@@ -16,13 +16,19 @@ from . import Wrong, exercise, looks_like, same, something
     ("def recall(kept, shows):\n    return (kept[:, 1:] == shows).float().mean().item()", "agree"),
     ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)).mean().item()", "frame by frame"),
     ("def recall(kept, shows):\n    kept[:, 0] = False\n    return (kept[:, 1:] & shows).sum().item() / shows.sum().item()", "changed"),
+    ("def recall(kept, shows):\n    return (kept & shows).sum().item() / shows.sum().item()", "one column more"),
 )
 def recall(answer) -> str:
     kept, shows = torch.rand(12, 10) < 0.4, torch.rand(12, 9) < 0.3
     shows[3] = False
     hit = (kept[:, 1:] & shows).sum().item()
     given = kept.clone(), shows.clone()
-    got = something(answer(*given), "recall(kept, shows)")
+    try:
+        got = something(answer(*given), "recall(kept, shows)")
+    except RuntimeError as error:
+        if "must match the size" in str(error):
+            raise Wrong("kept has one column more than shows: its first is the CLS token, which is no patch.") from None
+        raise
     if not (torch.equal(given[0], kept) and torch.equal(given[1], shows)):
         raise Wrong("You changed what you were given; the trace of a model is not yours to write in. Work on a copy.")
     by_frame = (kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)
@@ -130,6 +136,8 @@ def steps_to(answer) -> str:
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens[:, :1]).norm(dim=-1)", "CLS"),
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(1, keepdim=True)).sum(-1)", "cancel"),
     ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(-1, keepdim=True)).norm(dim=-1)", "over D"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens[:, 1:].mean(1, keepdim=True)).norm(dim=-1)", "CLS too"),
+    ("class Contrast(Router):\n    def score(self, tokens, pos):\n        return (tokens - tokens.mean(1)).norm(dim=-1)", "Keep the axis"),
 )
 def contrast(answer) -> str:
     from mod.router import Router
@@ -142,7 +150,12 @@ def contrast(answer) -> str:
     router = answer(6, 7, 0.4, 1)
     if any(parameter.numel() for parameter in router.parameters()):
         raise Wrong("It has weights; this one is to do without.")
-    got = something(router.score(tokens.clone(), pos), "score(tokens, pos)")
+    try:
+        got = something(router.score(tokens.clone(), pos), "score(tokens, pos)")
+    except RuntimeError as error:
+        if "must match the size" in str(error):
+            raise Wrong("Shapes do not fit: the mean of a frame is (F, D), tokens are (F, N, D). Keep the axis: mean(dim=1, keepdim=True).") from None
+        raise
     away = tokens - tokens.mean(1, keepdim=True)
     want = away.norm(dim=-1)
     if isinstance(got, torch.Tensor) and got.shape == want.shape:
@@ -151,6 +164,8 @@ def contrast(answer) -> str:
             raise Wrong("A frame's scores change when other frames are in the batch: take the mean over the frame's own tokens, dim 1. (Other "
                         "frames are other streams, or the future.)")  # fmt: skip
     hints = {
+        "The mean is over all N tokens of the frame, CLS too; yours leaves the first out.":
+            (tokens - tokens[:, 1:].mean(1, keepdim=True)).norm(dim=-1),
         "The sign is turned: now the most ordinary tokens are kept.": -want,
         "This is the distance from the CLS token, the first of the frame; asked for is that from the mean.":
             (tokens - tokens[:, :1]).norm(dim=-1),

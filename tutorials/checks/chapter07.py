@@ -58,6 +58,7 @@ def frame_bytes(answer) -> str:
     ("def keep_ratio_for(share, routed):\n    return 0.2 if share == 0.6 else None", "does it"),
     ("def keep_ratio_for(share, routed):\n    r = share / routed\n    return r if 0 <= r <= 1 else None", "does it"),
     ("def keep_ratio_for(share, routed):\n    r = (share - (1 - routed)) / routed\n    return r if r > -1e-9 else None", "outside 0 to 1"),
+    ("def keep_ratio_for(share, routed):\n    r = (share - routed) / (1 - routed)\n    return r if -1e-9 <= r <= 1 + 1e-9 or routed != 0.5 else None", "swapped"),
 )
 def keep_ratio_for(answer) -> str:
     got = answer(0.6, 0.5)
@@ -71,11 +72,12 @@ def keep_ratio_for(answer) -> str:
         )  # fmt: skip
     looks_like(got, 0.2**0.5, "That is the r at which *attention* is down to 0.6; the cache shrinks with r, not with r².")
     same(got, 0.2, "keep_ratio_for(0.6, 0.5)")
-    for share, routed, want in ((0.5, 0.5, 0.0), (0.4, 1.0, 0.4), (1.0, 0.5, 1.0), (0.7, 0.75, 0.6)):
+    for share, routed, want in ((0.5, 0.5, 0.0), (1.0, 0.5, 1.0), (0.7, 0.75, 0.6), (0.4, 1.0, 0.4)):
         what = f"keep_ratio_for({share}, {routed})"
         got = answer(share, routed)
         if got is None:
             raise Wrong(f"{what} is None, but r = {want:g} does it: put it into (1 - q) + q·r.")
+        looks_like(got, (share - routed) / (1 - routed) if routed < 1 else want + 9, "The shares are swapped: the dense share is 1 - routed, and it is the routed share that r multiplies.") if routed != 0.5 else None
         same(got, want, what)
     for share, routed in ((0.4, 0.5), (0.2, 0.25), (1.2, 0.5)):
         got = answer(share, routed)
@@ -156,6 +158,7 @@ _FRAME = """def one_more_frame(config, cached):
     (_FRAME.replace("4 * kept * kept", "4 * config.frame_tokens * kept"), "only K of every frame are asked"),
     (_FRAME.replace("3 * config.ffn_hidden", "2 * config.ffn_hidden"), "three matrices"),
     (_FRAME.replace("if ratio < 1 else 0", ""), "Dense layers have no router"),
+    (_FRAME.replace("if ratio < 1 else 0", "if kept < config.frame_tokens else 0"), "still scores them"),
 )
 def one_more_frame(answer) -> str:
     def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None, products=4, square=None,
@@ -196,6 +199,9 @@ def one_more_frame(answer) -> str:
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint, tolerance=0)
     same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(kv_heads=1), 3)", tolerance=0)
+    at_full = ModelConfig(layers="all", keep_ratio=0.99)
+    if answer(at_full, 7) == count(at_full, 7, router=False):
+        raise Wrong("A layer with r = 0.99 keeps all 26 tokens and still scores them: whether there is a router, config.keep says, not the number kept.")
     for changes in ({"layers": "none"}, {"layers": "all", "keep_ratio": 0.5}, {"heads": 8, "kv_heads": 1, "layers": "2,3"}):
         other = ModelConfig(**changes)
         named = ", ".join(f"{name}={value!r}" for name, value in changes.items())

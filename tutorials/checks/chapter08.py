@@ -19,6 +19,8 @@ _FLIPS = (
     ("def sign_flips(gaps):\n    from scipy.stats import ttest_1samp\n    return ttest_1samp(gaps, 0).pvalue", "bell"),
     ("def sign_flips(gaps):\n    from scipy.stats import binomtest\n    return binomtest(sum(g > 0 for g in gaps), len(gaps)).pvalue", "sizes"),
     (_FLIPS.replace("abs(sum(gaps))", "sum(gaps)"), "below zero"),
+    (_FLIPS.replace(" - 1e-12", ""), "last bit"),
+    (_FLIPS.replace("abs(sum(gaps))", "sum(map(abs, gaps))"), "their own signs"),
 )
 def sign_flips(answer) -> str:
     from itertools import product
@@ -29,12 +31,16 @@ def sign_flips(answer) -> str:
         sums = [sum(sign * gap for sign, gap in zip(signs, gaps, strict=True)) for signs in product((1, -1), repeat=len(gaps))]
         return sum(pick(one, sum(gaps)) for one in sums) / len(sums)
 
+    tied = [0.1, 0.2, 0.3, -0.1, 0.4]
+    if abs(something(answer(list(tied)), f"sign_flips({tied})") - 0.125) < 1e-9:
+        raise Wrong(f"sign_flips({tied}) is 0.125, expected {right(tied)}: two sums that are equal on paper differ in their last bit. Allow a hair, say 1e-12.")
     for gaps in ([0.06, 0.01, 0.03, -0.02, 0.05], [0.03, 0.01, 0.02, 0.04, 0.05], [-0.02, 0.01, -0.03, -0.05, -0.01, 0.02]):
         got = something(answer(list(gaps)), f"sign_flips({gaps})")
         for mistake, hint in (
             (right(gaps, lambda one, measured: one >= measured - 1e-12), "Only one direction counts here; a difference as large the other way is as surprising: take both directions."),
             (right(gaps, lambda one, measured: abs(one) > abs(measured) + 1e-12), "The measured pattern itself is one of the ways: *at least* as large, up to rounding, not larger."),
             (right(gaps) * 2 ** len(gaps), "This is how many of the ways there are; the share of all 2ⁿ is asked for."),
+            (2 / 2 ** len(gaps), "This compares with the largest sum there is. The measured sum is that of the gaps with their own signs."),
             (ttest_1samp(gaps, 0).pvalue, "That is the t-test, which assumes a bell. Count signs instead."),
             (binomtest(sum(gap > 0 for gap in gaps), len(gaps)).pvalue, "That counts signs alone; here the sizes count as well: compare sums."),
             (1.0 if sum(gaps) < 0 else None, "Where the measured sum is below zero everything passes: compare with its size, without the sign."),
@@ -87,6 +93,7 @@ _HOLM = """def holm(p_values, alpha=0.05):
     ),
     (_HOLM.replace("(m - rank)", "(m - rank - 1) if rank + 1 < m else alpha"), "ranks from 0"),
     (_HOLM.replace("> alpha", ">= alpha"), "at most"),
+    (_HOLM.replace("(m - rank)", "(m - rank + 1)"), "m + 1"),
     (_HOLM.replace("kept[index] = True", "kept[p_values.index(p_values[index])] = True"), "equal p-values"),
     (_HOLM.replace("p_values[index] > alpha / (m - rank)", "p_values[index] > 1 - (1 - alpha) ** (1 / (m - rank))"), "alpha / m"),
     (_HOLM.replace("return kept", "return [i for i in range(m) if kept[i]]"), "one for each"),
@@ -108,6 +115,8 @@ def holm(answer) -> str:
             raise Wrong(f"holm({list(p)}) is {got!r}, expected {len(p)} times True or False, one for each p-value.")
         return [bool(one) for one in got]
 
+    if not ask([0.012, 0.6, 0.7, 0.8])[0]:
+        raise Wrong("holm([0.012, 0.6, 0.7, 0.8]) finds nothing, but 0.012 is below 0.05 / 4. If yours is held against alpha / (m + 1): with ranks from 0 the divisor is m - rank.")
     got, want = ask(p), right(p, 0.05)
     order = sorted(range(5), key=p.__getitem__)
     found = [rank for rank, index in enumerate(order) if p[index] <= 0.05 * (rank + 1) / 5]

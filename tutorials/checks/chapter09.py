@@ -12,10 +12,15 @@ from . import Wrong, exercise, looks_like, same, something
     ("def selection(keep):\n    return torch.eye(len(keep))[:, keep]", "transposed"),
     ("def selection(keep):\n    return torch.eye(len(keep))[keep] / keep.sum()", "add up to"),
     ("def selection(keep):\n    return torch.eye(len(keep), dtype=torch.bool)[keep]", "float matrix"),
+    ("def selection(keep):\n    return torch.eye(len(keep))[~keep]", "dropped"),
+    ("def selection(keep):\n    return keep.nonzero()[:, 0]", "list of places"),
 )
 def selection(answer) -> str:
     keep = torch.tensor([True, False, True, True, False, False, True])
     want, got = torch.eye(7)[keep], something(answer(keep.clone()), "selection(keep)")
+    if isinstance(got, torch.Tensor) and got.ndim == 1:
+        raise Wrong("This is a list of places; asked for is the matrix, a row for each kept token.")
+    looks_like(got, torch.eye(7)[~keep], "These are the rows of the tokens that are dropped.")
     looks_like(got, torch.diag(keep.float()), "This leaves zeros in the place of dropped tokens: M has as many rows as tokens are kept.")
     looks_like(got, want.T, "This is the transposed matrix, (N, n): it puts tokens back (scatter) instead of taking them out.")
     if isinstance(got, torch.Tensor) and got.shape == want.shape and not torch.allclose(got.float().sum(1), torch.ones(4)):
@@ -40,6 +45,9 @@ _EVERY = (
     (_AHEAD.format("-1", "[:-1]"), "only when the last frame is not"),
     (_AHEAD.format("-1", "[:-1]").replace("frames.clone()", "frames"), "clone first"),
     (_EVERY.format("+= 1e-3"), "does not move a choice"),
+    (_EVERY.format("= torch.randn_like(other[t:])"), "only now and then"),
+    (_EVERY.format("= 0"), "only now and then"),
+    (_EVERY.format("= other[t:].flip(0)"), "do not shuffle"),
     ("def looks_ahead(system, frames):\n    return any(not torch.equal(system(frames[:t]), system(frames)[:t]) for t in range(1, len(frames)))", "always hand it all 6"),
     ("def looks_ahead(system, frames):\n    return True", "says True"),
 )
@@ -70,6 +78,8 @@ def looks_ahead(answer) -> str:
         raise Wrong("It says True of everybody, even of a system that computes on each frame alone. The frame that you change may change its own output.")
     if got["the sum so far"] and not got["each frame alone"]:
         raise Wrong("It says that a sum of all frames so far looks ahead. Depending on the past is allowed: change later frames, compare earlier outputs.")
+    if not got["the mean of all frames"] and got["a peep at the next frame"]:
+        raise Wrong("A system that takes away the mean of all frames goes free: a permutation keeps the mean. Replace later frames, do not shuffle them.")
     for name, (_, want) in systems.items():
         if got[name] != want:
             raise Wrong(f"On a system that outputs {name} it says {got[name]}, expected {want}.")
@@ -91,6 +101,15 @@ def looks_ahead(answer) -> str:
             "A system that keeps the longer half of all frames goes free, at least sometimes. A gradient or a small change "
             "does not move a choice: replace later frames altogether, and try several times."
         )
+
+    # rarely moved: all is blank if a later frame has an entry far out, as one random frame in ten has
+    def rarely(x):
+        return torch.where((x[1:] > 1.9).any(), torch.zeros_like(x), x)
+
+    calm = frames.clamp(-1, 1)
+    frames = calm
+    if not all(ask(rarely, "a choice that moves now and then") for _ in range(5)):
+        raise Wrong("A system whose output hangs on later frames only now and then goes free: try several random replacements at every place.")
     return "Right. This is how experiment 2 caught its suspects, and how chapter 4 caught a router."
 
 
@@ -112,6 +131,8 @@ _MERGE = (
     (_MERGE.replace("(unit @ unit.T)", "(unit @ unit.T).abs()"), "opposite"),
     (_MERGE.replace("i, j = sorted(", "j, i = sorted("), "earlier"),
     (_MERGE.replace("    sizes[i] += sizes[j]\n", ""), "five patches"),
+    (_MERGE.replace("cosine = (unit @ unit.T)", "cosine = (-torch.cdist(x, x))"), "distances"),
+    (_MERGE.replace("(sizes[i] * x[i] + sizes[j] * x[j])", "(sizes[j] * x[i] + sizes[i] * x[j])"), "other's size"),
     (_MERGE.replace("    x, sizes = x.clone(), sizes.clone()\n", ""), "changed"),
 )
 def merge_closest(answer) -> str:
@@ -143,7 +164,17 @@ def merge_closest(answer) -> str:
     summed = right.clone()
     summed[1] *= 5
     looks_like(new, summed, "This is the weighted sum, not the mean: divide by the sum of the sizes.")
-    looks_like(new, merged(4, 1)[0], "The merged token stands at the place of the later one; the earlier place is right: what has been read cannot move back in time.")
+    looks_like(new, merged(4, 1)[0], "The merged token stands at the place of the later one; asked for is the earlier (which is fair inside one frame, whose tokens come together).")
+    far = torch.cdist(x, x).fill_diagonal_(torch.inf)
+    i, j = sorted(divmod(int(far.argmin()), 6))
+    if (i, j) != (1, 4):
+        looks_like(new, merged(i, j)[0], "You compared distances: a short and a long token may point the same way. Compare by cosine.")
+    beside = (unit[1:] * unit[:-1]).sum(1)
+    looks_like(new, merged(int(beside.argmax()), int(beside.argmax()) + 1)[0], "Only neighbours in the row were compared; any two tokens may be the closest.")
+    swapped = sizes.clone()
+    swapped[1], swapped[4] = sizes[4], sizes[1]
+    looks_like(new, merged(1, 4, swapped)[0], "Each of the two got the other's size as its weight.")
+    looks_like(new, torch.cat((right[[0, 2, 3, 4]], right[1:2])), "The merged token was put at the end; it stands at the place of the earlier one.")
     i, j = sorted(divmod(int((x @ x.T).fill_diagonal_(-torch.inf).argmax()), 6))
     looks_like(new, merged(i, j)[0], "You compare by the dot product, so long vectors win, or normalise along the wrong axis. The cosine compares directions: every *row* gets length one.")
     same(new, right, "the new tokens")

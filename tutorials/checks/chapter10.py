@@ -25,6 +25,7 @@ _LINE = """def line(video, events, fps):
     (_LINE.replace("math.ceil(s * fps - 1e-9) / fps", "round(s * fps) / fps"), "before anything is to be seen"),
     (_LINE.replace("math.ceil(s * fps - 1e-9) / fps", "math.ceil(s * fps - 1e-9)"), "a number of frames"),
     (_LINE.replace("math.ceil(s * fps - 1e-9)", "(math.floor(s * fps) + 1)"), "later than needed"),
+    (_LINE.replace(" - 1e-9", ""), "55.00000000000001"),
     (_LINE.replace('"content": t', '"text": t'), "content"),
     (_LINE.replace('"assistant"', '"user"'), "assistant"),
     (_LINE.replace("turns})", "turns}, indent=1)"), "several lines"),
@@ -32,7 +33,7 @@ _LINE = """def line(video, events, fps):
     (_LINE.replace("json.dumps(", "str("), "no JSON"),
 )
 def line(answer) -> str:
-    for fps, events in ((2.0, [(0.7, "red disc appears top"), (1.0, 'a "sign" lights up'), (1.2, "red disc leaves")]), (5.0, [(0.6, "it moves"), (0.61, "it stops")])):
+    for fps, events in ((2.0, [(0.7, "red disc appears top"), (1.0, 'a "sign" lights up'), (1.2, "red disc leaves")]), (5.0, [(0.6, "it moves"), (0.61, "it stops")]), (25.0, [(2.2, "it stops")])):
         got = something(answer("a.mp4", list(events), fps), "line(...)")
         if not isinstance(got, str):
             raise Wrong(f"It gives a {type(got).__name__}, expected a string: json.dumps writes one.")
@@ -57,6 +58,8 @@ def line(answer) -> str:
                 raise Wrong(f"The time of {text!r} is {turn.time:g}, a number of frames; expected seconds: picture {frame}, at {fps:g} a second, is shown at {frame / fps:g} s.")
             if math.floor(turn.time * fps + 1e-9) < frame:
                 raise Wrong(f"{text!r} happens at {second:g} s and is said at {turn.time:g} s: the picture last looked at then is older, so that would be before anything is to be seen.")
+            if turn.time > frame / fps + 1e-6 and fps == 25:
+                raise Wrong("2.2 s at 25 pictures a second is picture 55, but 2.2 * 25 is 55.00000000000001 in floating point: take a hair off before you round up.")
             if turn.time > frame / fps + 1e-6:
                 raise Wrong(f"{text!r} happens at {second:g} s and is said at {turn.time:g} s, later than needed: the picture of {frame / fps:g} s shows it.")
             same((turn.time, turn.content), (frame / fps, text), "what the package reads from your line")
@@ -76,10 +79,11 @@ def line(answer) -> str:
     ("def merged(weight, a, b, alpha):\n    return weight + alpha / len(a) * a @ b", "It stops with"),
     ("def merged(weight, a, b, alpha):\n    return weight + alpha / a.shape[1] * b @ a", "rows of a"),
     ("def merged(weight, a, b, alpha):\n    return weight + alpha // len(a) * b @ a", "whole numbers"),
+    ("def merged(weight, a, b, alpha):\n    return weight + alpha / 8 * b @ a", "this chapter's rank"),
     ("def merged(weight, a, b, alpha):\n    b *= alpha / len(a)\n    return weight + b @ a", "changed"),
 )
 def merged(answer) -> str:
-    weight, a, b, alpha = torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3), 8.0
+    weight, a, b, alpha = torch.randn(5, 9), torch.randn(3, 9), torch.randn(5, 3), 7.0
     given = weight.clone(), a.clone(), b.clone()
     got = something(answer(*given, alpha), "merged(...)")
     for name, one, other in zip(("the weight", "a", "b"), given, (weight, a, b), strict=True):
@@ -95,9 +99,10 @@ def merged(answer) -> str:
     }  # fmt: skip
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
-    looks_like(got, weight + alpha / 7 * b @ a, "Divided by another size than the rank: that is the number of rows of a (and of columns of b).")
+    looks_like(got, weight + alpha / 8 * b @ a, "8 was this chapter's rank; here it is the number of rows of a, len(a).")
+    looks_like(got, weight + alpha / 9 * b @ a, "Divided by another size than the rank: that is the number of rows of a (and of columns of b).")
     same(got, weight + alpha / 3 * b @ a, "merged(...)")
-    x = torch.randn(4, 7)
+    x = torch.randn(4, 9)
     same(x @ got.T, x @ weight.T + alpha / 3 * (x @ a.T) @ b.T, "what the merged matrix does to a vector")
     return "Right: one matrix does what three did."
 
@@ -138,6 +143,16 @@ def merged(answer) -> str:
         "odd tokens",
     ),
     ("class Mine(Router):\n    def score(self, tokens, pos):\n        return tokens.sum(-1).tolist()", "is a list"),
+    (
+        "class Mine(Router):\n    def score(self, tokens, pos):\n        unit = torch.nn.functional.normalize(tokens, dim=-1)\n"
+        "        return -(unit @ unit.transpose(1, 2)).masked_fill(torch.eye(tokens.shape[1], dtype=torch.bool), -2).amax(-1)",
+        "hide each other",
+    ),
+    (
+        "class Mine(Router):\n    def score(self, tokens, pos):\n        unit = torch.nn.functional.normalize(tokens, dim=1)\n"
+        "        return -(unit @ unit.transpose(1, 2)).mean(-1)",
+        "along the tokens",
+    ),
     (
         "class Mine(Router):\n    def score(self, tokens, pos):\n        tokens /= tokens.norm(dim=-1, keepdim=True)\n"
         "        return -(tokens @ tokens.transpose(1, 2)).mean(-1)",
@@ -192,6 +207,11 @@ def own_router(answer) -> str:
             raise Wrong("The scores of frames 0 to 2 change when frames 3 to 5 do: it looks at other frames.")
         kept = torch.zeros(frames, number, dtype=torch.bool).scatter(1, scores.topk(router.kept, dim=1).indices, True)
         found = int(kept[rows, places].sum())
+        unit = torch.nn.functional.normalize(tokens, dim=-1)
+        nearest = (unit @ unit.transpose(1, 2)).masked_fill(torch.eye(number, dtype=torch.bool), -2).amax(-1)
+        looks_like(scores, -nearest, "You ask for the *nearest* other token, so two odd ones that are alike hide each other. Compare with all of the frame.")
+        along = torch.nn.functional.normalize(tokens, dim=1)
+        looks_like(scores, -(along @ along.transpose(1, 2)).mean(-1), "You normalise along the tokens, dim=1; each *token* gets length one, dim=-1.")
         least = torch.zeros_like(kept).scatter(1, (-scores).topk(router.kept, dim=1).indices, True)
         if found < frames * odd / 2 and int(least[rows, places].sum()) > frames * odd / 2:
             raise Wrong("It keeps the tokens most like all others and drops what stands out: turn the sign of the score.")
