@@ -36,7 +36,8 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 class Router(nn.Module):
     """Chooses kept_per_frame(keep_ratio, N) tokens of every frame. Subclasses say how tokens are scored.
 
-    To try a router of your own, subclass this, implement `score`, and add it to `ROUTERS`.
+    To try a router of your own, subclass this, implement `score`, and add it to `ROUTERS`. One with weights also needs
+    `weight`, or inherits it from LayerExpert: the choice has no gradient, mu has.
     """
 
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "value"):

@@ -208,8 +208,8 @@ def hub_name(name: str) -> str:
 def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
     """A Decoder with the checkpoint's weights, and routers, which no checkpoint has.
 
-    With the value gate their scores start at zero, which is weight one: the decoder is what it was. The paper's gate takes zero
-    for no update at all, and all scores would be equal: there they start small and random, as anywhere else.
+    With the value gate their scores start at zero, which is weight one: the decoder is what it was. The paper's gate
+    takes zero for no update at all, and all scores would be equal: there they start small and random, as anywhere else.
 
     config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
     another shape than the configuration says.
