@@ -199,7 +199,17 @@ MUTATIONS = [
         "the borrowed weights are saved again", "mod/real/parts.py", "model.borrowed.add(name)", "pass", "tests/test_real.py",
     ),
     (
-        "new routers disturb a trained decoder", "mod/real/llm.py", "std = 0.0 if", "std = 1.0 if", "tests/test_real.py",
+        "new routers disturb a trained decoder", "mod/real/llm.py", "std=0.0 if", "std=1.0 if", "tests/test_real.py",
+    ),
+    (
+        "all weights of a new router are zero: a hidden layer would never learn", "mod/real/llm.py",
+        "            layer.router = router.to(device, dtype)",
+        "            [nn.init.zeros_(parameter) for parameter in router.parameters()]\n            layer.router = router.to(device, dtype)",
+        "tests/test_llm.py",
+    ),
+    (
+        "a new router thinks it belongs to layer 0", "mod/real/llm.py", "config.frame_tokens, ratio, number, config.gate",
+        "config.frame_tokens, ratio, 0, config.gate", "tests/test_llm.py",
     ),
     (
         "several processes train with the mean of a mean", "mod/train.py", "(losses[0] * world()).backward()", "losses[0].backward()", "tests/test_parallel.py",
