@@ -30,7 +30,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "tutorials"
-AGAIN_SECONDS = 5  # cells that take less are run again by the tests
+AGAIN_SECONDS = 3  # cells that take less are run again by the tests
 CELL_SECONDS = 600  # far more than any cell takes, on a busy machine too; a cell that hangs must not hang the tests
 STAMP = "import time as _time; print(_time.process_time())"
 
