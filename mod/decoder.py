@@ -47,6 +47,11 @@ class Routing(NamedTuple):
 
 
 # --- MoD starts here --------------------------------------------------------------------------------------------------
+def new_router(config: ModelConfig, layer: int) -> Router:
+    """The router that the configuration asks for in this layer, with weights as its class draws them."""
+    return ROUTERS[config.select](config.dim, config.frame_tokens, config.keep[layer], layer, config.gate)
+
+
 class MoDBlock(nn.Module):
     """A dense block that only text and the router's choice of vision tokens go through (paper, section 3.2).
 
@@ -107,8 +112,7 @@ class Decoder(nn.Module):
         for layer, ratio in enumerate(config.keep):
             block = dense_block(config)
             if ratio < 1:
-                router = ROUTERS[config.select](config.dim, config.frame_tokens, ratio, layer, config.gate)
-                block = MoDBlock(block, router)
+                block = MoDBlock(block, new_router(config, layer))
             self.layers.append(block)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)

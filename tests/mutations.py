@@ -208,8 +208,8 @@ MUTATIONS = [
         "tests/test_llm.py",
     ),
     (
-        "a new router thinks it belongs to layer 0", "mod/real/llm.py", "config.frame_tokens, ratio, number, config.gate",
-        "config.frame_tokens, ratio, 0, config.gate", "tests/test_llm.py",
+        "a new router thinks it belongs to layer 0", "mod/real/llm.py", "new_router(config, number)", "new_router(config, 0)",
+        "tests/test_llm.py",
     ),
     (
         "several processes train with the mean of a mean", "mod/train.py", "(losses[0] * world()).backward()", "losses[0].backward()", "tests/test_parallel.py",

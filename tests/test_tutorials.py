@@ -48,9 +48,13 @@ def inline_code(path: Path) -> list[str]:
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", " ", markdown(path), flags=re.DOTALL))
 
 
+def anchor_of(heading: str) -> str:
+    """The link that a code host makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
 def anchors(text: str) -> set[str]:
-    """The links that a code host makes of headings."""
-    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").strip().lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}
+    return {anchor_of(line.lstrip("# ")) for line in text.splitlines() if line.startswith("#")}
 
 
 @functools.cache
@@ -254,7 +258,7 @@ def test_the_glossary_is_in_order_and_says_something_of_every_term():
     for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
         assert anchor in anchors(text), anchor
     # JupyterLab's own ids of headings keep capitals; it finds a term by the line above it.
-    assert re.findall(r'^<a id="([\w-]+)"></a>\n\n### ', text, re.M) == [re.sub(r"[^\w\- ]", "", term.lower()).replace(" ", "-") for term in terms]
+    assert re.findall(r'^<a id="([\w-]+)"></a>\n\n### ', text, re.M) == list(map(anchor_of, terms))
 
 
 @pytest.mark.parametrize("folder", ["tutorials", ".", "elsewhere"])

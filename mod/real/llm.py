@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mod.cache import KVCache
 from mod.config import ModelConfig, UserError
-from mod.decoder import Decoder
+from mod.decoder import Decoder, new_router
 from mod.router import ROUTER_STD, LayerExpert
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -235,8 +235,8 @@ def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float
         if decoder.get_parameter(ours).is_meta:
             raise UserError(f"{files[theirs]} lacks the tensor {theirs}, which the index promises; download it again")
     for number, (layer, ratio) in enumerate(zip(decoder.layers, config.keep, strict=True)):
-        if ratio < 1:  # a new router of the same kind, off the meta device: what else it has begins as its class says
-            router = type(layer.router)(config.dim, config.frame_tokens, ratio, number, config.gate)
+        if ratio < 1:  # once more, off the meta device: what else it has than w begins as its class says
+            router = new_router(config, number)
             if isinstance(router, LayerExpert):
                 nn.init.normal_(router.w.weight, std=0.0 if config.gate == "value" else ROUTER_STD)
             layer.router = router.to(device, dtype)

@@ -9,7 +9,8 @@ import importlib
 import math
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 COURSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -51,6 +52,17 @@ def something(answer, what: str = "your function"):
     if answer is None or answer is ...:
         raise Wrong(f"Nothing here yet: {what} gives {answer}. Replace the three dots (or is a return missing?), then run both cells again.")
     return answer
+
+
+@contextmanager
+def instead(kinds, parts: tuple[str, ...], hint: str) -> Iterator[None]:
+    """Says the hint in the place of an exception of these kinds whose message holds one of the parts."""
+    try:
+        yield
+    except kinds as error:
+        if any(part in str(error) for part in parts):
+            raise Wrong(hint) from None
+        raise
 
 
 def numbers(got, want) -> tuple[str, str]:

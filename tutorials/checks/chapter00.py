@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Wrong, exercise, looks_like, same, something
+from . import Wrong, exercise, instead, looks_like, same, something
 
 
 @exercise(
@@ -75,12 +75,9 @@ def routed(answer) -> str:
     want = x.clone()
     want[kept] = x[kept] + mu[kept, None] * short
     given = x.clone()
-    try:
+    shapes = "Shapes do not fit: mu[kept] is (K,), the update is (K, D). Give it an axis, mu[kept, None]."
+    with instead(RuntimeError, ("must match the size",), shapes):
         got = something(answer(given, kept, mu, f), "routed(...)")
-    except RuntimeError as error:
-        if "must match the size" in str(error):
-            raise Wrong("Shapes do not fit: mu[kept] is (K,), the update is (K, D). Give it an axis, mu[kept, None].") from None
-        raise
     if not torch.equal(given, x):
         raise Wrong("It changed its input x. Work on x.clone(): the student after you may still need x.")
     if isinstance(got, torch.Tensor) and got.shape == short.shape:

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Wrong, exercise, looks_like, same, something
+from . import Wrong, exercise, instead, looks_like, same, something
 
 _GRADIENT = (
     "def router_gradient(x, scores, kept, slope):\n    gate = torch.sigmoid(scores)\n    return (kept * slope * 2 * gate * (1 - gate)) @ x"
@@ -102,12 +102,9 @@ def router_gradient(answer) -> str:
 def gather(answer) -> str:
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
     given = keep.clone()
-    try:
+    named = "PyTorch wants the axis by its name beside `stable`: argsort(dim=1, stable=True)."
+    with instead(TypeError, ("sort()",), named):
         pair = something(answer(given), "gather(keep)")
-    except TypeError as error:
-        if "argsort()" in str(error) or "sort()" in str(error):
-            raise Wrong("PyTorch wants the axis by its name beside `stable`: argsort(dim=1, stable=True).") from None
-        raise
     if not torch.equal(given, keep):
         raise Wrong("You changed keep itself; work on a copy.")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:

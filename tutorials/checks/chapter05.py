@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Wrong, exercise, looks_like, same, something
+from . import Wrong, exercise, instead, looks_like, same, something
 
 
 def toy(frames: int, stream=None):
@@ -86,10 +86,8 @@ def sound(answer) -> str:
 
             offline = model.decoder.logits(model.decoder(x, batch.pos, batch.frame))[0]
             lengths = [kept * 4 + text for kept in model.config.kept]
-            try:
+            with instead(AssertionError, ("",), "It raises where logits differ; return False there, do not raise."):
                 return bool(something(answer(play, list(cut), offline, lengths), "sound(...)"))
-            except AssertionError:
-                raise Wrong("It raises where logits differ; return False there, do not raise.") from None
 
     if not trusted(nullcontext()):
         if not trusted(patch("mod.decoder.MoDBlock", EverybodyCached)) and not trusted(patch("mod.cache.LayerCache", Renumbered)):
@@ -252,12 +250,9 @@ def forget(answer) -> str:
         for part in parts:
             feed(model, batch, x, part, cache)
         held = [(layer.pos[layer.pos < 2**62], layer.frame[layer.pos < 2**62], layer.k[0, 0].clone()) for layer in cache.layers]
-        try:
+        spans = "The start and the stop that `layer.forget` is given are tensors (1,), such as places.min()[None], not whole numbers."
+        with instead((TypeError, IndexError), ("subscriptable", "dimension", "indices"), spans):
             answer(cache, 1)
-        except (TypeError, IndexError) as error:
-            if "subscriptable" in str(error) or "dimension" in str(error) or "indices" in str(error):
-                raise Wrong("The start and the stop that `layer.forget` is given are tensors (1,), such as places.min()[None], not whole numbers.") from None
-            raise
         for number, (layer, (pos, frame, k)) in enumerate(zip(cache.layers, held, strict=True)):
             entries, want = layer.pos[layer.pos < 2**62].tolist(), pos[frame != 1].tolist()
             counted = int(layer.length)

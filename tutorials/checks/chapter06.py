@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import Wrong, exercise, looks_like, same, something
+from . import Wrong, exercise, instead, looks_like, same, something
 
 
 @exercise(
@@ -23,12 +23,9 @@ def recall(answer) -> str:
     shows[3] = False
     hit = (kept[:, 1:] & shows).sum().item()
     given = kept.clone(), shows.clone()
-    try:
+    columns = "kept has one column more than shows: its first is the CLS token, which is no patch."
+    with instead(RuntimeError, ("must match the size",), columns):
         got = something(answer(*given), "recall(kept, shows)")
-    except RuntimeError as error:
-        if "must match the size" in str(error):
-            raise Wrong("kept has one column more than shows: its first is the CLS token, which is no patch.") from None
-        raise
     if not (torch.equal(given[0], kept) and torch.equal(given[1], shows)):
         raise Wrong("You changed what you were given; the trace of a model is not yours to write in. Work on a copy.")
     by_frame = (kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)
@@ -150,12 +147,9 @@ def contrast(answer) -> str:
     router = answer(6, 7, 0.4, 1)
     if any(parameter.numel() for parameter in router.parameters()):
         raise Wrong("It has weights; this one is to do without.")
-    try:
+    shapes = "Shapes do not fit: the mean of a frame is (F, D), tokens are (F, N, D). Keep the axis: mean(dim=1, keepdim=True)."
+    with instead(RuntimeError, ("must match the size",), shapes):
         got = something(router.score(tokens.clone(), pos), "score(tokens, pos)")
-    except RuntimeError as error:
-        if "must match the size" in str(error):
-            raise Wrong("Shapes do not fit: the mean of a frame is (F, D), tokens are (F, N, D). Keep the axis: mean(dim=1, keepdim=True).") from None
-        raise
     away = tokens - tokens.mean(1, keepdim=True)
     want = away.norm(dim=-1)
     if isinstance(got, torch.Tensor) and got.shape == want.shape:

@@ -77,7 +77,8 @@ def keep_ratio_for(answer) -> str:
         got = answer(share, routed)
         if got is None:
             raise Wrong(f"{what} is None, but r = {want:g} does it: put it into (1 - q) + q·r.")
-        looks_like(got, (share - routed) / (1 - routed) if routed < 1 else want + 9, "The shares are swapped: the dense share is 1 - routed, and it is the routed share that r multiplies.") if routed != 0.5 else None
+        if routed not in (0.5, 1.0):  # where swapping them shows
+            looks_like(got, (share - routed) / (1 - routed), "The shares are swapped: the dense share is 1 - routed, and it is the routed share that r multiplies.")
         same(got, want, what)
     for share, routed in ((0.4, 0.5), (0.2, 0.25), (1.2, 0.5)):
         got = answer(share, routed)

@@ -106,8 +106,7 @@ def looks_ahead(answer) -> str:
     def rarely(x):
         return torch.where((x[1:] > 1.9).any(), torch.zeros_like(x), x)
 
-    calm = frames.clamp(-1, 1)
-    frames = calm
+    frames = frames.clamp(-1, 1)  # nothing far out yet
     if not all(ask(rarely, "a choice that moves now and then") for _ in range(5)):
         raise Wrong("A system whose output hangs on later frames only now and then goes free: try several random replacements at every place.")
     return "Right. This is how experiment 2 caught its suspects, and how chapter 4 caught a router."
