@@ -3,7 +3,7 @@
 RMSNorm, RoPE, grouped-query attention, SwiGLU; optional QK-norm (Qwen3), q/k/v bias (Qwen2) and tied embeddings, so
 that real checkpoints fit. Positions are an explicit argument all the way down.
 
-Read next: layout.py
+Read next: cache.py
 """
 
 from typing import NamedTuple
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.block import PAD, Attention, Block, RMSNorm, Rope
-from mod.config import ModelConfig, UserError
-from mod.router import ROUTERS, Router
+from mod.config import ModelConfig
+from mod.layers import PAD, Attention, Block, RMSNorm, Rope
+from mod.layout import Plan
+from mod.router import Router, new_router
 
 
 class SwiGLU(nn.Module):
@@ -33,7 +34,7 @@ class SwiGLU(nn.Module):
 
 def dense_block(config: ModelConfig) -> Block:
     attention = Attention(config.dim, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                          qk_norm=config.qk_norm, rope=Rope.of(config), norm_eps=config.norm_eps)  # fmt: skip
+                          qk_norm=config.qk_norm, norm_eps=config.norm_eps)
     mlp = SwiGLU(config.dim, config.ffn_hidden)
     return Block(attention, mlp, RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps))
 
@@ -47,11 +48,6 @@ class Routing(NamedTuple):
 
 
 # --- MoD starts here --------------------------------------------------------------------------------------------------
-def new_router(config: ModelConfig, layer: int) -> Router:
-    """The router that the configuration asks for in this layer, with weights as its class draws them."""
-    return ROUTERS[config.select](config.dim, config.frame_tokens, config.keep[layer], layer, config.gate)
-
-
 class MoDBlock(nn.Module):
     """A dense block that only text and the router's choice of vision tokens go through (paper, section 3.2).
 
@@ -61,79 +57,75 @@ class MoDBlock(nn.Module):
 
     With the value gate mu enters f as well: in its attention the kept token's value is scaled by mu.
 
-    Compute is really skipped: gather the short sequence, run the dense block on it, scatter the result back.
+    Compute is really skipped: gather the short rows, run the dense block on them, scatter the result back. The plan
+    knows their shapes; the router only fills in which k tokens of each frame stand in that frame's slots.
     """
 
     def __init__(self, block: Block, router: Router):
         super().__init__()
         self.block, self.router = block, router
 
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor, past=None, trace: list[Routing] | None = None) -> Tensor:
-        """x (B, T, D), pos (B, T), frame (B, T) -> (B, T, D); inside, K tokens of each row. See `Attention.forward`."""
-        keep, mu, scores = self.router(x, pos, frame)
+    def forward(self, x: Tensor, turn: Tensor, plan: Plan, past=None, trace: list[Routing] | None = None) -> Tensor:
+        """x (B, T, D), turn (B, T, 2, E) -> (B, T, D); inside, K tokens of each row. `trace` collects the decisions."""
+        if len(plan.vision) == 0:
+            return self.block(x, turn, plan.pos, past=past)
+        route, flat, flat_pos = plan.routes[self.router.kept], x.flatten(0, 1), plan.pos.flatten()
+        chosen, weight, scores = self.router(flat[plan.vision], flat_pos[plan.vision])
         if trace is not None:
-            kept = rearrange(keep[frame >= 0], "(f n) -> f n", n=self.router.frame_tokens)
+            kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(self.router.layer, kept, scores))
-
-        # Gather. A stable sort puts the kept tokens first and in their original order; rows that keep fewer than the
-        # longest are filled up with tokens that are not real here: they stand at PAD, so no real token sees them.
-        keep = keep & (pos < PAD)
-        length = int(keep.sum(1).max())  # K
-        if length == 0:
+        if route.index.numel() == 0:
             return x  # frames alone, in a layer that keeps none of their tokens
-        index = keep.logical_not().int().argsort(dim=1, stable=True)[:, :length]
-        row = torch.arange(len(x), device=x.device)[:, None]
-        real = keep[row, index]
-        h, mu = x[row, index], mu[row, index]
 
+        # Gather. Each frame's slots get the indices of its chosen tokens, in order of time, which attention relies on.
+        slots = route.slots.flatten()
+        index = route.index.flatten().scatter(0, slots, plan.vision.gather(1, chosen).flatten())
+        mu = torch.ones_like(index, dtype=x.dtype).scatter(0, slots, weight.flatten().to(x.dtype)).view_as(route.real)
+        h, short_turn = (rearrange(part.flatten(0, 1)[index], "(b k) ... -> b k ...", b=len(x)) for part in (x, turn))
+        pos = flat_pos[index].view_as(route.real).where(route.real, PAD)  # original positions, never renumbered
         loudness = mu if self.router.gate == "value" else None
-        place = pos[row, index].where(real, PAD)  # original positions, never renumbered
-        update = self.block.update(h, place, frame[row, index], past=past, value_gate=loudness)
+        update = self.block.update(h, short_turn, pos, past=past, value_gate=loudness)
 
-        # Scatter. index holds each token at most once, so no write meets another.
-        y = x.clone()
-        y[row, index] = torch.where(real[..., None], h + mu[..., None] * update, h)
-        return y
+        # Scatter. A slot that is not real adds nothing, whichever token it points at.
+        update = torch.where(route.real[..., None], mu[..., None] * update, 0)
+        return flat.index_add(0, index, update.flatten(0, 1).to(x.dtype)).view_as(x)
 
 
 # --- MoD ends here ----------------------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks (dense where keep is 1, MoD elsewhere), final norm, output layer."""
+    """Embedding, blocks (dense where the keep ratio is 1, MoD elsewhere), final norm, output layer.
+
+    Raises UserError when the configuration selects a router that is not there.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        if config.select not in ROUTERS:
-            raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
+        self.config, self.rope = config, Rope(config.rope_base)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList()
-        for layer, ratio in enumerate(config.keep):
+        for layer, ratio in enumerate(config.keep_ratios):
             block = dense_block(config)
-            if ratio < 1:
-                block = MoDBlock(block, new_router(config, layer))
-            self.layers.append(block)
+            self.layers.append(block if ratio == 1 else MoDBlock(block, new_router(config, layer)))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor, cache=None, trace: list[Routing] | None = None) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan, cache=None, trace: list[Routing] | None = None) -> Tensor:
         """Token vectors (B, T, D) -> hidden states (B, T, D), ready for `logits`.
 
-        pos (B, T) positions, frame (B, T) frame of each vision token or -1, cache a KVCache that the new tokens are
-        appended to, trace a list that collects what the routed layers decided. Raises UserError, with nothing stored,
-        when the cache is full.
+        cache  a KVCache, told of this plan by `begin`, that the new tokens are appended to
+        trace  a list that collects what the routed layers decided
         """
-        if cache is not None:
-            cache.make_room(pos, frame)
+        turn = self.rope.turn(plan.pos if cache is None else cache.places, self.config.head_dim, x.dtype)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None
             if isinstance(layer, MoDBlock):
-                x = layer(x, pos, frame, past=past, trace=trace)
+                x = layer(x, turn, plan, past=past, trace=trace)
             else:
-                x = layer(x, pos, frame, past=past)
+                x = layer(x, turn, plan.pos, past=past)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

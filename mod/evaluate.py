@@ -1,74 +1,160 @@
-"""Run a model over clips and fill in the turns that metrics.py counts: teacher-forced, and free-running.
+"""What "good" means, measured on clips: the four metrics of the base paper (VideoLLM-online) and plain accuracies.
+
+A stream is cut into turns, each ending with a response. In a turn, m frames carried a streaming label and n text labels
+belong to the response; c is the length of its longest correct prefix. Averaged over turns, then over streams:
+
+    LM-PPL          exp(-mean log p of the response's tokens)          a mean of perplexities
+    LM-Correctness  c / n
+    TimeDiff        |d| / fps seconds; d frames too early (> 0) or too late (< 0), narrations only
+    Fluency         (m + c) / (m + n) on time, less when early or late, narrations only
 
 Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed
 back, frame by frame through a Stream, as in real use; errors may pile up. Only the context differs between the two.
 
-Read next: optim.py
+DEVIATION: a question is asked by the user, so its turn has no timing of its own, and that an answer begins is no
+achievement: neither counts. Late speech is looked for to the end of the stream, never speaking counts as later than
+that, and only frames that were decided rightly are credited; mod/study/paper_metrics.py has the base paper's own form.
+
+Read next: train.py
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
+from torch import Tensor
 
-from mod.config import StreamConfig
-from mod.data import Clip, clip_layout, clip_pixels
+from mod.config import ModelConfig
+from mod.data import Clip, clip_batch, clip_pixels
 from mod.decoder import Routing
-from mod.layout import NO_LABEL, Layout, Vocabulary, assistant_ids, collate, user_ids
-from mod.metrics import Turn
+from mod.layout import NO_LABEL, Layout, Vocabulary, assistant_ids, collate, lay_out
 from mod.stream import Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
 
-def set_caps(turns: Sequence[Turn], ends: Sequence[int]) -> None:
-    """Fill in `Turn.cap`, given the frame after which each turn ends: as many frames as the next turn has, but one less
-    than this turn has at most, and 0 in the last turn."""
-    lengths = [end - start for start, end in zip([-1, *ends[:-1]], ends, strict=True)] if ends else []
-    for turn, length, following in zip(turns, lengths, [*lengths[1:], 0], strict=False):
-        turn.cap = max(0, min(following, length - 1))
+@dataclass
+class Turn:
+    """What a model did in one turn.
+
+    kind   "narration" or "answer"
+    end    the frame after which it ends
+    spoke  at each of the m labelled frames: did it speak? In a narration's turn it should at the last one only
+    right  at each of the n text labels: was the most likely token the right one?
+    logp   at each of the n text labels: log-probability of the right token, nats
+    after  when it never spoke in a narration's turn: did it at each further frame, to the end of the stream?
+    exact  was the response right, word for word? (free-running: at the right frame, too)
+    """
+
+    kind: str = "narration"
+    end: int = -1
+    spoke: list[bool] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    after: list[bool] = field(default_factory=list)
+    exact: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Does this turn have a moment at which the model itself should have spoken?"""
+        return self.kind == "narration" and len(self.spoke) > 0
+
+
+def perplexity(turn: Turn) -> float:
+    nats = -sum(turn.logp) / len(turn.logp)
+    return math.exp(nats) if nats < 700 else math.inf  # beyond that exp overflows: the model has diverged
+
+
+def correct_prefix(turn: Turn) -> int:
+    """c: length of the longest correct prefix of the response."""
+    return turn.right.index(False) if False in turn.right else len(turn.right)
+
+
+def frame_diff(turn: Turn) -> int:
+    """d: frames between the moment to speak and the first time the model did; positive is early, negative late."""
+    if True in turn.spoke:
+        return len(turn.spoke) - 1 - turn.spoke.index(True)
+    return -(turn.after.index(True) + 1) if True in turn.after else -(len(turn.after) + 1)
+
+
+def fluency(turn: Turn) -> float:
+    """Share of the turn's decisions and tokens that came out right before the first mistake."""
+    m, n, d = len(turn.spoke), len(turn.right), frame_diff(turn)
+    good = m + correct_prefix(turn) if d == 0 else m - 1 - max(0, d)
+    return good / (m + n)
+
+
+def stream_mean(streams: Sequence[Sequence[Turn]], measure: Callable[[Turn], float], wanted: Callable[[Turn], bool]) -> float:
+    """Mean over the wanted turns of a stream, then over the streams that have any; nan when none has."""
+    values = [[measure(turn) for turn in turns if wanted(turn)] for turns in streams]
+    return mean([mean(one) for one in values if one])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def summarize(streams: Sequence[Sequence[Turn]], silent: Sequence[bool], fps: float) -> dict[str, float]:
+    """All metrics. `silent`: for every frame to be silent at, was the model silent?
+
+    narration_exact and question_accuracy are shares of responses that are right word for word; speak_accuracy and
+    silence_accuracy are shares of frames; time_diff is in seconds. nan where there is nothing to count.
+    """
+    turns = [turn for stream in streams for turn in stream]
+    return {
+        "narration_exact": mean([turn.exact for turn in turns if turn.kind == "narration"]),
+        "question_accuracy": mean([turn.exact for turn in turns if turn.kind == "answer"]),
+        "speak_accuracy": mean([turn.spoke[-1] for turn in turns if turn.timed]),
+        "silence_accuracy": mean(silent),
+        "lm_ppl": stream_mean(streams, perplexity, lambda turn: len(turn.right) > 0),
+        "lm_correctness": stream_mean(streams, lambda t: correct_prefix(t) / len(t.right), lambda t: len(t.right) > 0),
+        "time_diff": stream_mean(streams, lambda turn: abs(frame_diff(turn)), lambda turn: turn.timed) / fps,
+        "fluency": stream_mean(streams, fluency, lambda turn: turn.timed),
+    }
+
+
+def device_of(model: VideoLLM) -> torch.device:
+    return model.decoder.embed.weight.device
 
 
 @torch.inference_mode()
-def speaks_later(
-    model: VideoLLM, words: Vocabulary, clip: Clip, layout: Layout, cut: int, frame: int, threshold: float
-) -> list[bool]:
+def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, layout: Layout, cut: int, frame: int,
+                 threshold: float) -> list[bool]:
     """Would the model speak at each frame after `frame`, if nothing had been said since position `cut` - 1?"""
-    probe = Layout(layout.ids[:cut], layout.frame[:cut], [NO_LABEL] * cut, [False] * cut)
-    later = range(frame + 1, len(clip.frames))
-    for t in later:
-        probe.image(t, model.config.frame_tokens, words.eos)
-    batch = collate([probe], torch.as_tensor(clip.frames)).to(next(model.parameters()).device)
-    hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
-    return decides_to_speak(model.decoder.logits(hidden[batch.streaming]), words, threshold).tolist()
+    probe, sizes = Layout(layout.ids[:cut], layout.frame[:cut], [NO_LABEL] * cut, [False] * cut), model.config
+    for t in range(frame + 1, len(clip.frames)):
+        probe.image(t, sizes.frame_tokens, words.eos)
+    batch = collate([probe], clip_pixels([clip]), sizes.frame_tokens, sizes.keep_counts).to(device_of(model))
+    hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan)
+    logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
+    return decides_to_speak(logits, words, threshold).tolist()
 
 
 @torch.inference_mode()
 def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5, rows: int = 32,
-                   trace: list[Routing] | None = None) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
+                   trace: list[Routing] | None = None) -> tuple[list[list[Turn]], list[bool]]:
     """One offline pass over the true conversations. Returns the turns of every clip, and for every frame that should be
     silent whether the model was. `trace` collects the routed layers' decisions."""
     streams, silent = [], []
     for start in range(0, len(clips), rows):
         some = clips[start : start + rows]
-        layouts = [clip_layout(words, clip, model.config.frame_tokens) for clip in some]
-        batch = collate(layouts, clip_pixels(some)).to(next(model.parameters()).device)
-        hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace)
-        labelled = batch.labels != NO_LABEL
-        logits, labels = model.decoder.logits(hidden[labelled]), batch.labels[labelled]
+        batch = clip_batch(words, some, model.config).to(device_of(model))
+        hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace)
+        logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
         logp = logits.float().log_softmax(-1)
-        rated = (
-            zip(  # of every labelled position, row by row: would it speak, is the best token right, the label's logp
-                decides_to_speak(logits, words, threshold).tolist(),
-                (logp.argmax(-1) == labels).tolist(),
-                rearrange(logp.gather(-1, labels[:, None]), "l 1 -> l").tolist(),
-                strict=True,
-            )
-        )
-        for clip, layout in zip(some, layouts, strict=True):
-            turns, ends, turn, frame = [], [], Turn("narration"), -1
+        speaks = decides_to_speak(logits, words, threshold).tolist()
+        right = (logp.argmax(-1) == batch.labels).tolist()
+        label_logp = logp.gather(-1, batch.labels[:, None])[:, 0].tolist()
+        rated = zip(speaks, right, label_logp, strict=True)  # of every labelled token, row by row
+        for clip in some:
+            layout = lay_out(words, len(clip.frames), model.config.frame_tokens, clip.said)
+            turns, turn, cut = [], Turn(), 0
             for position, label in enumerate(layout.labels):
-                frame = max(frame, layout.frame[position])
-                spoke, right, label_logp = next(rated) if label != NO_LABEL else (None, None, None)
+                turn.end = max(turn.end, layout.frame[position], turns[-1].end if turns else -1)
+                if label == NO_LABEL:
+                    continue
+                spoke, is_right, nats = next(rated)
                 if layout.streaming[position]:
                     turn.spoke.append(spoke)
                     cut = position + 1
@@ -76,126 +162,109 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
                         silent.append(not spoke)
                 elif label == words.assistant:  # the end of a question; that an answer follows is no achievement
                     turn.kind = "answer"
-                elif label != NO_LABEL:
-                    turn.right.append(right)
-                    turn.logp.append(label_logp)
+                else:
+                    turn.right.append(is_right)
+                    turn.logp.append(nats)
                     if label == words.eos:
                         turn.exact = all(turn.right)
                         if turn.timed and not any(turn.spoke):
-                            turn.after = speaks_later(model, words, clip, layout, cut, frame, threshold)
+                            turn.after = speaks_later(model, words, clip, layout, cut, turn.end, threshold)
                         turns.append(turn)
-                        ends.append(frame)
-                        turn = Turn("narration")
-            set_caps(turns, ends)
+                        turn = Turn()
             streams.append(turns)
     return streams, silent
 
 
 class Book:
-    """What is noted down about one free-running stream: the turns so far, the open one, every frame's decision."""
+    """What is noted down about one free-running stream: what is still to be said, the turns so far, the open one, and
+    whether it spoke at every frame."""
 
-    def __init__(self, words: Vocabulary):
-        self.words, self.turn = words, Turn("narration")
-        self.turns: list[Turn] = []
-        self.ends: list[int] = []
-        self.decided: list[bool] = []
+    def __init__(self, words: Vocabulary, clip: Clip):
+        self.words, self.said, self.frames = words, deque(clip.said), len(clip.frames)
+        self.turn, self.turns, self.decided = Turn(), [], []
 
-    def close(self, kind: str, frame: int, truth: str, said: str | None, scores: torch.Tensor) -> None:
+    def due(self, frame: int, role: str) -> str | None:
+        """The next turn of the true conversation, if it is this role's after this frame."""
+        return self.said.popleft().text if self.next_role(frame) == role else None
+
+    def next_role(self, frame: int) -> str | None:
+        return self.said[0].role if self.said and self.said[0].frame == frame else None
+
+    def close(self, kind: str, frame: int, truth: str, said: str | None, scores: Tensor) -> None:
         """End the open turn: the truth is known, what was said instead, and how likely the truth was, (n, V)."""
         ids = torch.tensor(assistant_ids(self.words, truth)[1:], device=scores.device)
-        self.turn.kind, self.turn.exact = kind, said == self.words.decode(ids[:-1].tolist())
+        self.turn.kind, self.turn.end, self.turn.exact = kind, frame, said == self.words.decode(ids[:-1].tolist())
         self.turn.right = (scores.argmax(-1) == ids).tolist()
-        self.turn.logp = scores[torch.arange(len(ids)), ids].tolist()
+        self.turn.logp = scores.gather(-1, ids[:, None])[:, 0].tolist()
         self.turns.append(self.turn)
-        self.ends.append(frame)
-        self.turn = Turn("narration")
+        self.turn = Turn()
 
-
-def in_step(clips: Sequence[Clip], rows: int) -> Iterator[list[Clip]]:
-    """Groups of at most `rows` clips with the same number of frames, all of one shape."""
-    by_shape: dict[tuple, list[Clip]] = {}
-    for clip in clips:
-        by_shape.setdefault(tuple(clip.frames.shape), []).append(clip)
-    for _, alike in sorted(by_shape.items()):
-        for start in range(0, len(alike), rows):
-            yield alike[start : start + rows]
+    def finished(self) -> list[Turn]:
+        for turn in self.turns:
+            if turn.timed and not any(turn.spoke):
+                turn.after = self.decided[turn.end + 1 :]
+        return self.turns
 
 
 @torch.inference_mode()
-def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5,
-                 rows: int = 64, max_words: int = 12) -> tuple[list[list[Turn]], list[bool]]:  # fmt: skip
-    """Stream the clips with the model's own words as context. The same returns as `teacher_forced`, short clips first.
+def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], threshold: float = 0.5, rows: int = 64,
+                 max_words: int = 12) -> tuple[list[list[Turn]], list[bool]]:
+    """Stream the clips with the model's own words as context. The same returns as `teacher_forced`.
 
     A response counts as exact when it is said at the right frame, word for word. Perplexity and correctness rate the
-    true response after the model's own history.
+    true response after the model's own history. Raises ValueError for two responses without a question between.
     """
     streams, silent = [], []
-    for some in in_step(clips, rows):
-        frames = len(some[0].frames)
-        # A response is at most max_words and two symbols, after each frame and question; true ones are tried as well.
-        asked = [sum(len(user_ids(words, say.text)) + max_words + 2 for say in clip.said) for clip in some]
-        room = 1 + frames * (max_words + 2) + max(asked)
-        settings = StreamConfig(threshold=threshold)
-        stream = Stream(model, words, len(some), frames=frames, text=room, settings=settings, max_words=max_words)
-        ahead = [[say.text for say in clip.said if say.frame < 0] for clip in some]
-        for texts in ahead:
-            if len(texts) > 1:
-                raise ValueError(f"{len(texts)} questions before the first frame, expected one at most")
-        if any(ahead):
-            stream.hear([texts[0] if texts else None for texts in ahead])
-        books = [Book(words) for _ in some]
-        for t in range(frames):
-            after = [[say for say in clip.said if say.frame == t] for clip in some]
-            speaks = stream.wants_to_speak(stream.see(torch.stack([torch.as_tensor(clip.frames[t]) for clip in some])))
-            due = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
-            scores = stream.score(due)
-            replies = stream.respond(speaks)
-            for row, book in enumerate(books):
-                book.decided.append(speaks[row])
-                if due[row] is not None or not after[row]:  # before a user's turn the layout has no streaming label
-                    book.turn.spoke.append(speaks[row])
-                    if due[row] is None:
+    for start in range(0, len(clips), rows):
+        some = clips[start : start + rows]
+        stream = Stream(model, words, len(some), threshold=threshold, max_words=max_words)
+        books = [Book(words, clip) for clip in some]
+        for t in range(-1, max(book.frames for book in books)):
+            if t >= 0:
+                sees = [t < book.frames for book in books]
+                pictures = [torch.as_tensor(clip.frames[t]) for clip, there in zip(some, sees, strict=True) if there]
+                wants = stream.wants_to_speak(stream.see(torch.stack(pictures), sees))
+                speaks = [want and there for want, there in zip(wants, sees, strict=True)]
+                decided = [book.next_role(t) != "user" for book in books]  # before a user's turn there is no label
+                truths = [book.due(t, "assistant") for book in books]
+                scores, replies = stream.score(truths), stream.respond(speaks)
+                for row, book in enumerate(books):
+                    if not sees[row]:
+                        continue
+                    book.decided.append(speaks[row])
+                    if decided[row]:
+                        book.turn.spoke.append(speaks[row])
+                    if truths[row] is not None:
+                        book.close("narration", t, truths[row], replies[row], scores[row])
+                    elif decided[row]:
                         silent.append(not speaks[row])
-                if due[row] is not None:
-                    book.close("narration", t, due[row], replies[row], scores[row])
-            while any(after):  # then questions, one of every row that has any at a time, and the answers that are due
-                if any(says and says[0].role == "assistant" for says in after):
+            # Then the questions: one of every row that has any at a time, and the answers that are due.
+            while any(book.next_role(t) for book in books):
+                questions = [book.due(t, "user") for book in books]
+                if not any(questions):
                     raise ValueError(f"two responses after frame {t} without a question between; join them")
-                stream.hear([says.pop(0).text if says else None for says in after])
-                truths = [says.pop(0).text if says and says[0].role == "assistant" else None for says in after]
-                scores = stream.score(truths)
-                replies = stream.respond([truth is not None for truth in truths])
+                stream.hear(questions)
+                truths = [book.due(t, "assistant") if asked else None for book, asked in zip(books, questions, strict=True)]
+                scores, replies = stream.score(truths), stream.respond([truth is not None for truth in truths])
                 for row, book in enumerate(books):
                     if truths[row] is not None:
                         book.close("answer", t, truths[row], replies[row], scores[row])
-        for book in books:
-            for turn, end in zip(book.turns, book.ends, strict=True):
-                if turn.timed and not any(turn.spoke):
-                    turn.after = book.decided[end + 1 :]
-            set_caps(book.turns, book.ends)
-        streams += [book.turns for book in books]
+        streams += [book.finished() for book in books]
     return streams, silent
 
 
-def sprite_patches(clip: Clip) -> int:
-    """Patches that show a sprite, over all frames; none that we know of in a real video."""
-    return 0 if clip.patch_labels is None else int((clip.patch_labels[..., 0] > 0).sum())
+def cost_ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
+    """What a stream of so many frames and text tokens costs as a share of full computation: FLOPs of the decoder's
+    layers, and entries of the KV cache. A layer processes, and caches, n = k * frames + text tokens."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    weights = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden
 
+    def flops(n: int) -> int:
+        return 2 * n * weights + 4 * n * n * queries  # products with weights; the square of attention
 
-def router_recall(trace: Sequence[Routing], clips: Sequence[Clip], grid: int) -> dict[int, float]:
-    """Per routed layer, the share of sprite patches that it keeps; keeping by lot scores kept / N.
-
-    `trace` as `teacher_forced` leaves it for these clips. Nothing for real videos, whose sprites nobody knows.
-    """
-    if any(clip.patch_labels is None for clip in clips):
-        return {}
-    sprite = torch.cat([torch.from_numpy(clip.patch_labels[..., 0]) for clip in clips])
-    side = int(sprite.shape[1] ** 0.5)
-    frame, patch = sprite.nonzero(as_tuple=True)
-    # The patch's place in the pooled grid; token 0 is the CLS.
-    token = 1 + (patch // side) * grid // side * grid + (patch % side) * grid // side
-    recall = {}
-    for layer in sorted({routing.layer for routing in trace}):
-        kept = torch.cat([routing.kept for routing in trace if routing.layer == layer]).cpu()
-        recall[layer] = kept[frame, token].float().mean().item()
-    return recall
+    tokens = [kept * frames + text for kept in config.keep_counts]
+    scored = sum(ratio < 1 for ratio in config.keep_ratios) if config.select == "learned" else 0
+    full = config.frame_tokens * frames + text
+    router = 2 * scored * config.frame_tokens * frames * config.dim
+    return {"flop_ratio": (sum(map(flops, tokens)) + router) / (config.depth * flops(full)),
+            "kv_ratio": sum(tokens) / (config.depth * full)}

@@ -10,22 +10,29 @@ Labels are built from token ids, one position early: the label of position i is 
     question's end, answer words           -> the next token, <eos> last            LM loss
     everything else                        -> none
 
+The decision to notice: *which* tokens a routed layer keeps depends on the data, but *how many* of each frame it keeps,
+and where their slots lie in its short row, does not. The `Plan` therefore knows every shape before the model runs, and
+the model never has to ask the device for a number.
+
 DEVIATION: a silent frame leaves nothing behind. The predicted <eos> is not fed and the next frame simply follows;
 VideoLLM-online's code feeds a separator between frames.
 
-Read next: videollm.py
+Read next: router.py
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mod.block import PAD
 from mod.config import UserError
+from mod.layers import PAD
 
 NO_LABEL = -100
+TEXT, PADDING = -1, -2  # stand in for the number of a frame
 
 
 class Vocabulary:
@@ -44,9 +51,8 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         unknown = [word for word in text.split() if word not in self.ids]
         if unknown:
-            raise UserError(
-                f"got the unknown word {unknown[0]!r} in {text!r}; known words are: {' '.join(self.words[4:])}"
-            )
+            known = " ".join(self.words[4:])
+            raise UserError(f"got the unknown word {unknown[0]!r} in {text!r}; known words are: {known}")
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,19 +71,19 @@ class Say:
     text: str
 
 
-def user_ids(vocabulary: Vocabulary, text: str) -> list[int]:
+def user_ids(words: Vocabulary, text: str) -> list[int]:
     """The tokens of a question: training and streaming both build it here."""
-    return [vocabulary.user, *vocabulary.encode(text)]
+    return [words.user, *words.encode(text)]
 
 
-def assistant_ids(vocabulary: Vocabulary, text: str) -> list[int]:
+def assistant_ids(words: Vocabulary, text: str) -> list[int]:
     """The tokens of a response, closing <eos> included."""
-    return [vocabulary.assistant, *vocabulary.encode(text), vocabulary.eos]
+    return [words.assistant, *words.encode(text), words.eos]
 
 
 @dataclass
 class Layout:
-    """One stream as parallel rows of length T; `frame` is -1 for text; the ids of vision tokens are 0, never read."""
+    """One stream as parallel rows of length T; `frame` is TEXT for text; the ids of vision tokens are 0, never read."""
 
     ids: list[int] = field(default_factory=list)
     frame: list[int] = field(default_factory=list)
@@ -86,7 +92,7 @@ class Layout:
 
     def text(self, ids: Sequence[int], labels: Sequence[int]) -> None:
         self.ids += ids
-        self.frame += [-1] * len(ids)
+        self.frame += [TEXT] * len(ids)
         self.labels += labels
         self.streaming += [False] * len(ids)
 
@@ -97,9 +103,8 @@ class Layout:
         self.streaming += [False] * (tokens - 1) + [label != NO_LABEL]
 
 
-def lay_out(vocabulary: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Say]) -> Layout:
-    """A stream of `frames` frames of N = frame_tokens tokens, and what is said after each, in the order given;
-    after frame -1 is before the first.
+def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Say]) -> Layout:
+    """A stream of `frames` frames of N = frame_tokens tokens, and what is said after each, in the order given.
 
     Raises UserError when something is said after a frame that does not exist.
     """
@@ -107,77 +112,118 @@ def lay_out(vocabulary: Vocabulary, frames: int, frame_tokens: int, said: Sequen
     if late:
         raise UserError(f"got {late[0].text!r} after frame {late[0].frame}, expected a frame from -1 to {frames - 1}")
     layout = Layout()
-    layout.text([vocabulary.bos], [NO_LABEL])
+    layout.text([words.bos], [NO_LABEL])
     for t in range(-1, frames):
         turns = [say for say in said if say.frame == t]
-        if t < 0:
-            pass  # what users say before the first frame
-        elif not turns:
-            layout.image(t, frame_tokens, vocabulary.eos)
-        elif turns[0].role == "assistant":
-            layout.image(t, frame_tokens, vocabulary.assistant)
-        else:
-            layout.image(t, frame_tokens, NO_LABEL)
+        if t >= 0:
+            first = turns[0].role if turns else "nobody"
+            layout.image(t, frame_tokens, {"nobody": words.eos, "assistant": words.assistant, "user": NO_LABEL}[first])
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
-                ids = assistant_ids(vocabulary, turn.text)
+                ids = assistant_ids(words, turn.text)
                 layout.text(ids, [*ids[1:], NO_LABEL])
             else:
-                ids = user_ids(vocabulary, turn.text)
+                ids = user_ids(words, turn.text)
                 answered = any(after.role == "assistant" for after in turns[number + 1 : number + 2])
-                layout.text(ids, [NO_LABEL] * (len(ids) - 1) + [vocabulary.assistant if answered else NO_LABEL])
+                layout.text(ids, [NO_LABEL] * (len(ids) - 1) + [words.assistant if answered else NO_LABEL])
     return layout
 
 
-def show(layout: Layout, vocabulary: Vocabulary) -> str:
-    """The layout as a table of position, token, frame and label, one line a token; the middle of a frame is folded."""
-    lines = [f"{'position':>8}  {'token':<14} {'frame':>5}  label"]
-    for position, (token, frame, label) in enumerate(zip(layout.ids, layout.frame, layout.labels, strict=True)):
-        folded = frame >= 0 and label == NO_LABEL and position + 1 < len(layout.ids)
-        if folded and layout.frame[position - 1] == frame and layout.frame[position + 1] == frame:
-            if not lines[-1].endswith("..."):
-                lines.append(f"{'...':>8}")
-            continue
-        word = "<v>" if frame >= 0 else vocabulary.words[token]
-        meaning = "" if label == NO_LABEL else vocabulary.words[label]
-        if layout.streaming[position]:
-            meaning += "   (streaming: " + ("stay silent)" if label == vocabulary.eos else "speak)")
-        lines.append(f"{position:>8}  {word:<14} {frame if frame >= 0 else '':>5}  {meaning}".rstrip())
-    return "\n".join(lines)
+class Route(NamedTuple):
+    """The short row of a layer that keeps k tokens of each frame, for B streams. A flat index is b * T + t."""
+
+    index: Tensor  # (B, K) flat index of the token in each slot: right for text; a frame's slots are the router's to fill
+    real: Tensor  # (B, K) bool, False where a row has fewer than K tokens
+    slots: Tensor  # (F, k) flat slots, b * K + j, of the tokens that are kept of every frame
 
 
-@dataclass
+class Plan(NamedTuple):
+    """Where the tokens of a batch, or of the next chunk of B streams, lie in every layer."""
+
+    pos: Tensor  # (B, T) position of each token in its stream, PAD for padding
+    vision: Tensor  # (F, N) flat indices of every frame's tokens
+    routes: dict[int, Route]  # by keep count k, for k < N
+    counts: dict[int, tuple[int, ...]]  # by keep count: how many tokens of each row enter such a layer, on the host
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.pos, self.vision, *(part for route in self.routes.values() for part in route)]
+
+    def to(self, device: torch.device | str) -> "Plan":
+        return self.filled(together(self.tensors, device))
+
+    def filled(self, tensors: list[Tensor]) -> "Plan":
+        """The same plan with other tensors in the order of `tensors`."""
+        pos, vision, *parts = tensors
+        routes = {k: Route(*parts[3 * i : 3 * i + 3]) for i, k in enumerate(self.routes)}
+        return Plan(pos, vision, routes, self.counts)
+
+
+def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_counts: Collection[int]) -> Plan:
+    """The plan of tokens whose frames are `frame` (B, T), TEXT for text and PADDING on the right; row b begins at
+    position start[b]. Made on the host, with NumPy. Raises ValueError when a frame is not whole."""
+    rows, length = frame.shape
+    real, vision = frame != PADDING, np.flatnonzero(frame >= 0)
+    if vision.size % frame_tokens or (np.diff(vision.reshape(-1, frame_tokens)) != 1).any():
+        raise ValueError(f"got {vision.size} vision tokens, expected whole frames of {frame_tokens}; never split a frame")
+    vision = vision.reshape(-1, frame_tokens)
+    routes, counts = {}, {}
+    for k in sorted({frame_tokens, *keep_counts}):
+        # As if every frame kept its first k: the slots would be the same.
+        keep = real.copy()
+        keep.ravel()[vision[:, k:]] = False
+        counts[k] = tuple(keep.sum(1).tolist())
+        if k < frame_tokens:
+            index = np.argsort(~keep, axis=1, kind="stable")[:, : max(counts[k], default=0)]
+            kept, seen = (np.take_along_axis(values, index, 1) for values in (keep, frame))
+            slots = np.flatnonzero(kept & (seen >= 0)).reshape(len(vision), k)
+            index += length * np.arange(rows)[:, None]
+            routes[k] = Route(*map(torch.from_numpy, (index, kept, slots)))
+    pos = np.where(real, np.asarray(start)[:, None] + np.arange(length), PAD)
+    return Plan(torch.from_numpy(pos), torch.from_numpy(vision), routes, counts)
+
+
+def together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Index tensors on a device, carried there in one copy that nothing waits for."""
+    if torch.device(device).type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = torch.cat([tensor.flatten().long() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """B streams, padded on the right to T tokens; `pixels` are the frames (F, 3, side, side) of all rows, in order."""
+    """B streams, padded on the right to T tokens, of which L have a label."""
 
-    ids: Tensor
-    frame: Tensor
-    pos: Tensor
-    labels: Tensor
-    streaming: Tensor
-    pixels: Tensor
+    ids: Tensor  # (B, T)
+    plan: Plan
+    labelled: Tensor  # (L,) flat indices of the tokens that have a label, row by row
+    labels: Tensor  # (L,) what should come next there
+    streaming: Tensor  # (L,) bool, is it a speak-or-stay-silent decision?
+    pixels: Tensor  # (F, 3, side, side) frames of all rows, in order
+    counts: tuple[int, int]  # text labels, streaming labels; on the host
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        """The index tensors go in one copy, the pixels in another; nothing waits for either."""
+        own = [self.ids, self.labelled, self.labels, self.streaming]
+        ids, labelled, labels, streaming, *parts = together([*own, *self.plan.tensors], device)
+        pinned = self.pixels.pin_memory() if torch.device(device).type == "cuda" else self.pixels
+        return replace(self, ids=ids, plan=self.plan.filled(parts), labelled=labelled, labels=labels,
+                       streaming=streaming, pixels=pinned.to(device, non_blocking=True))
 
 
-def collate(layouts: Sequence[Layout], pixels: Tensor) -> Batch:
-    """Pad rows on the right. A padded token is text at position PAD, which no real token can see."""
+def collate(layouts: Sequence[Layout], pixels: Tensor, frame_tokens: int, keep_counts: Collection[int]) -> Batch:
+    """Pad rows on the right, and plan where their tokens lie. Raises ValueError when a frame is not whole."""
     longest = max(len(layout.ids) for layout in layouts)
 
-    def rows(name: str, fill, dtype) -> Tensor:
-        return torch.tensor(
-            [[*getattr(layout, name), *[fill] * (longest - len(layout.ids))] for layout in layouts],
-            dtype=dtype,
-        )
+    def rows(name: str, fill: int) -> np.ndarray:
+        return np.array([[*getattr(one, name), *[fill] * (longest - len(one.ids))] for one in layouts])
 
-    step = torch.arange(longest).expand(len(layouts), -1)
-    lengths = torch.tensor([len(layout.ids) for layout in layouts])
-    return Batch(
-        ids=rows("ids", 0, torch.long),
-        frame=rows("frame", -1, torch.long),
-        pos=step.where(step < lengths[:, None], PAD),
-        labels=rows("labels", NO_LABEL, torch.long),
-        streaming=rows("streaming", False, torch.bool),
-        pixels=pixels,
-    )
+    labels, streaming = rows("labels", NO_LABEL).ravel(), rows("streaming", 0).ravel().astype(bool)
+    labelled = np.flatnonzero(labels != NO_LABEL)
+    plan = make_plan(rows("frame", PADDING), [0] * len(layouts), frame_tokens, keep_counts)
+    tensors = map(torch.from_numpy, (rows("ids", 0), labelled, labels[labelled], streaming[labelled]))
+    ids, *rest = tensors
+    decisions = int(streaming.sum())
+    return Batch(ids, plan, *rest, pixels, (len(labelled) - decisions, decisions))

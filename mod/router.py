@@ -1,7 +1,7 @@
 """LayerExpert: which vision tokens of a frame go through a layer, and with what weight (paper, section 3.2).
 
     score = w . x                        for each vision token x of the frame
-    kept  = the ceil(r * n) best of that frame's n tokens
+    kept  = the k = ceil(r * n) best of that frame's n tokens
     mu    = score                        gate "update": the paper's, mu scales the kept token's own update
     mu    = 2 * sigmoid(score)           gate "value": mu also scales the token's value in this layer's attention
 
@@ -14,27 +14,26 @@ mu, so the loss cannot tell the router that a token was worth reading. (In the l
 token's output at all: there the gradient is exactly zero, unless that token itself predicts.) With the value gate,
 being read carries gradient. 2 * sigmoid is one at score zero: a router with small weights hardly disturbs a decoder.
 
-Read next: window.py
+Read next: decoder.py
 """
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.config import kept_per_frame
+from mod.config import ModelConfig, UserError, keep_count
 
 ROUTER_STD = 0.02  # of a new router's weights
 
 
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """True at the k largest scores of each row, (F, N) -> (F, N) bool. Of equal scores the earlier token wins."""
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins."""
     # torch.topk breaks ties arbitrarily; a stable sort does not.
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
 
 
 class Router(nn.Module):
-    """Chooses kept_per_frame(keep_ratio, N) tokens of every frame. Subclasses say how tokens are scored.
+    """Chooses `kept` = ceil(keep_ratio * N) tokens of every frame. Subclasses say how tokens are scored.
 
     To try a router of your own, subclass this, implement `score`, and add it to `ROUTERS`. One with weights also needs
     `weight`, or inherits it from LayerExpert: the choice has no gradient, mu has.
@@ -43,7 +42,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "value"):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
-        self.kept = kept_per_frame(keep_ratio, frame_tokens)
+        self.kept = keep_count(keep_ratio, frame_tokens)
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
@@ -53,28 +52,16 @@ class Router(nn.Module):
         """mu of each token, (F, N) -> (F, N). One, unless the scores are learned."""
         return torch.ones_like(scores)
 
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D), pos (B, T), frame (B, T) with -1 for text -> keep (B, T) bool, mu (B, T), scores (F, N).
-
-        Text is always kept, with weight one. Raises ValueError when a frame is not whole.
-        """
-        vision = frame >= 0
-        # A frame's N tokens stand together, so reading the vision tokens row by row yields the frames of all streams,
-        # however long each stream is and however many frames it has.
-        tokens = x[vision]
-        if tokens.shape[0] % self.frame_tokens:
-            message = f"got {tokens.shape[0]} vision tokens, expected whole frames of {self.frame_tokens}"
-            raise ValueError(f"{message}; never split a frame")
-        tokens = rearrange(tokens, "(f n) d -> f n d", n=self.frame_tokens)
-        scores = self.score(tokens, rearrange(pos[vision], "(f n) -> f n", n=self.frame_tokens))
-        keep, mu = torch.ones_like(vision), torch.ones_like(x[..., 0])
-        keep[vision] = rearrange(top_k_mask(scores.detach(), self.kept), "f n -> (f n)")
-        mu[vision] = rearrange(self.weight(scores), "f n -> (f n)").to(mu.dtype)
-        return keep, mu, scores.detach()
+    def forward(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
+        and all scores (F, N)."""
+        scores = self.score(tokens, pos)
+        chosen = top_k(scores.detach(), self.kept)
+        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 
 class LayerExpert(Router):
-    """The paper's router: one linear score a token, one w a layer."""
+    """The paper's router: one linear score per token, one w per layer."""
 
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "value"):
         super().__init__(dim, frame_tokens, keep_ratio, layer, gate)
@@ -93,9 +80,9 @@ class LayerExpert(Router):
 
 
 class RandomRouter(Router):
-    """Tokens drawn by lot (paper, Table 3).
+    """Tokens drawn by chance (paper, Table 3).
 
-    DEVIATION: the lot is a hash of layer and position, no dice, so that streaming draws what training drew.
+    DEVIATION: the draw is a hash of layer and position, no dice, so that streaming draws what training drew.
     """
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
@@ -110,12 +97,17 @@ class UniformRouter(Router):
     """Every (n/k)-th token of the frame (paper, Table 3)."""
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        n, index = self.frame_tokens, torch.arange(self.frame_tokens, device=tokens.device)
+        i = torch.arange(self.frame_tokens, device=tokens.device)
         # floor((i+1)k/n) > floor(ik/n) is true for exactly k of n, evenly spread.
-        spread = ((index + 1) * self.kept).div(n, rounding_mode="floor") > (index * self.kept).div(
-            n, rounding_mode="floor"
-        )
-        return spread.to(tokens.dtype).expand(tokens.shape[0], n)
+        before, after = ((j * self.kept).div(self.frame_tokens, rounding_mode="floor") for j in (i, i + 1))
+        return (after > before).to(tokens.dtype).expand(tokens.shape[0], self.frame_tokens)
 
 
 ROUTERS = {"learned": LayerExpert, "random": RandomRouter, "uniform": UniformRouter}
+
+
+def new_router(config: ModelConfig, layer: int) -> Router:
+    """The router that the configuration asks for in this layer, with weights as its class draws them."""
+    if config.select not in ROUTERS:
+        raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
+    return ROUTERS[config.select](config.dim, config.frame_tokens, config.keep_ratios[layer], layer, config.gate)

@@ -2,18 +2,17 @@
 
 A step depends on nothing but the weights, the optimizers' memory and its own number (clips are made from their number),
 so a run that is killed and resumed ends with the same weights, bit for bit (same machine, same number of threads).
+Nothing waits for the device between two lines of the log.
 
-Read next: live.py
+Read next: run.py
 """
 
 import json
 import math
 import signal
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -22,114 +21,82 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mod.block import PAD
-from mod.checkpoint import read_state, to_json, weights, write_config, write_state, write_tensors, write_text
-from mod.config import Config, ModelConfig, TrainConfig, UserError
-from mod.data import CELLS, SPARK_LABEL, Clip, clip_batch, clip_pixels, label_sizes, make_clip, vocabulary
-from mod.evaluate import free_running, router_recall, sprite_patches, teacher_forced
-from mod.layout import NO_LABEL, Batch, Vocabulary
-from mod.metrics import summarize
-from mod.optim import Muon, schedule
-from mod.parallel import join, rank, spread, together, total, whole, world
-from mod.videollm import VideoLLM, stream_loss
+from mod.config import Config, TrainConfig, UserError, require
+from mod.data import Source, clip_batch, clip_pixels, synthetic
+from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
+from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
+from mod.videollm import VideoLLM
 from mod.vit import ViT
 
-LOG_EVERY = 20  # steps
-WARM_UP_CLIPS, WARM_UP_FRAMES = 32, 2  # a warm-up batch: clips, and frames of each
-WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates there: hasty, for a task that is simple
-AT_ONCE = 10_000  # vision tokens in a batch of validation, at most
+WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates in the warm-up: hasty, for a task that is simple
 BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
+AT_ONCE = 10_000  # vision tokens in a batch of validation, at most
+QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients that push small singular values up fast, chosen by Muon's authors
 
 
-def pick_device(name: str, dtype: str = "float32") -> torch.device:
-    """Raises UserError when the device is not there, or cannot do the dtype."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if not there[name]:
-        raise UserError(f"device got {name}, but torch finds none here; use --device auto or cpu")
-    if dtype != "float32" and name != "cuda":
-        raise UserError(f"dtype {dtype} needs a CUDA GPU, got device {name}; use --dtype float32")
-    return torch.device(name)
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices to x (M, rows, columns), nearly: singular values end between 0.7 and 1.2."""
+    a, b, c = QUINTIC
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where clips come from, and the words in which their conversations are written."""
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al., 2024), so that every direction of a matrix learns at the same speed. lr is
+    the size of a step in units of a matrix's singular values.
 
-    words: Vocabulary
-    training: Callable[[int], list[Clip]]  # step -> its clips; nothing but the step decides which
-    validation: Callable[[int], list[Clip]]  # a number -> at most so many clips
+    In float32: torch.optim.Muon works in bfloat16, which some CPUs cannot multiply. DEVIATION: the paper trains with
+    AdamW alone, as `--optimizer adamw` does.
+    """
 
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
-def synthetic(config: Config, words: Vocabulary | None = None) -> Source:
-    return Source(words or vocabulary(), partial(step_clips, config), partial(validation_clips, config))
-
-
-def prepare(config: Config, words: Vocabulary) -> torch.device:
-    """Where to train. Raises UserError when the configuration cannot be trained here."""
-    if len(words) > config.model.vocab_size:
-        message = f"vocab_size must be at least {len(words)}, the words of the stream, got {config.model.vocab_size}"
-        raise UserError(message)
-    if config.model.image_size < 4 * CELLS:
-        raise UserError(f"image_size must be at least {4 * CELLS} to show a sprite, got {config.model.image_size}")
-    device = join(pick_device(config.train.device, config.train.dtype))
-    smallest = min(number_of_clips(config, step) for step in (0, config.train.steps))
-    if smallest < world() * config.train.accumulate:
-        raise UserError(
-            f"a step's {smallest} clips cannot be shared by {world()} processes in {config.train.accumulate} parts; "
-            "raise --batch-size"
-        )
-    return device
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            same_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                # Nesterov: look ahead along the momentum.
+                ahead = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])
+                size = max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, turn in zip(params, orthogonalize(ahead), strict=True):
+                    p.add_(turn, alpha=-group["lr"] * size)
 
 
-def make_optimizers(
-    named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float, vit_lr: float = 0.0
-) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers, AdamW for embeddings, norms, biases, routers, patches and low-rank
+def make_optimizers(named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float,
+                    vit_lr: float = 0.0) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices of linear layers; AdamW for embeddings, norms, biases, routers, patches and low-rank
     changes; AdamW at `vit_lr`, when that is given, for all of the vision encoder."""
-    vision = [parameter for name, parameter in named.items() if vit_lr and name.startswith("vit.")]
-    matrices, others = [], []
+    groups: dict[str, list[nn.Parameter]] = {"adam": [], "vision": [], "muon": []}
     for name, parameter in named.items():
-        if not (vit_lr and name.startswith("vit.")):
-            special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
-            matrix = parameter.ndim == 2 and name.endswith("weight") and not special
-            (matrices if kind == "muon" and matrix else others).append(parameter)
-    groups = [{"params": others, "lr": adam_lr}] + ([{"params": vision, "lr": vit_lr}] if vision else [])
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=lr))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
+        matrix = kind == "muon" and parameter.ndim == 2 and name.endswith("weight") and not special
+        groups["vision" if vit_lr and name.startswith("vit.") else "muon" if matrix else "adam"].append(parameter)
+    rated = [{"params": groups["adam"], "lr": adam_lr}, {"params": groups["vision"], "lr": vit_lr}]
+    optimizers = [torch.optim.AdamW([g for g in rated if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)]
+    if groups["muon"]:
+        optimizers.append(Muon(groups["muon"], lr=lr))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
     return optimizers
 
 
-def trainable(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
-    return [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
-
-
-def make_ready(model: VideoLLM, config: Config) -> None:
-    """Before training: the encoder needs no gradient unless it has a learning rate; blocks recompute if asked."""
-    if not config.train.vit_lr:
-        model.vit.requires_grad_(False)
-    for layer in model.decoder.layers:
-        block = getattr(layer, "block", layer)  # a routed layer wraps one
-        block.recompute = config.train.recompute
-
-
-def optimizers_of(model: VideoLLM, settings: TrainConfig, speed: float = 1.0) -> list[torch.optim.Optimizer]:
-    """Optimizers of everything that has a gradient, at `speed` times the learning rates."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = settings.lr, settings.adam_lr, settings.vit_lr
-    return make_optimizers(trained, settings.optimizer, *(speed * rate for rate in rates))
-
-
-def set_up(model: VideoLLM, config: Config) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """A model ready for `train_step`: frozen where it should be, and spread over the processes if there are several."""
-    make_ready(model, config)
-    lesson = spread(Lesson(model, config.train.stream_weight), list(model.decoder.layers), config.train.fsdp)
-    return lesson, optimizers_of(model, config.train)  # after spreading, which may put split parameters in their place
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor on the learning rate at a step: linear warm-up, then a cosine from 1 to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
@@ -141,64 +108,69 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> No
         optimizer.zero_grad()
 
 
-def warm_up_vit(vit: ViT, config: Config) -> float:
+def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
     """Teach the encoder, on single frames, to say what each patch shows: a sprite's colour, shape, place, or nothing.
 
     DEVIATION: stands in for the paper's pretrained encoder. Returns the share of sprites whose labels its patches and
     its CLS token get right in the last batch.
     """
-    device, width, sizes = vit.position.device, config.model.vit_dim, label_sizes(config.data)
-    heads = nn.ModuleDict({name: nn.Linear(width, sum(sizes)) for name in ("patch", "cls")}).to(device)
+    device, sizes, right = vit.position.device, source.label_sizes, torch.zeros(())
+    known = {"patch": sizes, "cls": sizes[: source.summary_labels]}
+    heads = nn.ModuleDict({name: nn.Linear(vit.config.vit_dim, sum(own)) for name, own in known.items()}).to(device)
     named = {**dict(vit.named_parameters()), **{f"{name}_head": p for name, p in heads.named_parameters()}}
-    optimizers = make_optimizers(named, config.train.optimizer, *WARM_UP_RATES)
-    steps, right = config.train.vit_steps, 0.0
-    busy = replace(config.data, event_rate=0.9)
-    for step in tqdm(range(steps), desc="vision warm-up", unit="step", leave=False, disable=None):
-        first = step * WARM_UP_CLIPS
-        clips = [
-            make_clip(busy, config.model, "warm-up", config.train.seed, first + i, WARM_UP_FRAMES)
-            for i in range(WARM_UP_CLIPS)
-        ]
-        pixels = clip_pixels(clips).to(device)
+    optimizers = make_optimizers(named, settings.optimizer, *WARM_UP_RATES)
+    for step in tqdm(range(settings.vit_steps), desc="vision warm-up", unit="step", leave=False, disable=None):
+        clips = source.warm_up(step)
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
-        patches = vit.patches(pixels)
+        patches = vit.patches(clip_pixels(clips).to(device))
         tokens = {"patch": patches, "cls": vit.head(patches)}
         # A frame's CLS should know what is in the frame: of its one sprite (of several, a mixture) the largest labels.
-        # Sparks it should overlook, as a summary does with what is small: only patches show them.
         truths = {"patch": truth, "cls": truth.amax(1, keepdim=True)}
-        truths["cls"][..., SPARK_LABEL] = 0
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
-            all_right = truths[name][..., 0] > 0
-            for logits, label in zip(head(tokens[name]).split(sizes, dim=-1), truths[name].unbind(-1), strict=True):
-                weight = torch.ones(logits.shape[-1], device=device)
+            all_right = there = truths[name][..., 0] > 0
+            for number, logits in enumerate(head(tokens[name]).split(known[name], dim=-1)):
+                label, weight = truths[name][..., number], torch.ones(logits.shape[-1], device=device)
                 weight[0] = BACKGROUND if name == "patch" else 1.0
-                loss = loss + F.cross_entropy(
-                    rearrange(logits, "f p v -> (f p) v"), rearrange(label, "f p -> (f p)"), weight=weight
-                )
+                loss = loss + F.cross_entropy(rearrange(logits, "f p v -> (f p) v"), label.flatten(), weight=weight)
                 all_right = all_right & (logits.argmax(-1) == label)
-            correct.append(all_right.sum() / (truths[name][..., 0] > 0).sum())
+            correct.append(all_right.sum() / there.sum())
         loss.backward()
-        optimizer_step(optimizers, schedule(step, steps, warmup=10))
-        right = min(correct).item()
-    return right
+        optimizer_step(optimizers, schedule(step, settings.vit_steps, warmup=10))
+        right = torch.stack(correct).amin()
+    return right.item()
 
 
-def number_of_clips(config: Config, step: int) -> int:
-    """Shorter clips are batched more, so that every step has as many frames."""
-    longest = config.data.frames
-    return config.train.batch_size * longest // config.train.frames_at(step, longest)
+class Engine:
+    """Who trains: here one process. mod/parallel.py has another, for several that share each batch."""
 
+    rank, world, device = 0, 1, None
 
-def step_clips(config: Config, step: int) -> list[Clip]:
-    """The training clips of a step; the numbers of different steps never meet."""
-    longest, first = config.data.frames, step * config.train.batch_size * config.data.frames
-    return [
-        make_clip(
-            config.data, config.model, "train", config.train.seed, first + i, config.train.frames_at(step, longest)
-        )
-        for i in range(number_of_clips(config, step))
-    ]
+    def meet(self) -> None:
+        """Wait until every process is here."""
+
+    def close(self) -> None:
+        """When all is done."""
+
+    def wrap(self, model: VideoLLM, split: bool) -> nn.Module:
+        """The model with gradients averaged over all processes; `split`: with its weights spread over them."""
+        return model
+
+    def total(self, numbers: list[float]) -> list[float]:
+        """Sums over all processes, number by number."""
+        return numbers
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be split; every process must ask."""
+        return tensor
+
+    def like(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """`tensor` split and placed as `other` is."""
+        return tensor.to(other.device)
+
+    def together(self, wrapped: nn.Module):
+        """While this lasts, parts of a split model can be called on their own."""
+        return nullcontext()
 
 
 def half(config: Config, device: torch.device):
@@ -206,75 +178,43 @@ def half(config: Config, device: torch.device):
     return torch.autocast(device.type, getattr(torch, config.train.dtype), config.train.dtype != "float32")
 
 
-class Lesson(nn.Module):
-    """One forward pass and its loss as a module, which is what PyTorch's engines for many processes wrap."""
-
-    def __init__(self, model: VideoLLM, weight: float):
-        super().__init__()
-        self.model, self.weight = model, weight
-
-    def forward(self, batch: Batch, labels: int, trace: list) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.model(batch.ids, batch.frame, batch.pos, self.model.see(batch.pixels), trace=trace)
-        return stream_loss(self.model, hidden, batch, self.weight, labels)
-
-
-def train_step(
-    lesson: nn.Module, optimizers: list[torch.optim.Optimizer], config: Config, source: Source, step: int
-) -> dict:
-    """One step of a `Lesson`, or of one that is spread over processes. Returns what the log says about it."""
-    device, settings = next(lesson.parameters()).device, config.train
-    clips = source.training(step)
+def train_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: Config, source: Source, step: int,
+               engine: Engine) -> dict:
+    """One step. The loss is LM loss + omega * streaming loss, both summed over labels and divided by their number (paper,
+    section 3.1). Returns what the log needs, as tensors: nothing here waits for them."""
+    settings, clips, trace = config.train, source.training(step), []
+    device = next(model.parameters()).device
     # Every process takes its share of every part; with one process and one part that is all of them, in order.
-    parts = [clips[rank() + world() * part :: world() * settings.accumulate] for part in range(settings.accumulate)]
-    batches = [clip_batch(source.words, part, config.model.frame_tokens) for part in parts]
-    counts = [sum(int((batch.labels != NO_LABEL).sum()) for batch in batches),
-              sum(int(batch.streaming.sum()) for batch in batches),
-              sum(int((batch.pos < PAD).sum()) for batch in batches)]  # fmt: skip
-    labels, decisions, tokens = map(int, total(counts, device))
-    sums, trace = torch.zeros(3, dtype=torch.float64), []
+    parts = [clips[engine.rank + engine.world * part :: engine.world * settings.accumulate]
+             for part in range(settings.accumulate)]
+    batches = [clip_batch(source.words, part, config.model) for part in parts]
+    counts = engine.total([sum(column) for column in zip(*(batch.counts for batch in batches), strict=True)])
+    sums = torch.zeros(2, device=device)
     for batch in batches:
         of_part: list = []  # empty for every part: an engine may hand on a copy of a list that holds tensors
         with half(config, device):
-            losses = lesson(batch.to(device), labels, of_part)
+            text, stream = model(batch.to(device), of_part)
         trace += of_part
-        (losses[0] * world()).backward()  # the engines take the mean over processes, and the loss is a sum
-        sums += torch.tensor([part.item() for part in losses], dtype=torch.float64)
-    mine = [clip for part in parts for clip in part]
-    recalls, sprites = router_recall(trace, mine, config.model.grid), sum(map(sprite_patches, mine))
-    found = [value * sprites if sprites else 0.0 for value in recalls.values()]
-    loss, text, stream, sprites, *found = total([*sums.tolist(), sprites, *found], device)
-    recalled = zip(recalls, found, strict=True)
-    norm = whole(nn.utils.clip_grad_norm_(trainable(optimizers), settings.clip))
+        # The engines take the mean over processes, and the loss is a sum.
+        ((text + settings.stream_weight * stream) / sum(counts) * engine.world).backward()
+        sums += torch.stack((text, stream)).detach()
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, settings.clip)
     factor = schedule(step, settings.steps, settings.warmup)
-    peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
     optimizer_step(optimizers, factor)
+    return {"sums": sums, "counts": counts, "gnorm": norm, "factor": factor, "trace": trace, "clips": sum(parts, [])}
+
+
+def entry_of(fetched: dict, config: Config, source: Source, step: int, engine: Engine) -> dict:
+    """The log's entry of a step. Here the process waits for the device. Recall is that of this process's own clips."""
+    (text, stream), (words, decisions) = engine.total(fetched["sums"].tolist()), fetched["counts"]
+    settings, weight = config.train, config.train.stream_weight
+    peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
     return {
-        "kind": "train", "step": step + 1, "loss": loss, "lm": text / max(1, labels - decisions),
-        "stream": stream / max(1, decisions), "lr": factor * peak, "gnorm": float(norm),
-        "recall": {str(layer): value / sprites if sprites else math.nan for layer, value in recalled}, "tokens": tokens,
-    }  # fmt: skip
-
-
-def estimate_seconds(config: Config, model: VideoLLM | None = None, source: Source | None = None) -> float:
-    """About how long training will take here: a step at learning rate zero times the steps, and a tenth for the rest.
-
-    Of `model`, which stays as it is, or of one that is thrown away.
-    """
-    source = source or synthetic(config)
-    device = prepare(config, source.words)
-    model = model or VideoLLM(config.model).to(device)
-    make_ready(model, config)
-    optimizers = optimizers_of(model, config.train, speed=0.0)
-    once = replace(config, train=replace(config.train, compile=False))
-    lesson = Lesson(model, config.train.stream_weight)
-    train_step(lesson, optimizers, once, source, 0)
-    started = time.monotonic()
-    train_step(lesson, optimizers, once, source, 1)
-    return 1.1 * config.train.steps * (time.monotonic() - started) + 10
-
-
-def validation_clips(config: Config, number: int) -> list[Clip]:
-    return [make_clip(config.data, config.model, "validation", 0, index) for index in range(number)]
+        "kind": "train", "step": step, "loss": (text + weight * stream) / (words + decisions),
+        "lm": text / max(1, words), "stream": stream / max(1, decisions), "lr": fetched["factor"] * peak,
+        "gnorm": float(engine.whole(fetched["gnorm"])), "recall": source.probe(fetched["trace"], fetched["clips"]),
+    }
 
 
 def validate(model: VideoLLM, config: Config, source: Source, number: int, free: bool = False) -> dict:
@@ -287,58 +227,40 @@ def validate(model: VideoLLM, config: Config, source: Source, number: int, free:
     rows = max(1, min(2 * settings.batch_size, AT_ONCE // (config.data.frames * config.model.frame_tokens)))
     with half(config, next(model.parameters()).device):
         turns, silent = teacher_forced(model, source.words, clips, settings.threshold, rows, trace)
-        metrics = summarize(turns, silent, config.data.fps)
-        recall = router_recall(trace, clips, config.model.grid)
-        metrics["recall"] = {str(layer): value for layer, value in recall.items()}
-        if free and model.online:
+        metrics = summarize(turns, silent, config.data.fps) | {"recall": source.probe(trace, clips)}
+        if free:
             turns, silent = free_running(model, source.words, clips, settings.threshold, 2 * rows, settings.max_words)
             metrics["free_running"] = summarize(turns, silent, config.data.fps)
     model.train()
     return metrics
 
 
-class Log:
-    """log.jsonl, the same lines for people above the progress bar, and nothing twice after a resume."""
-
-    def __init__(self, path: Path, step: int | None, steps: int):
-        """Keep what an earlier run logged up to `step`, where this one goes on; None begins anew."""
-        self.path, kept = path, []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-            try:
-                entry = json.loads(line)
-                repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
-                if step is not None and entry["step"] <= step and not repeated:
-                    kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                pass  # a crash has cut this line
-        write_text(path, "".join(line + "\n" for line in kept))
-
-    def write(self, entry: dict, line: str) -> None:
-        if rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(entry) + "\n")
-            tqdm.write(line)
+def earlier_log(path: Path, step: int | None, steps: int) -> str:
+    """What an earlier run logged up to `step`, where this one goes on. Its last line may be cut by a crash."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step is not None else ():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
+            if entry["step"] <= step and not repeated:
+                kept.append(line + "\n")
+    return "".join(kept)
 
 
-def train_line(entry: dict, steps: int, speed: float, eta: float) -> str:
-    recall = " ".join(f"{value:.2f}" for value in entry["recall"].values()) or "-"
-    losses = f"loss {entry['loss']:.3f} (lm {entry['lm']:.3f} stream {entry['stream']:.3f})"
-    pace = f"{speed / 1e3:.1f}k tok/s | eta {int(eta) // 60}:{int(eta) % 60:02d}"
-    rates = f"lr {entry['lr']:.1e} | gnorm {entry['gnorm']:.2f} | recall {recall}"
-    return f"step {entry['step']:>5}/{steps} | {losses} | {rates} | {pace}"
+SHOWN = {"loss": "loss", "lm": "lm", "stream": "stream", "gnorm": "gnorm", "narration_exact": "narration",
+         "question_accuracy": "questions", "speak_accuracy": "speak", "silence_accuracy": "silence", "lm_ppl": "ppl", "right": "sprites named and placed right", "seconds": "seconds"}
 
 
-def eval_line(metrics: dict, step: int, steps: int) -> str:
-    recall = " ".join(f"{value:.2f}" for value in metrics["recall"].values()) or "-"
-    names = {"narration": "narration_exact", "questions": "question_accuracy", "speak": "speak_accuracy",
-             "silence": "silence_accuracy", "ppl": "lm_ppl"}  # fmt: skip
-    values = " | ".join(f"{name} {metrics[key]:.3f}" for name, key in names.items())
-    return f"eval {step:>5}/{steps} | {values} | recall {recall}"
+def line_of(entry: dict, steps: int) -> str:
+    """An entry of the log for people."""
+    values = " | ".join(f"{name} {entry[key]:.3f}" for key, name in SHOWN.items() if key in entry)
+    recall = " ".join(f"{value:.2f}" for value in entry.get("recall", {}).values())
+    return f"{entry['kind']:<5} {entry['step']:>5}/{steps} | {values}" + (f" | recall {recall}" if recall else "")
 
 
 @contextmanager
 def patient_interrupt():
-    """Ctrl-C fills the yielded list instead of raising, so that a step is never cut in half; a second one raises."""
+    """Ctrl-C fills the yielded list instead of raising, so that no step is cut in half; a second one raises."""
     pressed: list[bool] = []
 
     def note(*_):
@@ -347,96 +269,160 @@ def patient_interrupt():
         pressed.append(True)
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: leave signals alone
-        yield pressed
-        return
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def train(
-    config: Config,
-    out: Path,
-    resume: bool = False,
-    build: Callable[[ModelConfig], VideoLLM] = VideoLLM,
-    source: Source | None = None,
-) -> tuple[VideoLLM, dict | None]:
-    """Train a run in folder `out`, or go on with the one that is there. `build` makes the model: with a router of your
-    own, or with parts that have been trained already (and vit_steps 0). `source` gives the clips; default synthetic.
+def write_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], step: int, seconds: float,
+                engine: Engine) -> None:
+    """Everything that the next step depends on. The data's position is the step: clips are made from their number."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model/{name}": tensor for name, tensor in model.weights().items()}
+    tensors |= {f"optimizer/{names[parameter]}/{key}": value for optimizer in optimizers
+                for parameter, memory in optimizer.state.items() for key, value in memory.items()}
+    tensors = {name: engine.whole(tensor.detach()) for name, tensor in tensors.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    if engine.rank == 0:
+        write_tensors(folder / "state.safetensors", tensors, {"step": str(step), "seconds": str(seconds)})
 
-    Returns the model and its metrics (teacher-forced, free-running, seconds, steps); None for the metrics when Ctrl-C
-    ended it early: the state is saved then, and `resume` continues it. Raises UserError, with nothing written, when the
-    run in `out` cannot be continued with this configuration, and when training has diverged.
+
+def read_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], engine: Engine) -> tuple[int, float]:
+    """Put model, optimizers and random state back as `write_state` found them; returns the step and the seconds so far.
+
+    Raises UserError when the file is damaged, foreign, or was written by other optimizers.
     """
-    started, settings = time.monotonic(), config.train
-    source = source or synthetic(config)
-    device = prepare(config, source.words)
-    torch.manual_seed(settings.seed)
-    model = build(config.model).to(device)
+    path = folder / "state.safetensors"
+    tensors, note = read_tensors(path)
+    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    try:
+        step, seconds = int(note["step"]), float(note["seconds"])
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            kinds[kind][rest] = tensor
+        torch.set_rng_state(kinds["random"]["cpu"])
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is no training state of this project; train anew or name another folder") from None
+    load_weights(model.weights(), kinds["model"], path, engine.like)
+    names, memory = {parameter: name for name, parameter in model.named_parameters()}, kinds["optimizer"]
+    for optimizer in optimizers:
+        keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for key in keys:  # the same order in every process, which share out split tensors together
+                if (tensor := memory.pop(f"{names[parameter]}/{key}", None)) is not None:
+                    optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
+    require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's own "
+            "settings")
+    if "cuda" in kinds["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(kinds["random"]["cuda"])
+    return step, seconds
 
-    step, state = None, out / "state.safetensors"
-    if resume and state.is_file():
-        lesson, optimizers = set_up(model, config)
-        step, before = read_state(out, model, optimizers)
-        if step > settings.steps:
-            raise UserError(f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
+
+def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bool = False, engine: Engine | None = None,
+          validate: Callable = validate) -> dict | None:
+    """Train `model` in folder `out`, or go on with the run that is there.
+
+    Returns its metrics (teacher-forced, free-running, seconds, steps), or None when Ctrl-C ended it early: the state is
+    saved then, and `resume` continues it. Raises UserError, with nothing written, when the run in `out` cannot be
+    continued with this configuration, and when training has diverged.
+    """
+    started, settings, engine = time.monotonic(), config.train, engine or Engine()
+    require(settings.batch_size >= engine.world * settings.accumulate,
+            f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in {settings.accumulate} "
+            "parts; raise --batch-size")
+    state = out / "state.safetensors"
+    goes_on = resume and state.is_file()
+    require(goes_on or not (resume and (out / "model.safetensors").exists()),
+            f"{state} is missing, so the run in {out} cannot be continued; train anew with --overwrite")
+
+    def set_up() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        if not settings.vit_lr:
+            model.vit.requires_grad_(False)
+        wrapped = engine.wrap(model, settings.fsdp)  # first: it may put split parameters in their place
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return wrapped, make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
+
+    def save() -> None:
+        write_state(out, model, optimizers, step, time.monotonic() - started, engine)
+
+    step = None
+    if goes_on:
+        wrapped, optimizers = set_up()
+        step, before = read_state(out, model, optimizers, engine)
+        require(step <= settings.steps,
+                f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
         started -= before
         tqdm.write(f"resumed at step {step} of {settings.steps}")
-    elif resume and (out / "model.safetensors").exists():
-        raise UserError(f"{state} is missing, so the run in {out} cannot be continued; train anew with --overwrite")
+    def log(entry: dict) -> None:
+        """A line for programs, and the same for people above the bar; the first process alone writes."""
+        if engine.rank == 0:
+            with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(to_json(entry) + "\n")
+            tqdm.write(line_of(entry, settings.steps))
+
     out.mkdir(parents=True, exist_ok=True)
-    write_config(out, config)
-    log = Log(out / "log.jsonl", step, settings.steps)
+    if engine.rank == 0:
+        write_config(out, config)
+        write_text(out / "log.jsonl", earlier_log(out / "log.jsonl", step, settings.steps))
     if step is None:
         step = 0
-        if settings.vit_steps:
-            tqdm.write(f"first the vision encoder, {settings.vit_steps} steps on single frames")
-            right, passed = warm_up_vit(model.vit, config), time.monotonic() - started
-            line = f"vision warm-up: {right:.0%} of sprites named and placed right, {passed:.0f} s"
-            log.write({"kind": "warm-up", "step": 0, "right": right}, line)
-        lesson, optimizers = set_up(model, config)
-        write_state(out, model, optimizers, step, time.monotonic() - started)
+        if settings.vit_steps and source.warm_up:
+            right = warm_up_vit(model.vit, source, settings)
+            log({"kind": "warm-up", "step": 0, "right": right, "seconds": time.monotonic() - started})
+        wrapped, optimizers = set_up()
+        save()
     if settings.compile:
-        model.decoder.compile(dynamic=True)
+        model.decoder.compile(fullgraph=True, dynamic=True)
     model.train()
-    bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if rank() else None)
+    bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if engine.rank else None)
     with patient_interrupt() as stop, bar:
-        mark, mark_step, tokens = time.monotonic(), step, 0
         while step < settings.steps:
-            entry = train_step(lesson, optimizers, config, source, step)
-            step, tokens = step + 1, tokens + entry["tokens"]
+            fetched = train_step(wrapped, optimizers, config, source, step, engine)
+            step += 1
             bar.update()
-            if not math.isfinite(entry["loss"]):
-                raise UserError(
-                    f"the loss became {entry['loss']} at step {step}; lower --lr or --adam-lr and train anew"
-                )
-            if step % LOG_EVERY == 0 or step == settings.steps:
-                pace = (time.monotonic() - mark) / (step - mark_step)
-                speed = tokens / (step - mark_step) / pace
-                log.write(entry, train_line(entry, settings.steps, speed, pace * (settings.steps - step)))
-                mark, mark_step, tokens = time.monotonic(), step, 0
-            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                with together(lesson):
+            last, stopping = step == settings.steps, bool(engine.total([float(bool(stop))])[0])  # all stop at one step
+            saves, logs = stopping or last or step % settings.save_every == 0, last or step % settings.log_every == 0
+            if saves or logs:
+                entry = entry_of(fetched, config, source, step, engine)
+                require(math.isfinite(entry["loss"]),
+                        f"the loss became {entry['loss']} at step {step}; lower --lr or --adam-lr and train anew")
+            if logs:
+                log(entry)
+            if settings.eval_every and step % settings.eval_every == 0 and not last:
+                with engine.together(wrapped):
                     metrics = validate(model, config, source, max(1, settings.eval_clips // 4))
-                log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
-                mark, mark_step, tokens = time.monotonic(), step, 0
-            [stopping] = total([float(bool(stop))], device)  # one process stops: all do, at the same step
-            if stopping or step % settings.save_every == 0 or step == settings.steps:
-                write_state(out, model, optimizers, step, time.monotonic() - started)
+                log({"kind": "eval", "step": step, **metrics})
+            if saves:
+                save()
             if stopping:
                 break
     if step < settings.steps:
         tqdm.write(f"stopped at step {step} of {settings.steps}; continue with --resume")
-        return model, None
-    write_tensors(out / "model.safetensors", weights(model))
-    with together(lesson):
+        return None
+    weights = {name: engine.whole(tensor.detach()) for name, tensor in model.weights().items()}
+    if engine.rank == 0:
+        write_tensors(out / "model.safetensors", weights)
+    with engine.together(wrapped):
         metrics = validate(model, config, source, settings.eval_clips, free=True)
-    log.write({"kind": "eval", "step": step, **metrics}, eval_line(metrics, step, settings.steps))
-    metrics |= {"seconds": time.monotonic() - started, "steps": step, "seed": settings.seed,
-                "params": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    log({"kind": "eval", "step": step, **metrics})
     model.eval()
-    return model, metrics
+    return metrics | {"seconds": time.monotonic() - started, "steps": step, "seed": settings.seed,
+                      "params": sum(p.numel() for p in model.parameters())}
+
+
+def build(config: Config, device: torch.device) -> tuple[VideoLLM, Source]:
+    """The tiny model, untrained, and the synthetic streams."""
+    source = synthetic(config)
+    torch.manual_seed(config.train.seed)
+    return VideoLLM(config.model).to(device), source
+
+
+def costs(config: Config, frames: int, text: int, model: VideoLLM) -> dict[str, float]:
+    return cost_ratios(config.model, frames, text)
+
+
+WORLD = World(Config, {"tiny": Config()}, build, validate, costs)

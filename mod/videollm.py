@@ -8,9 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mod.cache import KVCache
-from mod.config import ModelConfig, StreamConfig, UserError
+from mod.config import ModelConfig
 from mod.decoder import Decoder
-from mod.layout import NO_LABEL, Batch
+from mod.layout import Batch, Plan
 from mod.router import ROUTER_STD, LayerExpert
 from mod.vit import MLP, ViT
 
@@ -24,61 +24,54 @@ class VideoLLM(nn.Module):
         self.vit = ViT(config)
         self.connector = MLP(config.vit_dim, config.dim, config.dim)  # two layers, from vision width to decoder width
         self.decoder = Decoder(config)
-        self.online = True  # may frames be seen one by one? A method that must know all of them says no
-        self.borrowed: set[str] = set()  # parameters that stay in a checkpoint's own files: never trained, never saved
-        self.apply(self._init)
+        self.apply(init)
 
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); routers start small; norms at one."""
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-        if isinstance(module, LayerExpert):
-            nn.init.normal_(module.w.weight, std=ROUTER_STD)
+    def weights(self) -> dict[str, nn.Parameter]:
+        """What a run saves of the model: all parameters once; a tied output layer is the embedding and is left out."""
+        return dict(self.named_parameters())
+
+    def new_cache(self, rows: int = 1) -> KVCache:
+        """An empty memory for a stream of so many rows, which owns it."""
+        weight = self.decoder.embed.weight
+        return KVCache(self.config, rows, weight.dtype, weight.device)
 
     def see(self, frames: Tensor) -> Tensor:
-        """Frames (F, 3, height, width) in [-1, 1] -> token vectors (F, N, D) of the decoder.
+        """Frames (F, 3, side, side) in [-1, 1] -> token vectors (F, N, D) of the decoder.
 
         Or their features (F, N, vit_dim), where the frozen encoder has run before.
         """
         features = frames if frames.ndim == 3 else self.vit(frames.to(self.vit.position.dtype))
         return self.connector(features.to(self.connector.fc1.weight.dtype))
 
-    def embed(self, ids: Tensor, frame: Tensor, seen: Tensor) -> Tensor:
-        """Text ids (B, T) and seen frames (F, N, D), merged into one stream (B, T, D) where frame (B, T) says."""
+    def hidden(self, ids: Tensor, seen: Tensor | None, plan: Plan, cache: KVCache | None = None, trace=None) -> Tensor:
+        """Hidden states (B, T, D) of a batch of streams, or of the next chunk of each when a cache is given.
+
+        ids (B, T); seen (F, N, D) from `see`, None where there is text alone; plan says where both stand.
+        """
         x = self.decoder.embed(ids)  # the residual stream keeps this precision, under autocast too
-        x[frame >= 0] = rearrange(seen, "f n d -> (f n) d").to(x.dtype)
-        return x
+        if seen is not None:
+            vectors = rearrange(seen, "f n d -> (f n) d").to(x.dtype)
+            x = x.flatten(0, 1).index_copy(0, plan.vision.flatten(), vectors).view_as(x)
+        if cache is not None:
+            cache.begin(plan)
+        return self.decoder(x, plan, cache, trace)
 
-    def open_cache(
-        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = KVCache
-    ) -> KVCache:
-        """An empty memory for a stream, which owns it; see KVCache. Raises UserError when frames cannot come singly."""
-        if not self.online:
-            raise UserError(f"{self.config.method} must know all frames before the first answer; it cannot be streamed")
-        weight = self.decoder.embed.weight
-        size = {"frames": frames, "text": text, "stream": settings}
-        return kind(self.config, rows, **size, dtype=weight.dtype, device=weight.device)
-
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        """Hidden states (B, T, D) of a batch of streams, or of the next chunk of each when a KVCache is given."""
-        return self.decoder(self.embed(ids, frame, seen), pos, frame, cache=cache, trace=trace)
+    def forward(self, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of a batch, in nats: the sum over its text labels and the sum over its streaming labels."""
+        hidden = self.hidden(batch.ids, self.see(batch.pixels), batch.plan, trace=trace)
+        # Logits only where there is a label: with a real vocabulary the rest would cost more than the decoder.
+        logits = self.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
+        losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        return losses.where(~batch.streaming, 0).sum(), losses.where(batch.streaming, 0).sum()
 
 
-def stream_loss(model: VideoLLM, hidden: Tensor, batch: Batch, weight: float = 1.0,
-                labels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """LM loss + weight * streaming loss: summed over labelled positions, divided by their number (paper, section 3.1).
-
-    hidden (B, T, D). `labels` is the number to divide by when the batch is one part of a larger one. Returns the loss,
-    and for the log the sums of the two parts on their own: over text labels, over speak-or-stay-silent labels.
-    """
-    labelled = batch.labels != NO_LABEL
-    # Logits only where there is a label: with a real vocabulary the rest would cost more than the decoder.
-    losses = F.cross_entropy(model.decoder.logits(hidden[labelled]).float(), batch.labels[labelled], reduction="none")
-    streaming = batch.streaming[labelled]
-    text, stream = losses[~streaming].sum(), losses[streaming].sum()
-    return (text + weight * stream) / max(1, labels or int(labelled.sum())), text.detach(), stream.detach()
+def init(module: nn.Module) -> None:
+    """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); routers start small; norms at one."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    if isinstance(module, LayerExpert):
+        nn.init.normal_(module.w.weight, std=ROUTER_STD)

@@ -3,35 +3,18 @@
 A SigLIP-type ViT, so that real SigLIP weights fit: patch embedding with bias, learned positions, no CLS slot inside;
 the CLS token is the output of an attention-pooling head that looks at all patches with one learned query.
 
-Read next: router.py
+Read next: layout.py
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mod.block import Attention, Block
+from mod.layers import Attention, Block
 from mod.config import ModelConfig
 
 NORM_EPS = 1e-6  # SigLIP's; its config files leave it out
-
-
-def pictures(pixels: Tensor) -> list[Tensor]:
-    """Frames (F, 3, height, width) as one picture each, without the columns of nan that wider neighbours have cost."""
-    if pixels.shape[-1] == pixels.shape[-2]:
-        return list(pixels)
-    widths = pixels[:, 0, 0].isnan().logical_not().sum(-1).tolist()
-    return [picture[..., :width] for picture, width in zip(pixels, widths, strict=True)]
-
-
-def squeeze(pixels: Tensor) -> Tensor:
-    """Frames of any shape as squares, (F, 3, height, width) -> (F, 3, height, height): what encoders of squares are
-    given everywhere. A width that is no multiple of the height stays as it is."""
-    height, width = pixels.shape[-2:]
-    if width == height or width % height:
-        return pixels
-    return torch.stack([reduce(one, "c h (w k) -> c h w", "mean", w=height) for one in pictures(pixels)])
 
 
 class MLP(nn.Module):
@@ -87,12 +70,10 @@ class ViT(nn.Module):
         self.head = PoolingHead(config)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Every patch's features, (F, 3, height, width) -> (F, P, D)."""
-        size, pixels = self.config.image_size, squeeze(pixels)
+        """Every patch's features, (F, 3, side, side) -> (F, P, D). Raises ValueError for frames of another size."""
+        size = self.config.image_size
         if pixels.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"frames must be (F, 3, {size}, {size}), got {tuple(pixels.shape)}; resize or pad them first"
-            )
+            raise ValueError(f"frames must be (F, 3, {size}, {size}), got {tuple(pixels.shape)}; resize them first")
         x = rearrange(self.patch(pixels), "f d h w -> f (h w) d") + self.position
         for block in self.blocks:
             x = block(x)

@@ -1,0 +1,246 @@
+"""A run's flags and files: files survive a crash at any moment, and nothing in them is ever unpickled.
+
+    config.json         every size and switch of model, data and training
+    model.safetensors   the weights
+    state.safetensors   weights, optimizers, random state and step in one file, so that no crash can mix two moments
+    log.jsonl           one line per logged step    metrics.json   when training is done
+
+Flags come from the fields of the configuration: name, type, default and remark are written once, there. A flag that is
+not given stays out of the parsed arguments, so that a preset or a run can fill it in: flag > run > preset.
+
+Read next: ../train_tiny.py
+"""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mod.config import Config, UserError, require
+
+
+# Where each kind of run is put together, by the name that config.json notes. All but the core's are imported when a flag
+# or a run asks for them, and here alone.
+WORLDS = {"core": "mod.train", "related": "mod.related.world", "real": "mod.real.world"}
+
+
+@dataclass(frozen=True)
+class World:
+    """One way to put a run together: its configuration, its presets, and who builds.
+
+    build     (config, device) -> (VideoLLM, Source)
+    settle    (config, names of the given flags) -> the config that these flags mean, or None when there is nothing to
+              train, which it has then explained
+    validate  as `train.validate`
+    costs     as `evaluate.cost_ratios`, with the model as last argument
+    """
+
+    config: type[Config]
+    presets: Mapping[str, Config]
+    build: Callable
+    validate: Callable
+    costs: Callable
+    settle: Callable = lambda config, given: config
+
+
+def find_world(name: str) -> World:
+    return importlib.import_module(WORLDS[name]).WORLD
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is told in one sentence (exit code 2), with the nearest flag when the name is wrong."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(flag, known, n=1)
+            message = f"got the unknown flag {flag}; {f'did you mean {near[0]}?' if near else 'see --help'}"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def remarks(kind: type) -> dict[str, str]:
+    """What stands behind each field of a dataclass, and of those it extends, as a comment."""
+    sources = [inspect.getsource(one) for one in reversed(kind.__mro__) if one is not object]
+    return {name: text for source in sources for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)}
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, kind: type) -> None:
+    """One flag for every field of a dataclass that has a remark and no flag yet."""
+    group, hints, said = parser.add_argument_group(title), get_type_hints(kind), remarks(kind)
+    known = {option for action in parser._actions for option in action.option_strings}
+    for each in fields(kind):
+        flag, hint = flag_of(each.name), hints[each.name]
+        if each.name not in said or flag in known:
+            continue
+        told = "none" if each.default == "" else each.default
+        options = {"default": argparse.SUPPRESS, "help": f"{said[each.name]} (default: {told})".replace("%", "%%")}
+        if hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            group.add_argument(flag, type=type(each.default), choices=get_args(hint) or None, **options)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def sections(config: type[Config]) -> dict[str, type]:
+    """The parts of a configuration, by name, with the dataclass of each."""
+    return {each.name: type(each.default) for each in fields(config)}
+
+
+def given(arguments: argparse.Namespace, kind: type) -> dict:
+    """The fields of a dataclass that were given as flags."""
+    return {each.name: getattr(arguments, each.name) for each in fields(kind) if hasattr(arguments, each.name)}
+
+
+def with_flags(config: Config, arguments: argparse.Namespace) -> Config:
+    """`config` with the given flags on top. Raises UserError when they do not fit together."""
+    parts = {name: replace(getattr(config, name), **given(arguments, kind)) for name, kind in sections(type(config)).items()}
+    return replace(config, **parts)
+
+
+def run_script(script: Callable[[], int], name: str) -> int:
+    """Call a script; a user's mistake becomes one sentence on stderr and exit code 2."""
+    try:
+        return script()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"{name}: not enough memory ({error}); ask for less", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        goes_on = ", and an unfinished run goes on with --resume" if name == "train_tiny.py" else ""
+        print(f"{name}: interrupted; nothing is half written{goes_on}", file=sys.stderr)
+        return 130
+
+
+def pick_device(name: str, dtype: str = "float32") -> torch.device:
+    """Raises UserError when the device is not there, or cannot do the dtype."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    require(there[name], f"device got {name}, but torch finds none here; use --device auto or cpu")
+    require(dtype == "float32" or name == "cuda",
+            f"dtype {dtype} needs a CUDA GPU, got device {name}; use --dtype float32")
+    return torch.device(name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename: readers see the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON as every reader takes it: a number that is not one (nothing was counted) becomes null."""
+
+    def plain(part):
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=indent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
+    """As `write_text`. Raises UserError when there is no room."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
+        temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); make room there, or name another place") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and note of a safetensors file. Raises UserError, in one sentence, when it is missing or damaged."""
+    require(path.is_file(), f"no file {path}; train first (python train_tiny.py) or name another run's folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); restore it or train again") from error
+
+
+def load_weights(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to) -> None:
+    """Copy tensors into parameters. Raises UserError naming the first that is missing, left over or misshapen. `like`
+    splits a tensor as its parameter is split, where several processes share it."""
+    for name, parameter in own.items():
+        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another model")
+        got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+        require(got == expected, f"{source}: {name} is {got}, expected {expected}; it belongs to another model")
+    for name in tensors:
+        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(like(tensors[name], parameter))
+
+
+def write_config(folder: Path, config: Config) -> None:
+    write_text(folder / "config.json", to_json({"world": config.world} | asdict(config), indent=2) + "\n")
+
+
+def config_from(parts: dict) -> Config:
+    """What `write_config` wrote back to a Config; an entry that is not there has its default.
+
+    Raises UserError, KeyError or TypeError when `parts` is no configuration of this project.
+    """
+    kind = find_world(parts.get("world", "core")).config
+    read = {}
+    for name, section in sections(kind).items():
+        unknown = set(parts.get(name, {})) - {each.name for each in fields(section)}
+        require(not unknown, f"unknown entry {name}.{min(unknown, default='')}")
+        read[name] = section(**parts.get(name, {}))
+    return kind(**read)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run. Raises UserError when the folder is no run of this project."""
+    path = folder / "config.json"
+    require(path.is_file(), f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name a "
+            "run's folder")
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        if "model" not in parts or "train" not in parts:
+            raise ValueError("it has no model and training settings")
+        return config_from(parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the configuration of a run of this project ({error}); name another folder") from error
+
+
+def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
+    """A trained run: model, source of clips, configuration. Raises UserError when it is missing, unfinished, damaged or
+    another project's."""
+    config, path = read_config(folder), folder / "model.safetensors"
+    finished = path.is_file() or not (folder / "state.safetensors").is_file()
+    require(finished, f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
+    config = replace(config, train=replace(config.train, dtype=dtype))
+    model, source = find_world(config.world).build(config, device)
+    load_weights(model.weights(), read_tensors(path)[0], path)
+    return model.to(getattr(torch, dtype)).eval(), source, config
