@@ -86,6 +86,7 @@ def run(argv: list[str]) -> int:
     arguments, others = build_parser().parse_known_args(argv)
     if others or read_config(arguments.checkpoint).world != "core":
         from mod.live.watch import run as watch
+
         return watch(argv, build_parser(), __doc__)
     for name, least in (("frames", 1), ("seed", 0)):
         value = getattr(arguments, name)
@@ -114,8 +115,8 @@ def run(argv: list[str]) -> int:
     print(f"\nright: {sum(right)} of {frames} frames; speed: {frames / seconds:.0f} frames per second on {device}")
     vision, entries = config.model.frame_tokens * frames, stream.cache.entries()
     text = stream.position[0] - vision
-    print(f"cache: {' '.join(map(str, entries))} entries in layers 0 to {config.model.depth - 1}; with full computation "
-          f"{vision + text} in each")
+    print(f"cache: {' '.join(map(str, entries))} entries in layers 0 to {config.model.depth - 1}; with full "
+          f"computation {vision + text} in each")
     return 0
 
 

@@ -18,11 +18,25 @@ from pathlib import Path
 
 import torch
 
-from mod.config import Config, TrainConfig, UserError, require
+from mod.config import Config, UserError, require
 from mod.evaluate import summarize
 from mod.layout import lay_out
-from mod.run import (WORLDS, Parser, World, add_flags, find_world, flag_of, given, pick_device, read_config, run_script,
-                     sections, to_json, with_flags, write_text)
+from mod.run import (
+    WORLDS,
+    Parser,
+    World,
+    add_flags,
+    find_world,
+    flag_of,
+    given,
+    pick_device,
+    read_config,
+    run_script,
+    sections,
+    to_json,
+    with_flags,
+    write_text,
+)
 from mod.train import Engine, train
 
 RUN_FILES = ("config.json", "model.safetensors", "state.safetensors", "log.jsonl", "metrics.json", "curve.png",
@@ -67,35 +81,42 @@ def choose_world(argv: list[str]) -> tuple[World, object]:
 def choose_config(world: World, arguments) -> Config | None:
     """Flag > run > preset. None when there is nothing to train. Raises UserError when the folder's run must not be
     touched or is another model's."""
-    out, held = arguments.out, [name for name in RUN_FILES if (arguments.out / name).exists()]
-    require(not out.exists() or out.is_dir(), f"--out got {out}, which is a file, expected a run's folder; name another")
-    names = {name for kind in sections(world.config).values() for name in given(arguments, kind)}
-    if not arguments.resume:
+    out, kinds = arguments.out, sections(world.config)
+    require(not out.exists() or out.is_dir(), f"--out got {out}, which is a file, expected a folder; name another")
+    if arguments.resume:
+        require(not arguments.preset, f"--preset got {arguments.preset}, but the run in {out} goes on as it began; "
+                "resume without it")
+        base = read_config(out)
+    else:
         base = world.presets[arguments.preset or next(iter(world.presets))]
-        config = world.settle(with_flags(base, arguments), names)
-        if config is not None and (out / "config.json").exists():
+    names = {name for kind in kinds.values() for name in given(arguments, kind)}
+    config = world.settle(with_flags(base, arguments), names)
+    if arguments.resume:
+        refuse_changes(base, config, kinds, out)
+    elif config is not None:
+        if (out / "config.json").exists():
             read_config(out)  # the folder of a checkpoint, say, is not ours to overwrite
-        require(config is None or not held or arguments.overwrite, f"{out} already holds a run; pass --resume to "
-                "continue it, --overwrite to replace it, or another --out")
-        return config
-    require(not arguments.preset, f"--preset got {arguments.preset}, but the run in {out} goes on as it began; resume "
-            "without it")
-    saved = read_config(out)
-    config = world.settle(with_flags(saved, arguments), names)
-    for part in sections(world.config):
-        for each in fields(getattr(saved, part)):
-            before, now = (getattr(getattr(whole, part), each.name) for whole in (saved, config))
-            fixed = part != "train" or each.name in FIXED
-            require(before == now or not fixed, f"{each.name} got {now}, but the run in {out} has {before}; resume without "
-                    f"{flag_of(each.name)}, or train in another --out")
-    changed = {name: value for name, value in given(arguments, TrainConfig).items() if value != getattr(saved.train, name)}
-    late = sorted(set(changed) - EVALUATION)
-    finished = (out / "metrics.json").exists() and config.train.steps == saved.train.steps
-    require(not (finished and late), f"{late[:1]} changed, but the run in {out} has finished its {saved.train.steps} steps; "
-            "ask for more --steps as well, or train in another --out")
-    told = ", ".join(f"{name} = {value}" for name, value in changed.items())
-    print(f"resuming {out}" + (f" with {told} from the flags" if told else ""))
+        held = any((out / name).exists() for name in RUN_FILES)
+        require(arguments.overwrite or not held, f"{out} already holds a run; pass --resume to continue it, "
+                "--overwrite to replace it, or another --out")
     return config
+
+
+def refuse_changes(saved: Config, config: Config, kinds: dict[str, type], out: Path) -> None:
+    """Raises UserError when a run that goes on would become another one; says what else is new."""
+    new = {(part, each.name): getattr(getattr(config, part), each.name) for part, kind in kinds.items()
+           for each in fields(kind)
+           if getattr(getattr(config, part), each.name) != getattr(getattr(saved, part), each.name)}
+    for (part, name), value in new.items():
+        require(part == "train" and name not in FIXED,
+                f"{name} got {value}, but the run in {out} has {getattr(getattr(saved, part), name)}; resume without "
+                f"{flag_of(name)}, or train in another --out")
+    if (out / "metrics.json").exists() and config.train.steps == saved.train.steps:
+        for name in (name for _, name in new if name not in EVALUATION):
+            raise UserError(f"{name} got {getattr(config.train, name)}, but the run in {out} has finished its "
+                            f"{saved.train.steps} steps; ask for more --steps as well, or train in another --out")
+    told = ", ".join(f"{name} = {value}" for (_, name), value in new.items())
+    print(f"resuming {out}" + (f" with {told} from the flags" if told else ""))
 
 
 def print_plan(config: Config, model: torch.nn.Module, shares: dict[str, float], stream: str) -> None:
@@ -115,7 +136,8 @@ def print_table(metrics: dict) -> None:
         unit = " s" if name.startswith("time_diff") else "  "
         print(f"{name:<20}{metrics[name]:>13.3f}{unit}" + (f"{free[name]:>13.3f}{unit}" if free else ""))
     if metrics["recall"]:
-        print("sprite patches kept by the router: " + ", ".join(f"layer {n}: {r:.2f}" for n, r in metrics["recall"].items()))
+        recall = ", ".join(f"layer {layer}: {share:.2f}" for layer, share in metrics["recall"].items())
+        print(f"sprite patches kept by the router: {recall}")
     print("what each row means: mod/evaluate.py; time_diff is better small, lm_ppl is best at 1, the others at 1")
 
 
@@ -126,9 +148,11 @@ def run(argv: list[str]) -> int:
         return 0
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         from mod.parallel import Processes
+
         engine = Processes(config.train)
     try:
-        with redirect_stdout(open(os.devnull, "w")) if engine.rank else nullcontext():  # the first process speaks for all
+        # The first process speaks for all.
+        with redirect_stdout(open(os.devnull, "w")) if engine.rank else nullcontext():
             return train_run(world, config, arguments, engine)
     finally:
         engine.close()

@@ -23,8 +23,8 @@ FIRST = 256  # slots that a layer begins with; it grows as it fills
 class LayerCache:
     """Keys and values of one layer that keeps `kept` tokens of a frame, for B streams.
 
-    k, v (B, G, slots, E), pos (B, slots); row b's entries are its first lengths[b], in the order in which they came. The
-    other slots stand at position PAD, where nobody sees them; the last one takes what is written for padding.
+    k, v (B, G, slots, E), pos (B, slots); row b's entries are its first lengths[b], in the order in which they came.
+    The other slots stand at position PAD, where nobody sees them; the last one takes what is written for padding.
     """
 
     def __init__(self, kept: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):

@@ -66,7 +66,7 @@ class ModelConfig:
     qkv_bias: bool = False  # bias on the q, k and v projections, as Qwen2
     tie_embeddings: bool = True  # the output layer shares the embedding's weights
     # mixture of depths
-    layers: str = "interleaved"  # routed layers: interleaved, all, all-deep, interleaved-deep, none, 1,3 or keep:1,1,0,0
+    layers: str = "interleaved"  # routed: interleaved, all, all-deep, interleaved-deep, none, 1,3 or keep:1,1,0,0
     keep_ratio: float = 0.2  # share of a frame's vision tokens that a routed layer keeps, in (0, 1]
     select: str = "learned"  # how the kept tokens are chosen: learned, random, uniform, or a router of your own
     gate: Literal["update", "value"] = "value"  # what the score scales: update is the paper's, value also being read
@@ -133,8 +133,9 @@ def parse_layers(layers: str, keep_ratio: float, depth: int) -> tuple[float, ...
         if not all(0 <= layer < depth for layer in routed):
             raise ValueError
     except ValueError:
-        raise UserError(f"layers got {layers!r} for a decoder of {depth} layers (0 to {depth - 1}); expected "
-                        f"{', '.join(PATTERNS)}, a list such as 1,3, or one ratio per layer such as keep:1,1,0,0") from None
+        expected = f"{', '.join(PATTERNS)}, a list such as 1,3, or one ratio per layer such as keep:1,1,0,0"
+        told = f"layers got {layers!r} for a decoder of {depth} layers (0 to {depth - 1}); expected {expected}"
+        raise UserError(told) from None
     return tuple(keep_ratio if layer in routed else 1.0 for layer in range(depth))
 
 
@@ -159,7 +160,8 @@ class DataConfig:
     fps: float = 2.0  # frames per second of stream time
 
     def __post_init__(self):
-        check(self, {"frames": 1, "sprites": 1, "distractors": 0, "noise": 0, "fps": 1e-9}, ("event_rate", "question_rate"))
+        least = {"frames": 1, "sprites": 1, "distractors": 0, "noise": 0, "fps": 1e-9}
+        check(self, least, shares=("event_rate", "question_rate"))
         require(self.sprites <= 6, f"sprites must be 1 to 6, got {self.sprites}")
 
 
@@ -178,7 +180,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     stream_weight: float = 1.0  # omega, the weight of the streaming loss
     vit_steps: int = 250  # steps of the vision encoder's warm-up on single frames
-    vit_lr: float = 0.0  # AdamW's learning rate for the vision encoder after its warm-up; 0 freezes it, as the paper does
+    vit_lr: float = 0.0  # AdamW's rate for the vision encoder after its warm-up; 0 freezes it, as the paper does
     threshold: float = 0.5  # speak when the probability of silence is below it, in evaluation
     max_words: int = 12  # a longer response is cut there, in tokens
     log_every: int = 20  # steps between lines of the log; nothing is fetched from the device in between

@@ -230,10 +230,13 @@ def with_noise(picture: np.ndarray, noise: float, rng: np.random.Generator) -> n
     return np.clip(picture + noise * rng.standard_normal(picture.shape, np.float32), 0, 1) * 2 - 1
 
 
-def make_clip(config: DataConfig, model: ModelConfig, split: str, seed: int, index: int, frames: int | None = None) -> Clip:
+def make_clip(
+    config: DataConfig, model: ModelConfig, split: str, seed: int, index: int, frames: int | None = None
+) -> Clip:
     """Clip number `index` of a split. Split, seed and index alone decide it, and splits never share a clip."""
     rng = np.random.default_rng([SPLITS[split], seed, index])
-    pictures, said, labels, truth = zip(*islice(happenings(Scene(rng, config), model), frames or config.frames), strict=True)
+    shown = islice(happenings(Scene(rng, config), model), frames or config.frames)
+    pictures, said, labels, truth = zip(*shown, strict=True)
     return Clip(with_noise(np.stack(pictures), config.noise, rng), list(chain(*said)), np.stack(labels), list(truth))
 
 
@@ -280,7 +283,7 @@ class Source:
     training: Callable[[int], list[Clip]]  # step -> its clips; nothing but the step decides which
     validation: Callable[[int], list[Clip]]  # a number -> at most so many clips
     live: Callable[[int], Iterator[Clip]] | None = None  # a seed -> an endless stream, frame by frame
-    probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # the routers' recall
+    probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # routers' recall
     warm_up: Callable[[int], list[Clip]] | None = None  # step -> clips whose patch labels teach a new vision encoder
     label_sizes: tuple[int, ...] = LABEL_SIZES
     summary_labels: int = len(LABEL_SIZES)  # so many of them, the first, the CLS token should know

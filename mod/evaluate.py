@@ -15,7 +15,7 @@ DEVIATION: a question is asked by the user, so its turn has no timing of its own
 achievement: neither counts. Late speech is looked for to the end of the stream, never speaking counts as later than
 that, and only frames that were decided rightly are credited; mod/study/paper_metrics.py has the base paper's own form.
 
-Read next: train.py
+Read next: optim.py
 """
 
 import math
@@ -85,7 +85,9 @@ def fluency(turn: Turn) -> float:
     return good / (m + n)
 
 
-def stream_mean(streams: Sequence[Sequence[Turn]], measure: Callable[[Turn], float], wanted: Callable[[Turn], bool]) -> float:
+def stream_mean(
+    streams: Sequence[Sequence[Turn]], measure: Callable[[Turn], float], wanted: Callable[[Turn], bool]
+) -> float:
     """Mean over the wanted turns of a stream, then over the streams that have any; nan when none has."""
     values = [[measure(turn) for turn in turns if wanted(turn)] for turns in streams]
     return mean([mean(one) for one in values if one])
@@ -244,7 +246,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
                 if not any(questions):
                     raise ValueError(f"two responses after frame {t} without a question between; join them")
                 stream.hear(questions)
-                truths = [book.due(t, "assistant") if asked else None for book, asked in zip(books, questions, strict=True)]
+                truths = [book.due(t, "assistant") if questions[row] else None for row, book in enumerate(books)]
                 scores, replies = stream.score(truths), stream.respond([truth is not None for truth in truths])
                 for row, book in enumerate(books):
                     if truths[row] is not None:

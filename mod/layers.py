@@ -7,6 +7,7 @@ Read next: vit.py
 """
 
 import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -42,7 +43,7 @@ class Rope:
 
     def turn(self, pos: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """How `rotate` turns tokens at pos (B, T): cosines and sines for heads of width E = size, (B, T, 2, E)."""
-        # After hours of a stream float32 could not tell the angles of neighbours apart: whole turns go first, in float64.
+        # After hours of a stream float32 could not tell neighbours' angles apart: whole turns go first, in float64.
         exact = torch.float32 if pos.device.type == "mps" else torch.float64
         angle = rearrange(pos.to(exact), "b t -> b t 1") * self.frequency(size, pos.device, exact)
         angle = angle.remainder(2 * math.pi).to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -132,7 +132,7 @@ def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Sa
 class Route(NamedTuple):
     """The short row of a layer that keeps k tokens of each frame, for B streams. A flat index is b * T + t."""
 
-    index: Tensor  # (B, K) flat index of the token in each slot: right for text; a frame's slots are the router's to fill
+    index: Tensor  # (B, K) flat index of the token in each slot; those of frames are the router's to fill in
     real: Tensor  # (B, K) bool, False where a row has fewer than K tokens
     slots: Tensor  # (F, k) flat slots, b * K + j, of the tokens that are kept of every frame
 
@@ -142,7 +142,7 @@ class Plan(NamedTuple):
 
     pos: Tensor  # (B, T) position of each token in its stream, PAD for padding
     vision: Tensor  # (F, N) flat indices of every frame's tokens
-    routes: dict[int, Route]  # by keep count k, for k < N
+    routes: dict[int, Route]  # by keep count k; also N, of a routed layer whose ratio is rounded up to the whole frame
     counts: dict[int, tuple[int, ...]]  # by keep count: how many tokens of each row enter such a layer, on the host
 
     @property
@@ -165,7 +165,7 @@ def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_c
     rows, length = frame.shape
     real, vision = frame != PADDING, np.flatnonzero(frame >= 0)
     if vision.size % frame_tokens or (np.diff(vision.reshape(-1, frame_tokens)) != 1).any():
-        raise ValueError(f"got {vision.size} vision tokens, expected whole frames of {frame_tokens}; never split a frame")
+        raise ValueError(f"got {vision.size} vision tokens, expected whole frames of {frame_tokens}; do not split one")
     vision = vision.reshape(-1, frame_tokens)
     routes, counts = {}, {}
     for k in sorted({frame_tokens, *keep_counts}):
@@ -173,12 +173,11 @@ def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_c
         keep = real.copy()
         keep.ravel()[vision[:, k:]] = False
         counts[k] = tuple(keep.sum(1).tolist())
-        if k < frame_tokens:
-            index = np.argsort(~keep, axis=1, kind="stable")[:, : max(counts[k], default=0)]
-            kept, seen = (np.take_along_axis(values, index, 1) for values in (keep, frame))
-            slots = np.flatnonzero(kept & (seen >= 0)).reshape(len(vision), k)
-            index += length * np.arange(rows)[:, None]
-            routes[k] = Route(*map(torch.from_numpy, (index, kept, slots)))
+        index = np.argsort(~keep, axis=1, kind="stable")[:, : max(counts[k], default=0)]
+        kept, seen = (np.take_along_axis(values, index, 1) for values in (keep, frame))
+        slots = np.flatnonzero(kept & (seen >= 0)).reshape(len(vision), k)
+        index += length * np.arange(rows)[:, None]
+        routes[k] = Route(*map(torch.from_numpy, (index, kept, slots)))
     pos = np.where(real, np.asarray(start)[:, None] + np.arange(length), PAD)
     return Plan(torch.from_numpy(pos), torch.from_numpy(vision), routes, counts)
 

@@ -4,30 +4,28 @@ Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orth
 of the matrix learns at the same speed. Everything here is float32: torch.optim.Muon works in bfloat16, which some CPUs
 cannot multiply. DEVIATION: the paper trains with AdamW alone, as `--optimizer adamw` does.
 
-Read next: parallel.py
+Read next: train.py
 """
 
 import math
 from collections.abc import Iterable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-# Coefficients of the quintic iteration, chosen by its authors to push small singular values up fast.
-QUINTIC = (3.4445, -4.7750, 2.0315)
+QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients that push small singular values up fast, chosen by Muon's authors
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(M, R, C) -> (M, R, C) with all singular values near one: Newton-Schulz iteration, several matrices at once."""
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices to x (M, rows, columns), nearly: singular values end between 0.7 and 1.2."""
     a, b, c = QUINTIC
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = rearrange(matrices, "m r c -> m c r") if tall else matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return rearrange(x, "m c r -> m r c") if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,8 +51,35 @@ class Muon(torch.optim.Optimizer):
                     p.add_(turn, alpha=-group["lr"] * size)
 
 
+def make_optimizers(named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float,
+                    vit_lr: float = 0.0) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices of linear layers; AdamW for embeddings, norms, biases, routers, patches and low-rank
+    changes; AdamW at `vit_lr`, when that is given, for all of the vision encoder."""
+    groups: dict[str, list[nn.Parameter]] = {"adam": [], "vision": [], "muon": []}
+    for name, parameter in named.items():
+        special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
+        matrix = kind == "muon" and parameter.ndim == 2 and name.endswith("weight") and not special
+        groups["vision" if vit_lr and name.startswith("vit.") else "muon" if matrix else "adam"].append(parameter)
+    rated = [{"params": groups["adam"], "lr": adam_lr}, {"params": groups["vision"], "lr": vit_lr}]
+    optimizers = [torch.optim.AdamW([g for g in rated if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)]
+    if groups["muon"]:
+        optimizers.append(Muon(groups["muon"], lr=lr))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
 def schedule(step: int, steps: int, warmup: int) -> float:
     """Factor on the learning rate at a step: linear warm-up, then a cosine from 1 to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Step at `factor` times the peak learning rate, then forget the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()

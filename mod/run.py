@@ -32,9 +32,8 @@ from torch import Tensor, nn
 
 from mod.config import Config, UserError, require
 
-
-# Where each kind of run is put together, by the name that config.json notes. All but the core's are imported when a flag
-# or a run asks for them, and here alone.
+# Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
+# alone, when a flag or a run asks for them.
 WORLDS = {"core": "mod.train", "related": "mod.related.world", "real": "mod.real.world"}
 
 
@@ -114,8 +113,8 @@ def given(arguments: argparse.Namespace, kind: type) -> dict:
 
 def with_flags(config: Config, arguments: argparse.Namespace) -> Config:
     """`config` with the given flags on top. Raises UserError when they do not fit together."""
-    parts = {name: replace(getattr(config, name), **given(arguments, kind)) for name, kind in sections(type(config)).items()}
-    return replace(config, **parts)
+    kinds = sections(type(config)).items()
+    return replace(config, **{name: replace(getattr(config, name), **given(arguments, kind)) for name, kind in kinds})
 
 
 def run_script(script: Callable[[], int], name: str) -> int:
@@ -188,7 +187,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); restore it or train again") from error
 
 
-def load_weights(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to) -> None:
+def load_weights(
+    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to
+) -> None:
     """Copy tensors into parameters. Raises UserError naming the first that is missing, left over or misshapen. `like`
     splits a tensor as its parameter is split, where several processes share it."""
     for name, parameter in own.items():
@@ -223,15 +224,16 @@ def config_from(parts: dict) -> Config:
 def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises UserError when the folder is no run of this project."""
     path = folder / "config.json"
-    require(path.is_file(), f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name a "
-            "run's folder")
+    require(path.is_file(), f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name "
+            "a run's folder")
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
         if "model" not in parts or "train" not in parts:
             raise ValueError("it has no model and training settings")
         return config_from(parts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not the configuration of a run of this project ({error}); name another folder") from error
+        told = f"{path} is not the configuration of a run of this project ({error}); name another folder"
+        raise UserError(told) from error
 
 
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):

@@ -52,8 +52,8 @@ class Stream:
     seen, position  per row: frames so far, and the position of the next token
     """
 
-    def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, threshold: float = 0.5, max_words: int = 12,
-                 cache: KVCache | None = None, trace: list | None = None):
+    def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, threshold: float = 0.5,
+                 max_words: int = 12, cache: KVCache | None = None, trace: list | None = None):
         self.model, self.words, self.rows = model, words, rows
         self.threshold, self.max_words, self.trace = threshold, max_words, trace
         self.device = model.decoder.embed.weight.device
@@ -93,8 +93,8 @@ class Stream:
 
     @torch.inference_mode()
     def see(self, pixels: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
-        """Feed one frame of every row, as `VideoLLM.see` takes them, (B, ...); with `rows`, of those rows alone. Returns
-        logits (B, V) after its last token, which mean nothing in other rows."""
+        """Feed one frame of every row, as `VideoLLM.see` takes them, (B, ...); with `rows`, of those rows alone.
+        Returns logits (B, V) after its last token, which mean nothing in other rows."""
         rows = list(rows or [True] * self.rows)
         if len(pixels) != sum(rows):
             raise ValueError(f"got {len(pixels)} frames for {sum(rows)} streams, expected one each")

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source, clip_batch, clip_pixels, synthetic
 from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
+from mod.optim import Muon, make_optimizers, optimizer_step, schedule
 from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
 from mod.videollm import VideoLLM
 from mod.vit import ViT
@@ -31,81 +32,6 @@ from mod.vit import ViT
 WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates in the warm-up: hasty, for a task that is simple
 BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
 AT_ONCE = 10_000  # vision tokens in a batch of validation, at most
-QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients that push small singular values up fast, chosen by Muon's authors
-
-
-def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrices to x (M, rows, columns), nearly: singular values end between 0.7 and 1.2."""
-    a, b, c = QUINTIC
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al., 2024), so that every direction of a matrix learns at the same speed. lr is
-    the size of a step in units of a matrix's singular values.
-
-    In float32: torch.optim.Muon works in bfloat16, which some CPUs cannot multiply. DEVIATION: the paper trains with
-    AdamW alone, as `--optimizer adamw` does.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            same_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    same_shape.setdefault(p.shape, []).append(p)
-            for shape, params in same_shape.items():
-                for p in params:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                # Nesterov: look ahead along the momentum.
-                ahead = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])
-                size = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, turn in zip(params, orthogonalize(ahead), strict=True):
-                    p.add_(turn, alpha=-group["lr"] * size)
-
-
-def make_optimizers(named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float,
-                    vit_lr: float = 0.0) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers; AdamW for embeddings, norms, biases, routers, patches and low-rank
-    changes; AdamW at `vit_lr`, when that is given, for all of the vision encoder."""
-    groups: dict[str, list[nn.Parameter]] = {"adam": [], "vision": [], "muon": []}
-    for name, parameter in named.items():
-        special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
-        matrix = kind == "muon" and parameter.ndim == 2 and name.endswith("weight") and not special
-        groups["vision" if vit_lr and name.startswith("vit.") else "muon" if matrix else "adam"].append(parameter)
-    rated = [{"params": groups["adam"], "lr": adam_lr}, {"params": groups["vision"], "lr": vit_lr}]
-    optimizers = [torch.optim.AdamW([g for g in rated if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], lr=lr))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Factor on the learning rate at a step: linear warm-up, then a cosine from 1 to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def optimizer_step(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Step at `factor` times the peak learning rate, then forget the gradients."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak"]
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
@@ -142,35 +68,32 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
 
 
 class Engine:
-    """Who trains: here one process. mod/parallel.py has another, for several that share each batch."""
+    """Who trains: here one process. For several that share each batch there is another, in mod/parallel.py: its `wrap`
+    averages gradients, and splits the weights if asked; `total` sums numbers over all; `whole` puts a split tensor
+    together, `like` splits one; `together` lets parts of a split model be called; `meet` waits; `close` ends it."""
 
     rank, world, device = 0, 1, None
 
-    def meet(self) -> None:
-        """Wait until every process is here."""
-
-    def close(self) -> None:
-        """When all is done."""
-
     def wrap(self, model: VideoLLM, split: bool) -> nn.Module:
-        """The model with gradients averaged over all processes; `split`: with its weights spread over them."""
         return model
 
     def total(self, numbers: list[float]) -> list[float]:
-        """Sums over all processes, number by number."""
         return numbers
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that may be split; every process must ask."""
         return tensor
 
     def like(self, tensor: Tensor, other: Tensor) -> Tensor:
-        """`tensor` split and placed as `other` is."""
         return tensor.to(other.device)
 
     def together(self, wrapped: nn.Module):
-        """While this lasts, parts of a split model can be called on their own."""
         return nullcontext()
+
+    def meet(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def half(config: Config, device: torch.device):
@@ -180,8 +103,8 @@ def half(config: Config, device: torch.device):
 
 def train_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: Config, source: Source, step: int,
                engine: Engine) -> dict:
-    """One step. The loss is LM loss + omega * streaming loss, both summed over labels and divided by their number (paper,
-    section 3.1). Returns what the log needs, as tensors: nothing here waits for them."""
+    """One step. The loss is LM loss + omega * streaming loss, both summed over labels and divided by their number
+    (paper, section 3.1). Returns what the log needs, as tensors: nothing here waits for them."""
     settings, clips, trace = config.train, source.training(step), []
     device = next(model.parameters()).device
     # Every process takes its share of every part; with one process and one part that is all of them, in order.
@@ -248,7 +171,8 @@ def earlier_log(path: Path, step: int | None, steps: int) -> str:
 
 
 SHOWN = {"loss": "loss", "lm": "lm", "stream": "stream", "gnorm": "gnorm", "narration_exact": "narration",
-         "question_accuracy": "questions", "speak_accuracy": "speak", "silence_accuracy": "silence", "lm_ppl": "ppl", "right": "sprites named and placed right", "seconds": "seconds"}
+         "question_accuracy": "questions", "speak_accuracy": "speak", "silence_accuracy": "silence", "lm_ppl": "ppl",
+         "right": "sprites named and placed right", "seconds": "seconds"}
 
 
 def line_of(entry: dict, steps: int) -> str:
@@ -291,7 +215,9 @@ def write_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Opti
         write_tensors(folder / "state.safetensors", tensors, {"step": str(step), "seconds": str(seconds)})
 
 
-def read_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], engine: Engine) -> tuple[int, float]:
+def read_state(
+    folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], engine: Engine
+) -> tuple[int, float]:
     """Put model, optimizers and random state back as `write_state` found them; returns the step and the seconds so far.
 
     Raises UserError when the file is damaged, foreign, or was written by other optimizers.
@@ -315,15 +241,15 @@ def read_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optim
             for key in keys:  # the same order in every process, which share out split tensors together
                 if (tensor := memory.pop(f"{names[parameter]}/{key}", None)) is not None:
                     optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
-    require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's own "
-            "settings")
+    require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's "
+            "own settings")
     if "cuda" in kinds["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(kinds["random"]["cuda"])
     return step, seconds
 
 
-def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bool = False, engine: Engine | None = None,
-          validate: Callable = validate) -> dict | None:
+def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bool = False,
+          engine: Engine | None = None, validate: Callable = validate) -> dict | None:
     """Train `model` in folder `out`, or go on with the run that is there.
 
     Returns its metrics (teacher-forced, free-running, seconds, steps), or None when Ctrl-C ended it early: the state is
@@ -332,8 +258,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     """
     started, settings, engine = time.monotonic(), config.train, engine or Engine()
     require(settings.batch_size >= engine.world * settings.accumulate,
-            f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in {settings.accumulate} "
-            "parts; raise --batch-size")
+            f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in "
+            f"{settings.accumulate} parts; raise --batch-size")
     state = out / "state.safetensors"
     goes_on = resume and state.is_file()
     require(goes_on or not (resume and (out / "model.safetensors").exists()),
@@ -357,6 +283,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
                 f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
         started -= before
         tqdm.write(f"resumed at step {step} of {settings.steps}")
+
     def log(entry: dict) -> None:
         """A line for programs, and the same for people above the bar; the first process alone writes."""
         if engine.rank == 0:

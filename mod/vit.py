@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mod.layers import Attention, Block
 from mod.config import ModelConfig
+from mod.layers import Attention, Block
 
 NORM_EPS = 1e-6  # SigLIP's; its config files leave it out
 
