@@ -22,14 +22,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
-from torch import Tensor
+from einops import rearrange
 
 from mod.config import ModelConfig
 from mod.data import Clip, clip_batch, clip_pixels
 from mod.decoder import Routing
-from mod.layout import NO_LABEL, Layout, Vocabulary, assistant_ids, collate, lay_out
+from mod.layout import Vocabulary, assistant_ids, collate, lay_out
 from mod.stream import Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
@@ -116,21 +117,39 @@ def summarize(streams: Sequence[Sequence[Turn]], silent: Sequence[bool], fps: fl
     }
 
 
-def device_of(model: VideoLLM) -> torch.device:
-    return model.decoder.embed.weight.device
+class Book:
+    """What is noted down about one stream: the turns so far, the open one, whether it spoke at every frame, and for
+    every frame that should be silent whether it was."""
+
+    def __init__(self):
+        self.turn, self.turns, self.spoke, self.silent = Turn(), [], {}, []
+
+    def decide(self, frame: int, spoke: bool, expected: bool | None) -> None:
+        """At the end of a frame the model spoke or did not; None: a user speaks next, so nothing was expected."""
+        self.spoke[frame] = spoke
+        if expected is not None:
+            self.turn.spoke.append(spoke)
+        if expected is False:
+            self.silent.append(not spoke)
+
+    def respond(self, kind: str, frame: int, right: list[bool], logp: list[float], exact: bool) -> None:
+        """A response ends the open turn."""
+        self.turn.kind, self.turn.end, self.turn.exact = kind, frame, exact
+        self.turn.right, self.turn.logp = right, logp
+        self.turns.append(self.turn)
+        self.turn = Turn()
 
 
 @torch.inference_mode()
-def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, layout: Layout, cut: int, frame: int,
-                 threshold: float) -> list[bool]:
-    """Would the model speak at each frame after `frame`, if nothing had been said since position `cut` - 1?"""
-    probe, sizes = Layout(layout.ids[:cut], layout.frame[:cut], [NO_LABEL] * cut, [False] * cut), model.config
-    for t in range(frame + 1, len(clip.frames)):
-        probe.image(t, sizes.frame_tokens, words.eos)
-    batch = collate([probe], clip_pixels([clip]), sizes.frame_tokens, sizes.keep_counts).to(device_of(model))
+def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, frame: int, threshold: float) -> list[bool]:
+    """Would the model speak at each frame after `frame`, if nobody had spoken from its end on?"""
+    sizes, device = model.config, model.decoder.embed.weight.device
+    layout = lay_out(words, len(clip.frames), sizes.frame_tokens, [say for say in clip.said if say.frame < frame])
+    batch = collate([layout], clip_pixels([clip]), sizes.frame_tokens, sizes.keep_counts).to(device)
     hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan)
     logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
-    return decides_to_speak(logits, words, threshold).tolist()
+    decisions = decides_to_speak(logits, words, threshold).tolist()
+    return decisions[len(decisions) - (len(clip.frames) - 1 - frame) :]
 
 
 @torch.inference_mode()
@@ -138,74 +157,36 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
                    trace: list[Routing] | None = None) -> tuple[list[list[Turn]], list[bool]]:
     """One offline pass over the true conversations. Returns the turns of every clip, and for every frame that should be
     silent whether the model was. `trace` collects the routed layers' decisions."""
-    streams, silent = [], []
+    books = []
     for start in range(0, len(clips), rows):
         some = clips[start : start + rows]
-        batch = clip_batch(words, some, model.config).to(device_of(model))
+        batch = clip_batch(words, some, model.config).to(model.decoder.embed.weight.device)
         hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace)
         logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
         logp = logits.float().log_softmax(-1)
         speaks = decides_to_speak(logits, words, threshold).tolist()
         right = (logp.argmax(-1) == batch.labels).tolist()
-        label_logp = logp.gather(-1, batch.labels[:, None])[:, 0].tolist()
-        rated = zip(speaks, right, label_logp, strict=True)  # of every labelled token, row by row
+        nats = rearrange(logp.gather(-1, batch.labels[:, None]), "l 1 -> l").tolist()
+        rated = zip(speaks, right, nats, strict=True)  # of every labelled token, in the order of `lay_out`
         for clip in some:
-            layout = lay_out(words, len(clip.frames), model.config.frame_tokens, clip.said)
-            turns, turn, cut = [], Turn(), 0
-            for position, label in enumerate(layout.labels):
-                turn.end = max(turn.end, layout.frame[position], turns[-1].end if turns else -1)
-                if label == NO_LABEL:
-                    continue
-                spoke, is_right, nats = next(rated)
-                if layout.streaming[position]:
-                    turn.spoke.append(spoke)
-                    cut = position + 1
-                    if label == words.eos:
-                        silent.append(not spoke)
-                elif label == words.assistant:  # the end of a question; that an answer follows is no achievement
-                    turn.kind = "answer"
-                else:
-                    turn.right.append(is_right)
-                    turn.logp.append(nats)
-                    if label == words.eos:
-                        turn.exact = all(turn.right)
-                        if turn.timed and not any(turn.spoke):
-                            turn.after = speaks_later(model, words, clip, layout, cut, turn.end, threshold)
-                        turns.append(turn)
-                        turn = Turn()
-            streams.append(turns)
-    return streams, silent
-
-
-class Book:
-    """What is noted down about one free-running stream: what is still to be said, the turns so far, the open one, and
-    whether it spoke at every frame."""
-
-    def __init__(self, words: Vocabulary, clip: Clip):
-        self.words, self.said, self.frames = words, deque(clip.said), len(clip.frames)
-        self.turn, self.turns, self.decided = Turn(), [], []
-
-    def due(self, frame: int, role: str) -> str | None:
-        """The next turn of the true conversation, if it is this role's after this frame."""
-        return self.said.popleft().text if self.next_role(frame) == role else None
-
-    def next_role(self, frame: int) -> str | None:
-        return self.said[0].role if self.said and self.said[0].frame == frame else None
-
-    def close(self, kind: str, frame: int, truth: str, said: str | None, scores: Tensor) -> None:
-        """End the open turn: the truth is known, what was said instead, and how likely the truth was, (n, V)."""
-        ids = torch.tensor(assistant_ids(self.words, truth)[1:], device=scores.device)
-        self.turn.kind, self.turn.end, self.turn.exact = kind, frame, said == self.words.decode(ids[:-1].tolist())
-        self.turn.right = (scores.argmax(-1) == ids).tolist()
-        self.turn.logp = scores.gather(-1, ids[:, None])[:, 0].tolist()
-        self.turns.append(self.turn)
-        self.turn = Turn()
-
-    def finished(self) -> list[Turn]:
-        for turn in self.turns:
-            if turn.timed and not any(turn.spoke):
-                turn.after = self.decided[turn.end + 1 :]
-        return self.turns
+            book = Book()
+            for t in range(-1, len(clip.frames)):
+                roles = ["nobody", *(say.role for say in clip.said if say.frame == t)]
+                if t >= 0:
+                    asked = roles[1:2] == ["user"]
+                    book.decide(t, False if asked else next(rated)[0], None if asked else len(roles) > 1)
+                for before, say in zip(roles, (say for say in clip.said if say.frame == t), strict=False):
+                    if say.role == "assistant":
+                        if before == "user":
+                            next(rated)  # the end of a question: that an answer follows is no achievement
+                        _, correct, likely = zip(*islice(rated, len(words.encode(say.text)) + 1), strict=True)
+                        kind = "answer" if before == "user" else "narration"
+                        book.respond(kind, t, list(correct), list(likely), all(correct))
+            for turn in book.turns:
+                if turn.timed and not any(turn.spoke):
+                    turn.after = speaks_later(model, words, clip, turn.end, threshold)
+            books.append(book)
+    return [book.turns for book in books], list(chain(*(book.silent for book in books)))
 
 
 @torch.inference_mode()
@@ -216,43 +197,52 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
     A response counts as exact when it is said at the right frame, word for word. Perplexity and correctness rate the
     true response after the model's own history. Raises ValueError for two responses without a question between.
     """
-    streams, silent = [], []
+    books = []
     for start in range(0, len(clips), rows):
         some = clips[start : start + rows]
         stream = Stream(model, words, len(some), threshold=threshold, max_words=max_words)
-        books = [Book(words, clip) for clip in some]
-        for t in range(-1, max(book.frames for book in books)):
+        told, left = [Book() for _ in some], [deque(clip.said) for clip in some]
+
+        def due(t: int, role: str, left=left) -> list[str | None]:
+            """What the true conversation of each row says next, where that is this role's after frame t."""
+            return [row.popleft().text if row and (row[0].frame, row[0].role) == (t, role) else None for row in left]
+
+        def respond(kind: str, t: int, truths: list[str | None], speaks: list[bool], stream=stream, told=told) -> None:
+            """Let rows speak, and rate in each the truth that is due and what was said instead."""
+            scores, replies = stream.score(truths), stream.respond(speaks)
+            for book, truth, said, logp in zip(told, truths, replies, scores, strict=True):
+                if truth is not None:
+                    ids = torch.tensor(assistant_ids(words, truth)[1:], device=logp.device)
+                    likely = rearrange(logp.gather(-1, ids[:, None]), "l 1 -> l").tolist()
+                    exact = said == words.decode(ids[:-1].tolist())
+                    book.respond(kind, t, (logp.argmax(-1) == ids).tolist(), likely, exact)
+
+        for t in range(-1, max(len(clip.frames) for clip in some)):
             if t >= 0:
-                sees = [t < book.frames for book in books]
+                sees = [t < len(clip.frames) for clip in some]
                 pictures = [torch.as_tensor(clip.frames[t]) for clip, there in zip(some, sees, strict=True) if there]
                 wants = stream.wants_to_speak(stream.see(torch.stack(pictures), sees))
                 speaks = [want and there for want, there in zip(wants, sees, strict=True)]
-                decided = [book.next_role(t) != "user" for book in books]  # before a user's turn there is no label
-                truths = [book.due(t, "assistant") for book in books]
-                scores, replies = stream.score(truths), stream.respond(speaks)
-                for row, book in enumerate(books):
-                    if not sees[row]:
-                        continue
-                    book.decided.append(speaks[row])
-                    if decided[row]:
-                        book.turn.spoke.append(speaks[row])
-                    if truths[row] is not None:
-                        book.close("narration", t, truths[row], replies[row], scores[row])
-                    elif decided[row]:
-                        silent.append(not speaks[row])
-            # Then the questions: one of every row that has any at a time, and the answers that are due.
-            while any(book.next_role(t) for book in books):
-                questions = [book.due(t, "user") for book in books]
+                asked = [bool(row) and (row[0].frame, row[0].role) == (t, "user") for row in left]
+                truths = due(t, "assistant")
+                for row in (row for row, there in enumerate(sees) if there):
+                    told[row].decide(t, speaks[row], None if asked[row] else truths[row] is not None)
+                respond("narration", t, truths, speaks)
+            # Then the questions, one of every row that has any at a time, and the answers that are due.
+            while any(row and row[0].frame == t for row in left):
+                questions = due(t, "user")
                 if not any(questions):
                     raise ValueError(f"two responses after frame {t} without a question between; join them")
                 stream.hear(questions)
-                truths = [book.due(t, "assistant") if questions[row] else None for row, book in enumerate(books)]
-                scores, replies = stream.score(truths), stream.respond([truth is not None for truth in truths])
-                for row, book in enumerate(books):
-                    if truths[row] is not None:
-                        book.close("answer", t, truths[row], replies[row], scores[row])
-        streams += [book.finished() for book in books]
-    return streams, silent
+                answers = [row if asked is not None else deque() for row, asked in zip(left, questions, strict=True)]
+                truths = due(t, "assistant", answers)
+                respond("answer", t, truths, [truth is not None for truth in truths])
+        for book in told:
+            for turn in book.turns:
+                if turn.timed and not any(turn.spoke):
+                    turn.after = [spoke for frame, spoke in book.spoke.items() if frame > turn.end]
+        books += told
+    return [book.turns for book in books], list(chain(*(book.silent for book in books)))
 
 
 def cost_ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
