@@ -33,7 +33,8 @@ from mod.stream import Stream
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="stream_tiny.py", description=__doc__.split("\n")[0])
+    # Help is among the flags of mod/live, so that it tells of all of them.
+    parser = Parser(prog="stream_tiny.py", description=__doc__.split("\n")[0], add_help=False)
     add = parser.add_argument_group("what is streamed, and how it runs").add_argument
     add("--checkpoint", type=Path, default=Path("runs/tiny"), help="folder of a trained run (default: %(default)s)")
     add("--seed", type=int, default=0, help="which video; these are never trained on (default: 0)")
@@ -84,7 +85,8 @@ def say(when: str, said: str | None, truth: str) -> bool:
 
 def run(argv: list[str]) -> int:
     arguments, others = build_parser().parse_known_args(argv)
-    if others or read_config(arguments.checkpoint).world != "core":
+    calibrated = (arguments.checkpoint / "calibration.json").is_file()  # then the threshold is the one found there
+    if others or calibrated or read_config(arguments.checkpoint).world != "core":
         from mod.live.watch import run as watch
 
         return watch(argv, build_parser(), __doc__)
@@ -94,7 +96,7 @@ def run(argv: list[str]) -> int:
     device = pick_device(arguments.device, arguments.dtype)
     model, source, config = load_run(arguments.checkpoint, device, arguments.dtype)
     if arguments.compile:
-        model.decoder.compile(fullgraph=True, dynamic=True)
+        model.decoder.compile()
     frames, fps = arguments.frames or config.data.frames, Fraction(str(config.data.fps))
     questions = [parse_ask(ask, frames, fps, source.words) for ask in arguments.ask]
     threshold = getattr(arguments, "threshold", config.train.threshold)

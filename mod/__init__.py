@@ -14,8 +14,8 @@ Read the files in this order; each holds one idea:
     stream    frames arrive one by one, answers leave one by one
     evaluate  what "good" means, teacher-forced and free-running
     optim     AdamW, and Muon for the matrices
-    train     the training loop
     run       the flags and files of a run
+    train     the training loop
 
 What stretches the method lies in folders of its own, and nothing above imports them unless a flag asks:
 live (endless and timed streams, pages), real (checkpoints and videos), related (the field's methods), study (tables),

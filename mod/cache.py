@@ -47,8 +47,7 @@ class LayerCache:
             self.k[self.row, :, self.slots] = rearrange(k, "b g t e -> b t g e")
             self.v[self.row, :, self.slots] = rearrange(v, "b g t e -> b t g e")
             self.pos[self.row, self.slots] = pos
-        key_pos = self.pos[:, : self.longest]
-        sees = rearrange(key_pos, "b s -> b 1 s") <= rearrange(pos, "b t -> b t 1")
+        sees = self.pos[:, None, : self.longest] <= pos[:, :, None]
         return self.k[:, :, : self.longest], self.v[:, :, : self.longest], sees
 
     @torch.inference_mode(False)  # or what is made here could be changed in inference mode alone
@@ -63,7 +62,7 @@ class LayerCache:
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget every entry from lengths[b] on, as if it had never been appended."""
-        self.lengths, self.longest = list(lengths), max(lengths)
+        self.lengths, self.longest = list(lengths), max(2, *lengths)
         for row, length in enumerate(lengths):
             self.pos[row, length:] = PAD
 
@@ -83,7 +82,7 @@ class KVCache:
         for layer in self.layers:
             before, counts = layer.lengths, plan.counts[layer.kept]
             layer.lengths = [length + count for length, count in zip(before, counts, strict=True)]
-            layer.longest = max(layer.lengths)
+            layer.longest = max(2, *layer.lengths)  # one key alone would be compiled as a case of its own
             layer.grow(layer.longest + 1)
             if layer.kept not in slots:
                 step, nobody = np.arange(max(counts)), layer.pos.shape[1] - 1

@@ -47,6 +47,11 @@ class Routing(NamedTuple):
     scores: Tensor
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of x (B, T, ...) at flat indices (R, C) -> (R, C, ...)."""
+    return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
+
+
 # --- MoD starts here --------------------------------------------------------------------------------------------------
 class MoDBlock(nn.Module):
     """A dense block that only text and the router's choice of vision tokens go through (paper, section 3.2).
@@ -69,8 +74,9 @@ class MoDBlock(nn.Module):
         """x (B, T, D), turn (B, T, 2, E) -> (B, T, D); inside, K tokens of each row. `trace` collects the decisions."""
         if len(plan.vision) == 0:
             return self.block(x, turn, plan.pos, past=past)
-        route, flat, flat_pos = plan.routes[self.router.kept], x.flatten(0, 1), plan.pos.flatten()
-        chosen, weight, scores = self.router(flat[plan.vision], flat_pos[plan.vision])
+        route, alone = plan.routes[self.router.kept], plan.vision.shape == x.shape[:2]  # is every row one frame?
+        frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
+        chosen, weight, scores = self.router(*frames)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(self.router.layer, kept, scores))
@@ -78,17 +84,20 @@ class MoDBlock(nn.Module):
             return x  # frames alone, in a layer that keeps none of their tokens
 
         # Gather. Each frame's slots get the indices of its chosen tokens, in order of time, which attention relies on.
-        slots = route.slots.flatten()
-        index = route.index.flatten().scatter(0, slots, plan.vision.gather(1, chosen).flatten())
-        mu = torch.ones_like(index, dtype=x.dtype).scatter(0, slots, weight.flatten().to(x.dtype)).view_as(route.real)
-        h, short_turn = (rearrange(part.flatten(0, 1)[index], "(b k) ... -> b k ...", b=len(x)) for part in (x, turn))
-        pos = flat_pos[index].view_as(route.real).where(route.real, PAD)  # original positions, never renumbered
+        index, mu = plan.vision.gather(1, chosen), weight.to(x.dtype)
+        if not alone:
+            slots = route.slots.flatten()
+            index = route.index.flatten().scatter(0, slots, index.flatten()).view_as(route.index)
+            mu = route.real.flatten().to(x.dtype).scatter(0, slots, mu.flatten()).view_as(route.real)
+        pos = None
+        if past is not None:  # original positions, never renumbered
+            pos = take(plan.pos, index) if alone else take(plan.pos, index).where(route.real, PAD)
         loudness = mu if self.router.gate == "value" else None
-        update = self.block.update(h, short_turn, pos, past=past, value_gate=loudness)
+        update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 
-        # Scatter. A slot that is not real adds nothing, whichever token it points at.
-        update = torch.where(route.real[..., None], mu[..., None] * update, 0)
-        return flat.index_add(0, index, update.flatten(0, 1).to(x.dtype)).view_as(x)
+        # Scatter. A slot that is not real has mu = 0: it adds nothing, whichever token it points at.
+        update = (mu[..., None] * update).to(x.dtype)
+        return x.flatten(0, 1).index_add(0, index.flatten(), update.flatten(0, 1)).view_as(x)
 
 
 # --- MoD ends here ----------------------------------------------------------------------------------------------------
@@ -112,6 +121,14 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+
+    def compile(self, **options) -> None:
+        """torch.compile it: one graph for batches and chunks of all sizes."""
+        # Or two sizes that happen to be equal the first time would have to stay equal.
+        torch.fx.experimental._config.use_duck_shape = False
+        # Only a size of one, a frame, a text, training and evaluation each have a graph of their own.
+        torch._dynamo.config.recompile_limit = 64
+        super().compile(fullgraph=True, dynamic=True, **options)
 
     def forward(self, x: Tensor, plan: Plan, cache=None, trace: list[Routing] | None = None) -> Tensor:
         """Token vectors (B, T, D) -> hidden states (B, T, D), ready for `logits`.

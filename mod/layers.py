@@ -26,9 +26,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Rope:
@@ -45,7 +43,7 @@ class Rope:
         """How `rotate` turns tokens at pos (B, T): cosines and sines for heads of width E = size, (B, T, 2, E)."""
         # After hours of a stream float32 could not tell neighbours' angles apart: whole turns go first, in float64.
         exact = torch.float32 if pos.device.type == "mps" else torch.float64
-        angle = rearrange(pos.to(exact), "b t -> b t 1") * self.frequency(size, pos.device, exact)
+        angle = pos.to(exact)[..., None] * self.frequency(size, pos.device, exact)
         angle = angle.remainder(2 * math.pi).to(torch.float64 if dtype == torch.float64 else torch.float32)
         cos, sin = angle.cos(), angle.sin()
         return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=2)
@@ -57,7 +55,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     x (B, H, T, E), turn (B, T, 2, E) from `Rope.turn` -> (B, H, T, E). The score of a query at position p and a key at
     position s then depends on p - s alone, so tokens that skip a layer leave gaps but never move the others.
     """
-    cos, sin = rearrange(turn, "b t two e -> two b 1 t e")
+    cos, sin = turn[:, None].unbind(3)  # (B, 1, T, E) each, the same for all heads
     # (first, second) -> (first * cos - second * sin, second * cos + first * sin); rolling by E/2 swaps the halves.
     wide = x.to(turn.dtype)
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
@@ -75,6 +73,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim or dim // heads
         kv_heads = kv_heads or heads
+        self.grouped = kv_heads != heads
         self.q = nn.Linear(dim, heads * self.head_dim, bias=qkv_bias)
         self.k = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias)
         self.v = nn.Linear(dim, kv_heads * self.head_dim, bias=qkv_bias)
@@ -98,9 +97,9 @@ class Attention(nn.Module):
         k = self.k_norm(rearrange(self.k(source), "b s (g e) -> b g s e", e=self.head_dim))
         v = rearrange(self.v(source), "b s (g e) -> b g s e", e=self.head_dim)
         if value_gate is not None:
-            v = v * rearrange(value_gate, "b s -> b 1 s 1").to(v.dtype)
+            v = v * value_gate[:, None, :, None].to(v.dtype)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = rotate(torch.cat((q, k), dim=1), turn).split((q.shape[1], k.shape[1]), dim=1)
 
         # Square and in order of time: the mask "not after me" is the lower triangle, which SDPA need not be given.
         # With a past it is not square, and is_causal would align it wrongly: the past makes a mask from positions.
@@ -109,8 +108,8 @@ class Attention(nn.Module):
             k, v, sees = past.append(k, v, pos)
             mask = sees if mask is None else mask
         if mask is not None:
-            mask = rearrange(mask, "b t s -> b 1 t s")
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            mask = mask[:, None]  # the same for all heads
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
         return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
 
 

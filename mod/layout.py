@@ -176,7 +176,7 @@ def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_c
         index = np.argsort(~keep, axis=1, kind="stable")[:, : max(counts[k], default=0)]
         kept, seen = (np.take_along_axis(values, index, 1) for values in (keep, frame))
         slots = np.flatnonzero(kept & (seen >= 0)).reshape(len(vision), k)
-        index += length * np.arange(rows)[:, None]
+        index = index + length * np.arange(rows)[:, None]
         routes[k] = Route(*map(torch.from_numpy, (index, kept, slots)))
     pos = np.where(real, np.asarray(start)[:, None] + np.arange(length), PAD)
     return Plan(torch.from_numpy(pos), torch.from_numpy(vision), routes, counts)

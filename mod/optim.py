@@ -4,7 +4,7 @@ Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orth
 of the matrix learns at the same speed. Everything here is float32: torch.optim.Muon works in bfloat16, which some CPUs
 cannot multiply. DEVIATION: the paper trains with AdamW alone, as `--optimizer adamw` does.
 
-Read next: train.py
+Read next: run.py
 """
 
 import math

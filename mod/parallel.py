@@ -1,10 +1,7 @@
-"""Several processes, one training run. `torchrun --nproc-per-node N train_tiny.py ...` starts them; alone, nothing here
-does anything.
+"""Several processes, one training run: `torchrun --nproc-per-node N train_tiny.py ...` starts them.
 
 Every process takes its share of each batch, gradients are averaged by PyTorch's own engines, and the first process
-alone writes. Two ways to hold the weights: a copy in every process (DDP), or split over them (FSDP2).
-
-Read next: checkpoint.py
+alone writes. There are two ways to hold the weights: copied to every process (DDP), or split over them (FSDP2).
 """
 
 import os
@@ -18,77 +15,66 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mod.config import TrainConfig
+from mod.run import pick_device
+from mod.train import Engine
+from mod.videollm import VideoLLM
 
-def world() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number; 0 is the one that writes and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+PATIENCE = timedelta(hours=12)  # one process may encode an hour of video while the others wait
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes that torchrun started, if it did; returns this one's own device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # One process may encode an hour of video while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    if device.type == "cuda" and world() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
+class Processes(Engine):
+    """One of the processes that torchrun has started, on a device of its own. The first one, rank 0, writes and speaks.
 
+    Raises UserError when the device that the settings ask for is not there.
+    """
 
-def meet() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
+    def __init__(self, settings: TrainConfig):
+        self.device = pick_device(settings.device, settings.dtype)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def wrap(self, model: VideoLLM, split: bool) -> nn.Module:
+        """A model whose gradients are averaged over all processes: copied, or `split` layer by layer."""
+        if not split:
+            return DistributedDataParallel(model)
+        for layer in model.decoder.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def total(self, numbers: list[float]) -> list[float]:
+        """Sums over all processes, number by number."""
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be split; every process must ask."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def like(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """`tensor` split and placed as `other` is."""
+        if isinstance(other, DTensor):
+            return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+        return super().like(tensor, other)
+
+    @contextmanager
+    def together(self, wrapped: nn.Module):
+        """While this lasts, parts of a split model can be called on their own; without it only the whole can."""
+        split = isinstance(wrapped, FSDPModule)
+        if split:
+            wrapped.unshard()
+        yield
+        if split:
+            wrapped.reshard()
+
+    def meet(self) -> None:
+        """Wait until every process is here."""
         dist.barrier()
 
-
-def leave() -> None:
-    if dist.is_initialized():
+    def close(self) -> None:
         dist.destroy_process_group()
-
-
-def total(numbers: list[float], device: torch.device) -> list[float]:
-    """Sums over all processes, number by number."""
-    if world() == 1:
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def spread(model: nn.Module, layers: list[nn.Module], split: bool) -> nn.Module:
-    """A model whose gradients are averaged over all processes: copied, or `split` layer by layer."""
-    if world() == 1:
-        return model
-    if not split:
-        return DistributedDataParallel(model)
-    for layer in layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-@contextmanager
-def together(spread_model: nn.Module):
-    """While this lasts, parts of a split model can be called on their own; without it only the whole can."""
-    split = isinstance(spread_model, FSDPModule)
-    if split:
-        spread_model.unshard()
-    yield
-    if split:
-        spread_model.reshard()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be split; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor` split and placed as `other` is."""
-    if isinstance(other, DTensor):
-        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
-    return tensor.to(other.device)

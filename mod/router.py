@@ -69,8 +69,10 @@ class LayerExpert(Router):
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         # Scores stay in the weights' precision under autocast: bfloat16 would make many of them equal.
-        with torch.autocast(tokens.device.type, enabled=False):
-            return rearrange(self.w(tokens.to(self.w.weight.dtype)), "f n 1 -> f n")
+        if torch.is_autocast_enabled(tokens.device.type):
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.score(tokens, pos)
+        return self.w(tokens.to(self.w.weight.dtype)).squeeze(-1)
 
     def weight(self, scores: Tensor) -> Tensor:
         if self.gate == "update":

@@ -8,7 +8,7 @@
 Flags come from the fields of the configuration: name, type, default and remark are written once, there. A flag that is
 not given stays out of the parsed arguments, so that a preset or a run can fill it in: flag > run > preset.
 
-Read next: ../train_tiny.py
+Read next: train.py
 """
 
 import argparse

@@ -4,7 +4,7 @@ A step depends on nothing but the weights, the optimizers' memory and its own nu
 so a run that is killed and resumed ends with the same weights, bit for bit (same machine, same number of threads).
 Nothing waits for the device between two lines of the log.
 
-Read next: run.py
+Read next: ../train_tiny.py
 """
 
 import json
@@ -303,7 +303,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
         wrapped, optimizers = set_up()
         save()
     if settings.compile:
-        model.decoder.compile(fullgraph=True, dynamic=True)
+        model.decoder.compile()
     model.train()
     bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if engine.rank else None)
     with patient_interrupt() as stop, bar:

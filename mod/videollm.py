@@ -54,7 +54,11 @@ class VideoLLM(nn.Module):
             x = x.flatten(0, 1).index_copy(0, plan.vision.flatten(), vectors).view_as(x)
         if cache is not None:
             cache.begin(plan)
-        return self.decoder(x, plan, cache, trace)
+        decided: list | None = None if trace is None else []  # a list of another length would be compiled anew
+        hidden = self.decoder(x, plan, cache, decided)
+        if trace is not None:
+            trace += decided
+        return hidden
 
     def forward(self, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of a batch, in nats: the sum over its text labels and the sum over its streaming labels."""

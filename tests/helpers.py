@@ -1,25 +1,24 @@
-"""Small models, random conversations and slow-but-plain reference versions for the tests."""
+"""Small models, random conversations, and what tests read out of batches, caches and traces."""
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
-from mod.block import PAD
 from mod.cache import KVCache
 from mod.config import ModelConfig
-from mod.data import WORDS, vocabulary
+from mod.data import WORDS
 from mod.decoder import MoDBlock
-from mod.layout import Say, collate, lay_out
+from mod.layers import PAD
+from mod.layout import NO_LABEL, PADDING, TEXT, Batch, Plan, Say, Vocabulary, collate, lay_out, make_plan
 from mod.videollm import VideoLLM
 
-WORDS_ALL = vocabulary()
-SMALL = {
-    "image_size": 12, "patch_size": 4, "vit_dim": 16, "vit_depth": 1, "vit_heads": 2, "vit_hidden": 24, "grid": 2,
-    "dim": 24, "depth": 4, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn_hidden": 40,
-}  # fmt: skip
+WORDS_ALL = Vocabulary(WORDS)
+SMALL = {"image_size": 12, "patch_size": 4, "vit_dim": 16, "vit_depth": 1, "vit_heads": 2, "vit_hidden": 24, "grid": 2,
+         "dim": 24, "depth": 4, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn_hidden": 40}
 
 
 def small_config(**changes) -> ModelConfig:
-    """5 tokens a frame, 4 layers of width 24."""
+    """5 tokens per frame, 4 layers of width 24."""
     return ModelConfig(**{**SMALL, **changes})
 
 
@@ -45,7 +44,7 @@ def routed(model: VideoLLM) -> list[MoDBlock]:
     return [layer for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
 
 
-def random_pixels(frames: int, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def random_pixels(frames: int, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(frames, 3, config.image_size, config.image_size, generator=generator, dtype=dtype) * 2 - 1
 
@@ -67,16 +66,36 @@ def conversations(draw, most_frames: int = 5, least_frames: int = 1) -> tuple[in
     return frames, said
 
 
-def as_batch(config: ModelConfig, talks: list[tuple[int, list[Say]]], dtype: torch.dtype = torch.float64):
+def as_batch(config: ModelConfig, talks: list[tuple[int, list[Say]]], dtype: torch.dtype = torch.float64) -> Batch:
     """Conversations as one padded batch with random frames; a row's frames depend on its number alone."""
     layouts = [lay_out(WORDS_ALL, frames, config.frame_tokens, said) for frames, said in talks]
     pixels = torch.cat([random_pixels(frames, config, seed, dtype) for seed, (frames, _) in enumerate(talks)])
-    return collate(layouts, pixels)
+    return collate(layouts, pixels, config.frame_tokens, config.keep_counts)
 
 
-def offline(model: VideoLLM, batch, trace=None) -> torch.Tensor:
+def frame_of(batch: Batch) -> Tensor:
+    """The number, within its row, of the frame that each token belongs to, (B, T); TEXT for text, PADDING for padding."""
+    rows, length = batch.ids.shape
+    frame = torch.full((rows * length,), TEXT)
+    frame[batch.plan.pos.flatten() >= PAD] = PADDING
+    so_far = [0] * rows
+    for places in batch.plan.vision:
+        row = int(places[0]) // length
+        frame[places] = so_far[row]
+        so_far[row] += 1
+    return frame.view(rows, length)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The label of each token, (B, T), NO_LABEL where there is none."""
+    labels = torch.full((batch.ids.numel(),), NO_LABEL)
+    labels[batch.labelled] = batch.labels
+    return labels.view_as(batch.ids)
+
+
+def offline(model: VideoLLM, batch: Batch, trace=None) -> Tensor:
     """Logits (B, T, V) of whole streams in one pass."""
-    return model.decoder.logits(model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels), trace=trace))
+    return model.decoder.logits(model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace))
 
 
 def cut_into_chunks(frame: list[int], frame_tokens: int, random) -> list[range]:
@@ -90,26 +109,31 @@ def cut_into_chunks(frame: list[int], frame_tokens: int, random) -> list[range]:
     return chunks
 
 
-def in_chunks(model: VideoLLM, batch, seen: torch.Tensor, random) -> tuple[torch.Tensor, KVCache]:
+def plan_of(config: ModelConfig, frame: Tensor, start: list[int] | None = None) -> Plan:
+    """The plan of tokens whose frames are `frame` (B, T)."""
+    return make_plan(frame.numpy(), start or [0] * len(frame), config.frame_tokens, config.keep_counts)
+
+
+def in_chunks(model: VideoLLM, batch: Batch, seen: Tensor, random, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
     """One row streamed in random pieces that never split a frame: logits (1, T, V), and the cache after it."""
-    config, dtype = model.config, next(model.parameters()).dtype
-    cache, outs = KVCache(config, frames=len(seen), text=batch.ids.shape[1], dtype=dtype), []
-    for chunk in cut_into_chunks(batch.frame[0].tolist(), config.frame_tokens, random):
+    config, frame, outs = model.config, frame_of(batch), []
+    cache = model.new_cache() if cache is None else cache
+    for chunk in cut_into_chunks(frame[0].tolist(), config.frame_tokens, random):
         part = slice(chunk.start, chunk.stop)
-        frames = sorted({int(f) for f in batch.frame[0, part] if f >= 0})
-        hidden = model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], seen[frames], cache=cache)
-        outs.append(model.decoder.logits(hidden))
+        frames = sorted({int(f) for f in frame[0, part] if f >= 0})
+        plan = plan_of(config, frame[:, part], [chunk.start])
+        outs.append(model.decoder.logits(model.hidden(batch.ids[:, part], seen[frames], plan, cache)))
     return torch.cat(outs, 1), cache
 
 
-def assert_cache_holds_what_was_kept(cache: KVCache, batch, trace) -> None:
+def assert_cache_holds_what_was_kept(cache: KVCache, batch: Batch, trace) -> None:
     """Every layer's entries are the tokens that it kept, at their own positions, in order; the rest is empty."""
     kept_of = {routing.layer: routing.kept.flatten() for routing in trace}
+    vision = frame_of(batch)[0] >= 0
     for number, layer in enumerate(cache.layers):
-        keep = torch.ones(batch.ids.shape[1], dtype=torch.bool)
+        keep = torch.ones_like(vision)
         if number in kept_of:
-            keep[batch.frame[0] >= 0] = kept_of[number]
-        length = int(layer.length)
-        assert torch.equal(layer.pos[0, :length], batch.pos[0, keep]), "positions of the kept tokens, in order"
-        assert torch.equal(layer.frame[0, :length], batch.frame[0, keep])
-        assert (layer.pos[0, length:] == PAD).all()
+            keep[vision] = kept_of[number]
+        [length] = layer.lengths
+        assert torch.equal(layer.pos[0, :length], batch.plan.pos[0, keep]), "positions of the kept tokens, in order"
+        assert (layer.pos[0, length:] >= PAD).all()

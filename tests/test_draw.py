@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mod.config import ModelConfig
-from mod.study.draw import GAP, RESET, drawing
-from mod.study.record import Moment
+from mod.live.draw import GAP, RESET, drawing
+from mod.live.record import Moment
 
 ESCAPE = re.compile(r"\x1b\[([0-9;]*)m|(.)")
 

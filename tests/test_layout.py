@@ -1,13 +1,14 @@
-"""Tokens and labels of a conversation."""
+"""Tokens and labels of a conversation, and the plan of where they lie in every layer."""
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from mod.block import PAD
-from mod.layout import NO_LABEL, Say, Vocabulary, collate, lay_out, show
+from mod.layers import PAD
+from mod.layout import NO_LABEL, PADDING, TEXT, Say, Vocabulary, collate, lay_out, make_plan
 from tests.helpers import WORDS_ALL as W
-from tests.helpers import conversations, random_pixels, small_config
+from tests.helpers import conversations, frame_of, labels_of, plan_of, random_pixels, small_config
 
 N = 5
 
@@ -63,27 +64,78 @@ def test_a_conversation_by_hand():
     assert layout.ids == [W.bos, 0, 0, W.assistant, red, disc, appears, W.eos, 0, 0, W.user, where, mark, W.assistant, now, top, W.eos, 0, 0]
     assert layout.labels == [no, no, W.assistant, red, disc, appears, W.eos, no, no, no, no, no, W.assistant, now, top, W.eos, no, no, W.eos]
     assert layout.frame == [-1, 0, 0, -1, -1, -1, -1, -1, 1, 1, -1, -1, -1, -1, -1, -1, -1, 2, 2]
-    table = show(layout, W)
-    assert "stay silent" in table and "<assistant>" in table and len(table.splitlines()) == 20
-
-
-def test_show_folds_the_middle_of_a_frame():
-    table = show(lay_out(W, 2, 26, []), W).splitlines()
-    assert len(table) < 12 and sum("..." in line for line in table) == 2
 
 
 @given(conversations(), conversations())
 def test_collate_pads_on_the_right_with_tokens_at_the_end_of_time(one, two):
     config = small_config()
     layouts = [lay_out(W, frames, N, said) for frames, said in (one, two)]
-    batch = collate(layouts, random_pixels(one[0] + two[0], config))
+    batch = collate(layouts, random_pixels(one[0] + two[0], config), N, config.keep_counts)
+    pos, frame, labels = batch.plan.pos, frame_of(batch), labels_of(batch)
+    streaming = torch.zeros(pos.numel(), dtype=torch.bool).index_put((batch.labelled,), batch.streaming).view_as(pos)
     for row, layout in enumerate(layouts):
         length = len(layout.ids)
         assert batch.ids[row, :length].tolist() == layout.ids
-        assert batch.pos[row, :length].tolist() == list(range(length))
-        assert (batch.pos[row, length:] == PAD).all() and (batch.labels[row, length:] == NO_LABEL).all()
-        assert (batch.frame[row, length:] == -1).all() and not batch.streaming[row, length:].any()
-    assert (batch.frame >= 0).sum() == N * len(batch.pixels)
+        assert pos[row, :length].tolist() == list(range(length))
+        assert frame[row, :length].tolist() == layout.frame and labels[row, :length].tolist() == layout.labels
+        assert streaming[row, :length].tolist() == layout.streaming
+        assert (pos[row, length:] == PAD).all() and (labels[row, length:] == NO_LABEL).all()
+        assert (frame[row, length:] == PADDING).all() and not streaming[row, length:].any()
+    assert batch.plan.vision.shape == (len(batch.pixels), N)
+    assert batch.counts == (int((~batch.streaming).sum()), int(batch.streaming.sum()))
+
+
+def brute_plan(frame, k):
+    """Row by row and token by token: per row the tokens that enter a layer that keeps each frame's first k, and the flat
+    slots of every frame's k."""
+    short, slots, length = [], [], len(frame[0])
+    for row, numbers in enumerate(frame):
+        seen, kept = {}, []
+        for t, number in enumerate(numbers):
+            seen[number] = seen.get(number, 0) + 1
+            if number == TEXT or (number >= 0 and seen[number] <= k):
+                kept.append(row * length + t)
+        short.append(kept)
+    widest = max(map(len, short))
+    for row, kept in enumerate(short):
+        numbers = [frame[row][flat % length] for flat in kept]
+        for number in sorted({number for number in numbers if number >= 0}):
+            slots.append([row * widest + place for place, other in enumerate(numbers) if other == number])
+    return short, slots
+
+
+@given(st.lists(conversations(most_frames=4), min_size=1, max_size=3), st.integers(0, N), st.data())
+def test_a_plan_is_what_a_brute_force_one_says(talks, k, data):
+    """Every index of it. A frame's slots follow each other, in order of time, wherever the k tokens are chosen."""
+    layouts = [lay_out(W, frames, N, said) for frames, said in talks]
+    longest = max(len(layout.frame) for layout in layouts)
+    frame = torch.tensor([[*layout.frame, *[PADDING] * (longest - len(layout.frame))] for layout in layouts])
+    start = data.draw(st.lists(st.integers(0, 9), min_size=len(talks), max_size=len(talks)))
+    plan = make_plan(frame.numpy(), start, N, [k])
+    short, slots = brute_plan(frame.tolist(), k)
+    route = plan.routes[k]
+    assert plan.counts == {k: tuple(map(len, short)), N: tuple(len(layout.ids) for layout in layouts)}
+    assert route.index.shape == route.real.shape == (len(talks), max(map(len, short)))
+    for row, kept in enumerate(short):
+        assert route.index[row, : len(kept)].tolist() == kept
+        assert route.real[row].tolist() == [True] * len(kept) + [False] * (route.real.shape[1] - len(kept))
+        assert (route.index[row] // longest == row).all(), "a slot that is not real stays in its row"
+        assert plan.pos[row, : len(layouts[row].ids)].tolist() == list(range(start[row], start[row] + len(layouts[row].ids)))
+    assert route.slots.tolist() == (slots if k else [[]] * sum(frames for frames, _ in talks))
+    vision = (frame.flatten() >= 0).nonzero()[:, 0].view(-1, N)
+    assert torch.equal(plan.vision, vision)
+
+
+def test_a_plan_keeps_its_parts_through_a_copy():
+    """`tensors` and `filled` agree about the order."""
+    plan = plan_of(small_config(layers="keep:1,0,0.4,0.2"), torch.tensor([[TEXT, 0, 0, 0, 0, 0, TEXT]]))
+    assert sorted(plan.routes) == [0, 1, 2, 5]
+    again = plan.filled([tensor + 1 for tensor in plan.tensors])
+    assert torch.equal(again.pos, plan.pos + 1) and torch.equal(again.vision, plan.vision + 1)
+    for k, route in plan.routes.items():
+        for one, two in zip(route, again.routes[k], strict=True):
+            assert torch.equal(one + 1, two)
+    assert again.counts == plan.counts
 
 
 def test_mistakes_are_told():

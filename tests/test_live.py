@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod.config import StreamConfig, UserError
-from mod.layout import Say, lay_out
-from mod.live import Live, Paced, read_saved, restore
-from mod.stream import Stream
+from mod.config import UserError
+from mod.layout import TEXT, Say, lay_out
+from mod.live.live import Live, LiveStream, Paced
+from mod.live.saved import read_saved, restore, save, stream_state
+from mod.live.settings import StreamConfig
 from tests.helpers import WORDS_ALL, random_pixels, small_model
+from tests.test_window import Logged
 
-ASKED = ["where is it ?", "where did it appear ?", "which spark ?"]
+ASKED = ["where is it ?", "where did it appear ?", "where is the red disc ?"]
 RATES = st.sampled_from([Fraction(1), Fraction(2), Fraction(3, 2), Fraction(30000, 1001)])
 
 
@@ -45,7 +47,7 @@ def written(frames, fps, questions, narrations, answers) -> list[Say]:
 
 def live_of(model, timelines, rule, seeds, first=None):
     first = first or [0] * len(timelines)
-    stream = Stream(model, WORDS_ALL, len(timelines), frames=20, text=300, settings=rule, max_words=3, log=True)
+    stream = Logged(model, WORDS_ALL, len(timelines), settings=rule, max_words=3)
     sources = [
         Paced(list(random_pixels(frames, model.config, seed))[begin:], fps, first=begin)
         for (frames, fps, _), seed, begin in zip(timelines, seeds, first, strict=True)
@@ -108,9 +110,9 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path_factory, one, other, seed, 
     expected, states = [], []
     while happened := whole.step():
         expected.append([(h.row, h.time, h.question, h.reply) for h in happened])
-        states.append(whole.stream.state())
+        states.append(stream_state(whole.stream))
         if len(states) == cut:
-            whole.save(path, {"video": "a"})
+            save(whole, path, {"video": "a"})
     if cut == 0 or len(states) < cut:
         return
     tensors, note = read_saved(path, {"video": "a"})
@@ -118,7 +120,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path_factory, one, other, seed, 
     restore(again, tensors, note)
     for happened, (cached, numbers) in zip(expected[cut:], states[cut:], strict=True):
         assert [(h.row, h.time, h.question, h.reply) for h in again.step()] == happened
-        now, now_numbers = again.stream.state()
+        now, now_numbers = stream_state(again.stream)
         assert numbers == now_numbers and all(torch.equal(tensor, now[name]) for name, tensor in cached.items())
     assert again.step() == []
 
@@ -127,7 +129,7 @@ def test_a_saved_stream_of_something_else_is_refused(tmp_path):
     model, path = small_model(), tmp_path / "live.safetensors"
     live = live_of(model, [(2, Fraction(2), [])], StreamConfig(), [0])
     live.step()
-    live.save(path, {"video": "a", "window": 0})
+    save(live, path, {"video": "a", "window": 0})
     with pytest.raises(UserError, match="is a stream with video a, got b"):
         read_saved(path, {"video": "b", "window": 0})
     tensors, note = read_saved(path, {"video": "a", "window": 0})
@@ -141,10 +143,10 @@ def test_a_saved_stream_of_something_else_is_refused(tmp_path):
 
 def test_after_a_narration_the_refractory_period_is_silent_but_answers():
     model, pixels = small_model(), random_pixels(9, small_model().config)
-    stream = Stream(model, WORDS_ALL, frames=9, text=300, settings=StreamConfig(threshold=1.0, refractory=2), max_words=2)
+    stream = LiveStream(model, WORDS_ALL, settings=StreamConfig(threshold=1.0, refractory=2), max_words=2)
     spoke = []
     for t in range(9):
-        [reply] = stream.frame(pixels[t : t + 1])
+        [reply] = stream.narrate(pixels[t : t + 1])
         spoke.append(reply is not None)
         if t == 1:
             assert stream.ask(["where is it ?"]) != [None]
@@ -208,7 +210,7 @@ def test_what_does_not_fit_the_memory_is_refused_and_the_stream_goes_on():
     """Room for one question and answer at a time: the second at once is refused, one after the window has passed is not."""
     model = small_model()
     settings = StreamConfig(threshold=0.0, window=2)
-    stream = Stream(model, WORDS_ALL, frames=9, text=60, settings=settings, max_words=3, log=True)
+    stream = Logged(model, WORDS_ALL, settings=settings, max_words=3)
     live = Live(stream, [Paced(list(random_pixels(8, model.config)), Fraction(1))], [Fraction(1)], question_room=12)
     for time in (1, 1, 2, 5):
         live.ask(0, Fraction(time), "where is it ?")
@@ -218,21 +220,11 @@ def test_what_does_not_fit_the_memory_is_refused_and_the_stream_goes_on():
     assert sum(token == WORDS_ALL.user for token, frame in stream.fed[0] if frame < 0) == 2
 
 
-def test_a_full_cache_leaves_the_frame_still_to_come():
-    model = small_model()
-    stream = Stream(model, WORDS_ALL, frames=1, text=4, settings=StreamConfig(threshold=1.0), max_words=9)
-    live = Live(stream, [Paced(list(random_pixels(2, model.config)), Fraction(1))], [Fraction(1)])
-    for _ in range(2):
-        with pytest.raises(UserError, match="the cache is full"):
-            live.step()
-        assert stream.seen == [0] and stream.position == [1] and live.last == [-1]
-
-
 def test_questions_between_left_out_frames_come_before_the_next_one():
     """Frames 1 to 4 are skipped; what was asked at their times stands before frame 5, in order."""
     model, clock = small_model(), Clock()
     pixels = random_pixels(8, model.config)
-    stream = Stream(model, WORDS_ALL, frames=9, text=300, settings=StreamConfig(threshold=0.0), max_words=1, log=True)
+    stream = LiveStream(model, WORDS_ALL, settings=StreamConfig(threshold=0.0), max_words=1)
     source = Paced(list(pixels), Fraction(2), "skip", clock=clock, sleep=clock.sleep)
     live = Live(stream, [source], [Fraction(2)])
     live.ask(0, Fraction(1), ASKED[0])

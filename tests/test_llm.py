@@ -13,14 +13,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import stream_tiny
 from mod.config import ModelConfig
 from mod.decoder import MoDBlock
+from mod.layout import TEXT
 from mod.real.llm import continue_text, load_llm, read_llm_config
 from mod.real.tokenizer import TextTokenizer
 from mod.router import ROUTERS, LayerExpert
+from tests.helpers import plan_of
 from tests.test_scripts import refused
 
 WORDS = ["<s>", "</s>", "<unk>", "User", "Assistant", "the", "capital", "of", "France", "is", "Paris", "red", "disc"]
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 40, "vocab_size": len(WORDS), "rms_norm_eps": 1e-5, "max_position_embeddings": 64}  # fmt: skip
+         "intermediate_size": 40, "vocab_size": len(WORDS), "rms_norm_eps": 1e-5, "max_position_embeddings": 64}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS = {  # model: (config.json, in old or new spelling; head width; files)
     "llama-2, old spelling": ({"model_type": "llama", "rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float16"}, 6, 1),
@@ -36,7 +38,7 @@ CONFIGS = {  # model: (config.json, in old or new spelling; head width; files)
     "qwen2": ({"model_type": "qwen2", "rope_theta": 1e6, "sliding_window": 32, "use_sliding_window": False}, 6, 1),
     "qwen3, new spelling": ({"model_type": "qwen3", "head_dim": 10, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
                              "layer_types": ["full_attention"] * 3}, 10, 2),
-}  # fmt: skip
+}
 
 
 def tensors(config: dict, head_dim: int, words=WORDS) -> dict[str, torch.Tensor]:
@@ -143,8 +145,7 @@ IDS = [0, 5, 6, 7, 8, 9, 3, 11, 12, 4, 10]
 
 def logits(decoder, ids):
     text = torch.tensor([ids])
-    hidden = decoder(decoder.embed(text), torch.arange(len(ids))[None], torch.full_like(text, -1))
-    return decoder.logits(hidden)[0]
+    return decoder.logits(decoder(decoder.embed(text), plan_of(decoder.config, torch.full_like(text, TEXT))))[0]
 
 
 def test_logits_equal_a_plain_forward_pass(checkpoint):
@@ -181,11 +182,10 @@ def test_kept_vision_tokens_run_as_in_the_dense_layer(checkpoint):
     dense, routed = (
         load_llm(folder, read_llm_config(folder, ModelConfig(layers=layers)), torch.float64) for layers in ("none", "all")
     )
-    x, frame = torch.randn(1, 27, 24, dtype=torch.float64), torch.tensor([[-1] + [0] * 26])
+    x, plan = torch.randn(1, 27, 24, dtype=torch.float64), plan_of(dense.config, torch.tensor([[TEXT] + [0] * 26]))
     for layer in routed.layers:
         layer.router.kept = 26
-    pos = torch.arange(27)[None]
-    torch.testing.assert_close(dense(x, pos, frame), routed(x, pos, frame), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dense(x, plan), routed(x, plan), rtol=1e-10, atol=1e-10)
 
 
 def test_a_router_with_more_weights_learns(checkpoint, monkeypatch):
@@ -206,11 +206,11 @@ def test_a_router_with_more_weights_learns(checkpoint, monkeypatch):
     assert all(isinstance(router, TwoLayers) and router.layer == number for number, router in enumerate(routers))
     assert all((router.w.weight == 0).all() and router.hidden.weight.norm() > 0 for router in routers)
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
-    x, frame, pos = torch.randn(1, 27, 24), torch.tensor([[-1] + [0] * 26]), torch.arange(27)[None]
+    x, plan = torch.randn(1, 27, 24), plan_of(decoder.config, torch.tensor([[TEXT] + [0] * 26]))
     before = [router.hidden.weight.clone() for router in routers]
     for _ in range(2):  # the first step moves w, the second what lies below it
         optimizer.zero_grad()
-        decoder(x, pos, frame).square().mean().backward()
+        decoder(x, plan).square().mean().backward()
         optimizer.step()
     assert all(not torch.equal(router.hidden.weight, was) for router, was in zip(routers, before, strict=True))
 

@@ -5,13 +5,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.block import PAD
+from mod.layers import PAD
 from mod.layout import Say
 from mod.router import ROUTERS, Router
-from tests.helpers import as_batch, conversations, offline, routed, small_config, small_model
+from tests.helpers import as_batch, conversations, frame_of, offline, plan_of, routed, small_config, small_model
 
 
-def plain_mod(block, x, pos, frame):
+def through(model, block, x, plan, **more):
+    """A layer, dense or MoD, on token vectors x (B, T, D)."""
+    turn = model.decoder.rope.turn(plan.pos, model.config.head_dim, x.dtype)
+    return block(x, turn, plan.pos if block not in routed(model) else plan, **more)
+
+
+def vectors(model, batch, dtype=torch.float64, **more):
+    return torch.randn(*batch.ids.shape, model.config.dim, dtype=dtype, **more)
+
+
+def plain_mod(model, block, x, pos, frame):
     """One routed layer on one unpadded row, token by token in Python: score, choose, gather, run densely, add."""
     router, keep, mu = block.router, [], []
     for t in range(len(frame)):
@@ -29,7 +39,8 @@ def plain_mod(block, x, pos, frame):
     attention, dense = block.block.attention, block.block
     normed = dense.norm1(x[kept][None])
     gate = torch.stack(mu)[kept]
-    attended = attention(normed, pos[kept][None], value_gate=gate[None] if router.gate == "value" else None)[0]
+    turn = model.decoder.rope.turn(pos[kept][None], model.config.head_dim, x.dtype)
+    attended = attention(normed, turn, value_gate=gate[None] if router.gate == "value" else None)[0]
     update = attended + dense.mlp(dense.norm2(x[kept] + attended))
     y = x.clone()
     for place, t in enumerate(kept):
@@ -41,26 +52,27 @@ def plain_mod(block, x, pos, frame):
 @given(talks=st.lists(conversations(), min_size=1, max_size=3), ratio=st.sampled_from([0.2, 0.4, 0.8]))
 def test_block_equals_plain_version(gate, talks, ratio):
     """Batched gather and scatter on ragged rows == a Python loop on each row alone. Catches unsorted top-k, renumbered
-    positions, a lost residual, text scaled, rows mixed up, padding competing for places."""
+    positions, a lost residual, text scaled, rows mixed up, padding competing for places, slots off by one."""
     model = small_model(gate=gate, keep_ratio=ratio)
     block, batch = routed(model)[0], as_batch(model.config, talks)
-    x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64)
-    y = block(x, batch.pos, batch.frame)
+    x, pos, frame = vectors(model, batch), batch.plan.pos, frame_of(batch)
+    y = through(model, block, x, batch.plan)
     for row in range(len(x)):
-        length = int((batch.pos[row] < PAD).sum())
-        expected, keep = plain_mod(block, x[row, :length], batch.pos[row, :length], batch.frame[row, :length].tolist())
+        length = int((pos[row] < PAD).sum())
+        expected, keep = plain_mod(model, block, x[row, :length], pos[row, :length], frame[row, :length].tolist())
         torch.testing.assert_close(y[row, :length], expected, rtol=1e-9, atol=1e-9)
         skipped = [t for t in range(length) if not keep[t]]
         assert torch.equal(y[row, skipped], x[row, skipped]), "a skipped token was touched"
+        assert torch.equal(y[row, length:], x[row, length:]), "padding was touched"
 
 
 @given(talk=conversations(), seed=st.integers(0, 5))
 def test_skipped_tokens_are_bitwise_unchanged_and_kept_ones_change(talk, seed):
     model = small_model(seed, dtype=torch.float32)
     block, batch = routed(model)[1], as_batch(model.config, [talk], torch.float32)
-    x, trace = torch.randn(*batch.ids.shape, model.config.dim), []
-    y = block(x, batch.pos, batch.frame, trace=trace)
-    vision, kept = batch.frame[0] >= 0, trace[0].kept.flatten()
+    x, trace = vectors(model, batch, torch.float32), []
+    y = through(model, block, x, batch.plan, trace=trace)
+    vision, kept = frame_of(batch)[0] >= 0, trace[0].kept.flatten()
     assert torch.equal(y[0, vision][~kept], x[0, vision][~kept])
     assert (y[0, vision][kept] != x[0, vision][kept]).any(-1).all()
     assert (y[0, ~vision] != x[0, ~vision]).any(-1).all()
@@ -68,17 +80,14 @@ def test_skipped_tokens_are_bitwise_unchanged_and_kept_ones_change(talk, seed):
 
 @given(talks=st.lists(conversations(), min_size=1, max_size=2))
 def test_keep_all_with_gate_one_equals_dense(talks):
-    """r = 1 and mu = 1: the MoD block computes what the dense block computes."""
-    model = small_model(keep_ratio=0.4)
+    """k = N and mu = 1: the MoD block computes what the dense block computes."""
+    model = small_model(keep_ratio=0.99)  # ceil(0.99 * 5) is 5: a routed layer that takes everything
     batch = as_batch(model.config, talks)
     for block in routed(model):
-        block.router.kept = model.config.frame_tokens
         torch.nn.init.zeros_(block.router.w.weight)  # 2 * sigmoid(0) is one
-        x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64)
-        real = batch.pos < PAD
-        torch.testing.assert_close(
-            block(x, batch.pos, batch.frame)[real], block.block(x, batch.pos, batch.frame)[real], rtol=1e-12, atol=1e-12
-        )
+        x, real = vectors(model, batch), batch.plan.pos < PAD
+        torch.testing.assert_close(through(model, block, x, batch.plan)[real],
+                                   through(model, block.block, x, batch.plan)[real], rtol=1e-12, atol=1e-12)
 
 
 def test_text_never_notices_mod():
@@ -87,8 +96,8 @@ def test_text_never_notices_mod():
     state = {name.replace(".block.", "."): value for name, value in mod.state_dict().items() if "router" not in name}
     dense.load_state_dict(state)
     ids = torch.randint(0, 30, (1, 12))
-    text = (ids, torch.full_like(ids, -1), torch.arange(12)[None], torch.zeros(0, 5, 24, dtype=torch.float64))
-    assert torch.equal(mod(*text), dense(*text))
+    one, two = (model.hidden(ids, None, plan_of(model.config, torch.full_like(ids, -1))) for model in (mod, dense))
+    assert torch.equal(one, two)
 
 
 def test_layer_with_keep_one_is_the_dense_block_itself():
@@ -99,12 +108,12 @@ def test_layer_with_keep_one_is_the_dense_block_itself():
 def test_keep_zero_lets_text_alone_through():
     model = small_model(layers="keep:0,1,1,1")
     batch = as_batch(model.config, [(2, [Say(0, "assistant", "red disc moves")])])
-    x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64)
-    y = routed(model)[0](x, batch.pos, batch.frame)
-    text = batch.frame[0] < 0
+    x, pos, text = vectors(model, batch), batch.plan.pos, frame_of(batch)[0] < 0
+    [block] = routed(model)
+    y = through(model, block, x, batch.plan)
     assert torch.equal(y[0, ~text], x[0, ~text])
-    alone = routed(model)[0].block(x[:, text], batch.pos[:, text], batch.frame[:, text])
-    torch.testing.assert_close(y[:, text], alone)
+    turn = model.decoder.rope.turn(pos[:, text], model.config.head_dim, x.dtype)
+    torch.testing.assert_close(y[:, text], block.block(x[:, text], turn, pos[:, text]))
 
 
 @given(talk=conversations(least_frames=2), position=st.integers(0, 200), layers=st.sampled_from(["all", "interleaved", "none"]))
@@ -114,8 +123,9 @@ def test_no_output_before_a_changed_token_changes(talk, position, layers):
     batch = as_batch(model.config, [talk])
     position %= batch.ids.shape[1]
     # Vision is changed frame by frame: the choice inside a frame may depend on all of that frame.
-    frame = int(batch.frame[0, position])
-    first = int((batch.frame[0] == frame).nonzero()[0]) if frame >= 0 else position
+    frames = frame_of(batch)[0]
+    frame = int(frames[position])
+    first = int((frames == frame).nonzero()[0]) if frame >= 0 else position
     before = offline(model, batch)
     if frame >= 0:
         batch.pixels[frame] = -batch.pixels[frame]
@@ -130,12 +140,11 @@ def test_no_output_before_a_changed_token_changes(talk, position, layers):
 def test_rows_of_a_batch_are_independent(talks, layers):
     """A row in a ragged batch == the row alone."""
     model = small_model(layers=layers)
-    together = offline(model, as_batch(model.config, talks))
-    layouts = as_batch(model.config, talks)
-    start = 0
+    batch, start = as_batch(model.config, talks), 0
+    together = offline(model, batch)
     for row, (frames, _) in enumerate(talks):
         alone = as_batch(model.config, [talks[row]])
-        alone.pixels = layouts.pixels[start : start + frames]
+        alone.pixels.copy_(batch.pixels[start : start + frames])
         start += frames
         logits = offline(model, alone)
         torch.testing.assert_close(together[row, : logits.shape[1]], logits[0], rtol=1e-9, atol=1e-9)
@@ -145,14 +154,14 @@ def test_positions_matter_inside_the_layer():
     """Guards the guard: the comparison with the plain version would see other positions of the kept tokens."""
     model = small_model()
     block, batch = routed(model)[0], as_batch(model.config, [(3, [])])
-    x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64)
-    spread = batch.pos * 3
-    assert (block(x, batch.pos, batch.frame) - block(x, spread, batch.frame)).abs().max() > 1e-3
+    x, spread = vectors(model, batch), batch.plan._replace(pos=batch.plan.pos * 3)
+    assert (through(model, block, x, batch.plan) - through(model, block, x, spread)).abs().max() > 1e-3
 
 
 class TestGradients:
-    def loss(self, model, batch):
-        return offline(model, batch)[batch.labels >= 0].logsumexp(-1).sum()
+    def loss(self, model, batch, streaming=True):
+        labelled = batch.labelled if streaming else batch.labelled[~batch.streaming]
+        return offline(model, batch).flatten(0, 1)[labelled].logsumexp(-1).sum()
 
     def test_every_router_gets_a_gradient_with_the_value_gate(self):
         model = small_model(layers="all")
@@ -165,17 +174,16 @@ class TestGradients:
         for gate, learns in (("update", False), ("value", True)):
             model = small_model(layers="all", gate=gate)
             batch = as_batch(model.config, [(3, [Say(2, "assistant", "red disc moves")])])
-            batch.labels[batch.streaming] = -100
-            self.loss(model, batch).backward()
+            self.loss(model, batch, streaming=False).backward()
             assert (routed(model)[-1].router.w.weight.grad.abs().max() > 0) == learns
 
     def test_skipped_tokens_pass_the_gradient_through_unchanged(self):
         model = small_model()
         block, batch, trace = routed(model)[0], as_batch(model.config, [(3, [])]), []
-        x = torch.randn(*batch.ids.shape, model.config.dim, dtype=torch.float64, requires_grad=True)
-        y, weight = block(x, batch.pos, batch.frame, trace=trace), torch.randn_like(x)
+        x = vectors(model, batch, requires_grad=True)
+        y, weight = through(model, block, x, batch.plan, trace=trace), torch.randn_like(x)
         (y * weight).sum().backward()
-        vision = batch.frame[0] >= 0
+        vision = frame_of(batch)[0] >= 0
         skipped = ~trace[0].kept.flatten()
         assert torch.equal(x.grad[0, vision][skipped], weight[0, vision][skipped])
 

@@ -13,9 +13,9 @@ import pytest
 from matplotlib.image import imread
 
 from mod.config import ModelConfig, UserError
-from mod.study.costs import decoder_flops, dense, layer_tokens
-from mod.study.page import MOST_PIXELS, check_page, picture_uri, write_page
-from mod.study.record import Line, Moment
+from mod.live.costs import chunk_flops, dense, layer_tokens
+from mod.live.page import MOST_PIXELS, check_page, picture_uri, write_page
+from mod.live.record import Line, Moment
 
 HOSTILE = '</script><!-- <script> </script x <script x & "quotes" \'both\' {{title}} <img src=x onerror="window.broken = 1"> \u2028 ?'
 ROUTED, DENSE = ModelConfig(), ModelConfig(layers="none")
@@ -35,13 +35,13 @@ def stream(config: ModelConfig, frames: int) -> list[Moment]:
     for frame in range(frames):
         moment = Moment(frame, frame / 2, random.uniform(-1, 1, (3, config.image_size, config.image_size)))
         moment.said, text = SAID[frame % len(SAID)], text + 5 * (frame % len(SAID))
-        for layer in (number for number, ratio in enumerate(config.keep) if ratio < 1):
+        for layer in (number for number, ratio in enumerate(config.keep_ratios) if ratio < 1):
             scores = random.normal(size=config.frame_tokens).astype(np.float32)
             kept = np.zeros(config.frame_tokens, bool)
-            kept[np.argsort(-scores)[: config.kept[layer]]] = True
+            kept[np.argsort(-scores)[: config.keep_counts[layer]]] = True
             moment.scores[layer], moment.kept[layer] = scores, kept
         moment.entries, moment.held = layer_tokens(config, frame + 1, text), (frame + 1, text)
-        moment.flops = tuple(decoder_flops(each, frame + 1, text) for each in (config, dense(config)))
+        moment.flops = tuple(chunk_flops(each, frame + 1, text, frame + 1, text) for each in (config, dense(config)))
         moment.seconds = 0.01
         moments.append(moment)
     return moments
@@ -57,7 +57,7 @@ def test_json_holds_every_moment(config, tmp_path):
     write_page(tmp_path / "a.html", moments, config, "A stream")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
     data = embedded((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert data["layers"] == [layer for layer, ratio in enumerate(config.keep) if ratio < 1]
+    assert data["layers"] == [layer for layer, ratio in enumerate(config.keep_ratios) if ratio < 1]
     assert (data["grid"], data["tokens"], len(data["moments"])) == (config.grid, config.frame_tokens, 6)
     for moment, told in zip(moments, data["moments"], strict=True):
         assert (told["frame"], told["time"], told["seconds"]) == (moment.frame, moment.time, moment.seconds)
@@ -308,7 +308,7 @@ def check(shown: dict, config: ModelConfig, moments: list[Moment], now: int):
         patches = [places[token] for token in range(1, len(kept)) if kept[token]]
         parts = ["CLS"] * bool(kept[0]) + ["patches " + ", ".join(patches)] * bool(patches)
         alts.append(f"Layer {layer} keeps {kept.sum()} of {len(kept)} tokens: {' and '.join(parts) or 'none'}")
-        assert told["keeps"] == f"Keeps {config.kept[layer]} of {config.frame_tokens} tokens."
+        assert told["keeps"] == f"Keeps {config.keep_counts[layer]} of {config.frame_tokens} tokens."
         assert told["cls"] == f"CLS token: {fates[0]}."
         assert [cell["token"] for cell in told["cells"]] == list(range(1, config.frame_tokens))
         for cell, token in zip(told["cells"], range(1, config.frame_tokens), strict=True):
@@ -459,7 +459,7 @@ def test_scores_are_told_when_pointed_at_and_for_all_on_demand(browser, show):
     script(browser, "show(1)")  # what is told stays true when the frame changes
     assert detail.text == "Patch row 3 column 3: " + told(1, 13)
     for pressed, token in ((key.ARROW_RIGHT, 14), (key.ARROW_DOWN, 19), (key.HOME, 16), (key.ARROW_LEFT, 16), (key.END, 20),
-                           (key.ARROW_RIGHT, 20), (key.ARROW_DOWN, 25), (key.ARROW_DOWN, 25), (key.ARROW_UP, 20)):  # fmt: skip
+                           (key.ARROW_RIGHT, 20), (key.ARROW_DOWN, 25), (key.ARROW_DOWN, 25), (key.ARROW_UP, 20)):
         press(browser, pressed)
         assert script(browser, "document.activeElement.dataset.token") == str(token)
     assert detail.text == "Patch row 4 column 5: " + told(1, 20) and at(browser) == 1

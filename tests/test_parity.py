@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from mod.config import ModelConfig
+from mod.layout import TEXT
 from mod.real.llm import continue_text, load_llm, read_llm_config
 from mod.real.vision import load_vision, read_vision_config
 from mod.vit import ViT
+from tests.helpers import plan_of
 
 pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 80, "vocab_size": 97, "max_position_embeddings": 256}  # fmt: skip
+         "intermediate_size": 80, "vocab_size": 97, "max_position_embeddings": 256}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+          "original_max_position_embeddings": 32}
 FAMILIES = {  # name: (class of the model, configuration, how it is saved)
     "llama-2": ("Llama", {"rms_norm_eps": 1e-5}, {}),
     "llama-3.1": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3}, {}),
@@ -62,9 +64,9 @@ def pair(request, tmp_path):
 def test_logits_of_every_family(pair):
     theirs, ours = pair
     ids = torch.randint(0, SIZES["vocab_size"], (2, 70), generator=torch.Generator().manual_seed(0))
-    pos, frame = torch.arange(70).expand(2, -1), torch.full((2, 70), -1)
+    plan = plan_of(ours.config, torch.full((2, 70), TEXT))
     with torch.no_grad():
-        close(ours.logits(ours(ours.embed(ids), pos, frame)), theirs(ids).logits)
+        close(ours.logits(ours(ours.embed(ids), plan)), theirs(ids).logits)
 
 
 def test_greedy_continuation_of_64_tokens(pair):

@@ -8,30 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod.block import PAD
-from mod.config import PATTERNS, ModelConfig, StreamConfig
+from mod.config import PATTERNS, ModelConfig
 from mod.decoder import MoDBlock
-from mod.stream import Stream
-from mod.study.costs import layer_tokens
+from mod.layers import PAD
+from mod.layout import Say
 from mod.videollm import VideoLLM
 from tests.helpers import (
-    WORDS_ALL,
     as_batch,
     assert_cache_holds_what_was_kept,
     conversations,
+    frame_of,
     in_chunks,
     loud,
     offline,
     random_pixels,
     routed,
 )
+from tests.test_mod_block import through, vectors
+from tests.test_stream import LoggedStream
 
 DTYPES = st.sampled_from([(torch.float64, 1e-9), (torch.float32, 2e-4)])
 
 
 @st.composite
 def configs(draw, layers: str | None = None, ratios=(0.01, 0.1, 0.2, 0.34, 0.5, 0.9, 1.0), **fixed) -> ModelConfig:
-    """Any small model: 1 to 4 layers, 2 to 10 tokens a frame, any pattern, ratio, router and gate."""
+    """Any small model: 1 to 4 layers, 2 to 10 tokens per frame, any pattern, ratio, router and gate."""
     kv_heads, grid, depth = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     if layers is None:
         one = st.sampled_from([0, 0.2, 0.5, 1]).map(str)
@@ -45,7 +46,7 @@ def configs(draw, layers: str | None = None, ratios=(0.01, 0.1, 0.2, 0.34, 0.5, 
         "tie_embeddings": draw(st.booleans()), "layers": layers, "keep_ratio": draw(st.sampled_from(ratios)),
         "select": draw(st.sampled_from(["learned", "learned", "random", "uniform"])),
         "gate": draw(st.sampled_from(["value", "update"])),
-    }  # fmt: skip
+    }
     return ModelConfig(**{**sizes, **fixed})
 
 
@@ -60,24 +61,23 @@ TALKS = st.lists(conversations(most_frames=4), min_size=1, max_size=3)
 
 @given(configs(), TALKS, SEEDS)
 def test_every_routed_layer_keeps_exactly_the_ceiling_of_every_frame_and_all_text(config, talks, seed):
-    model, batch, trace = build(config, seed=seed), None, []
-    batch = as_batch(config, talks)
+    model, batch, trace = build(config, seed=seed), as_batch(config, talks), []
     offline(model, batch, trace)
     frames = sum(number for number, _ in talks)
-    assert [routing.layer for routing in trace] == [n for n, ratio in enumerate(config.keep) if ratio < 1]
+    assert [routing.layer for routing in trace] == [n for n, ratio in enumerate(config.keep_ratios) if ratio < 1]
     for routing in trace:
-        exact = math.ceil(round(config.keep[routing.layer] * config.frame_tokens, 6))
+        exact = math.ceil(round(config.keep_ratios[routing.layer] * config.frame_tokens, 6))
         assert routing.kept.shape == (frames, config.frame_tokens)
-        assert (routing.kept.sum(1) == exact).all() and exact == config.kept[routing.layer]
+        assert (routing.kept.sum(1) == exact).all() and exact == config.keep_counts[routing.layer]
 
 
 @given(configs(), TALKS, SEEDS, DTYPES)
 def test_a_layer_leaves_skipped_tokens_alone_bit_for_bit_and_changes_all_others(config, talks, seed, kind):
     model, batch = build(config, kind[0], seed), as_batch(config, talks, kind[0])
-    vision, real = batch.frame >= 0, batch.pos < PAD
+    vision, real = frame_of(batch) >= 0, batch.plan.pos < PAD
     for layer in routed(model):
-        x, trace = torch.randn(*batch.ids.shape, config.dim, dtype=kind[0]), []
-        y = layer(x, batch.pos, batch.frame, trace=trace)
+        x, trace = vectors(model, batch, kind[0]), []
+        y = through(model, layer, x, batch.plan, trace=trace)
         kept = trace[0].kept.flatten()
         assert torch.equal(y[vision][~kept], x[vision][~kept])
         changed = (y != x).any(-1)
@@ -91,7 +91,7 @@ def test_the_past_decides_and_the_future_does_not(config, talk, seed, data):
     """A change in frame t moves no kept set and no output before it."""
     model, batch = build(config, seed=seed), as_batch(config, [talk])
     t = data.draw(st.integers(0, talk[0] - 1))
-    first = int((batch.frame[0] == t).nonzero()[0])
+    first = int(batch.plan.vision[t, 0])
     before, after = [], []
     one = offline(model, batch, before)
     batch.pixels[t:] = -batch.pixels[t:].flip(0)
@@ -107,7 +107,7 @@ def test_a_row_knows_nothing_of_the_others_nor_of_padding(config, talks, seed):
     logits, start = offline(model, together, trace), 0
     for row, talk in enumerate(talks):
         alone, own = as_batch(config, [talk]), []
-        alone.pixels = together.pixels[start : start + talk[0]]
+        alone.pixels.copy_(together.pixels[start : start + talk[0]])
         expected = offline(model, alone, own)
         torch.testing.assert_close(logits[row, : expected.shape[1]], expected[0], rtol=1e-9, atol=1e-9)
         for a, b in zip(trace, own, strict=True):
@@ -123,7 +123,8 @@ def test_streaming_equals_offline_and_every_cache_holds_what_the_formula_says(co
     expected, seen = offline(model, batch, trace), model.see(batch.pixels)
     logits, cache = in_chunks(model, batch, seen, random)
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
-    assert cache.lengths() == layer_tokens(config, talk[0], int((batch.frame < 0).sum()))
+    text = int((frame_of(batch) < 0).sum())
+    assert cache.entries() == [text + count * talk[0] for count in config.keep_counts]
     assert_cache_holds_what_was_kept(cache, batch, trace)
 
 
@@ -134,31 +135,31 @@ def test_streams_that_take_turns_equal_each_alone(config, seed, turns):
     pixels = [random_pixels(len(turns), config, seed + row) for row in range(2)]
 
     def fresh():
-        return Stream(model, WORDS_ALL, frames=len(turns), text=200, log=True, settings=StreamConfig(threshold=0.3), max_words=2)
+        return LoggedStream(model, threshold=0.3, max_words=2)
 
     streams, heard = [fresh(), fresh()], [[], []]
     for row in turns:
         t = streams[row].seen[0]
-        heard[row] += streams[row].frame(pixels[row][t : t + 1])
+        heard[row] += streams[row].narrate(pixels[row][t : t + 1])
         heard[row] += streams[row].ask(["where is it ?"]) if t % 2 else []
     for row in range(2):
         alone, said = fresh(), []
         for t in range(turns.count(row)):
-            said += alone.frame(pixels[row][t : t + 1])
+            said += alone.narrate(pixels[row][t : t + 1])
             said += alone.ask(["where is it ?"]) if t % 2 else []
         assert said == heard[row] and alone.fed == streams[row].fed
-        assert alone.cache.lengths() == streams[row].cache.lengths()
+        assert alone.cache.entries() == streams[row].cache.entries()
 
 
 @given(configs(layers="all", ratios=(0.2, 0.5)), TALKS, SEEDS)
 def test_keeping_all_with_weight_one_is_the_dense_model(config, talks, seed):
     model, batch = build(config, seed=seed), as_batch(config, talks)
-    real, x = batch.pos < PAD, torch.randn(*batch.ids.shape, config.dim, dtype=torch.float64)
+    real, x = batch.plan.pos < PAD, vectors(model, batch)
     for layer in routed(model):
         layer.router.kept = config.frame_tokens
         layer.router.weight = torch.ones_like
-        dense = layer.block(x, batch.pos, batch.frame)
-        torch.testing.assert_close(layer(x, batch.pos, batch.frame)[real], dense[real], rtol=1e-11, atol=1e-11)
+        dense, routing = (through(model, one, x, batch.plan) for one in (layer.block, layer))
+        torch.testing.assert_close(routing[real], dense[real], rtol=1e-11, atol=1e-11)
 
 
 @given(configs(), TALKS, SEEDS)
@@ -168,24 +169,30 @@ def test_no_routed_layer_is_the_dense_model_bit_for_bit(config, talks, seed):
         model = build(ModelConfig(**{**vars(config), **changes}), torch.float32, seed)
         batch = as_batch(config, talks, torch.float32)
         assert not routed(model)
-        x = model.embed(batch.ids, batch.frame, model.see(batch.pixels))
+        x = model.decoder.embed(batch.ids)
+        x[frame_of(batch) >= 0] = model.see(batch.pixels).flatten(0, 1)
+        turn = model.decoder.rope.turn(batch.plan.pos, config.head_dim, x.dtype)
         for block in model.decoder.layers:
-            x = x + block.update(x, batch.pos)
+            x = x + block.update(x, turn)
         assert torch.equal(model.decoder.logits(model.decoder.norm(x)), offline(model, batch))
 
 
 class TestGradients:
     """Trained on labels after a frame and in the text, as in training."""
 
-    def backward(self, model, batch):
-        offline(model, batch)[batch.labels >= 0].logsumexp(-1).sum().backward()
+    def talk_to_the_end(self, config, talk):
+        """One row, of which text comes last, so that something reads every frame."""
+        frames, said = talk
+        return as_batch(config, [(frames, [*said, Say(frames - 1, "assistant", "red disc moves")])])
+
+    def loss(self, model, batch, trace=None):
+        return offline(model, batch, trace).flatten(0, 1)[batch.labelled].logsumexp(-1).sum()
 
     @given(configs(ratios=(0.2, 0.5), select="learned", gate="value"), conversations(least_frames=1), SEEDS)
     def test_with_the_value_gate_every_router_learns(self, config, talk, seed):
         """Whenever anything is labelled after a frame: a kept token is read, or predicts, in every routed layer."""
-        model, batch = build(config, seed=seed), as_batch(config, [talk])
-        batch.labels[:, -1] = 5  # whatever comes last has a label, so that something reads every frame
-        self.backward(model, batch)
+        model, batch = build(config, seed=seed), self.talk_to_the_end(config, talk)
+        self.loss(model, batch).backward()
         for layer in routed(model):
             if layer.router.kept:
                 assert layer.router.w.weight.grad.abs().max() > 0
@@ -193,11 +200,11 @@ class TestGradients:
     @given(configs(ratios=(0.2, 0.5)), TALKS, SEEDS)
     def test_skipped_tokens_pass_gradients_through_as_they_come(self, config, talks, seed):
         model, batch = build(config, seed=seed), as_batch(config, talks)
-        vision = batch.frame >= 0
+        vision = frame_of(batch) >= 0
         for layer in routed(model):
-            x = torch.randn(*batch.ids.shape, config.dim, dtype=torch.float64, requires_grad=True)
-            trace, weight = [], torch.randn_like(x)
-            (layer(x, batch.pos, batch.frame, trace=trace) * weight).sum().backward()
+            x, trace = vectors(model, batch, requires_grad=True), []
+            weight = torch.randn_like(x)
+            (through(model, layer, x, batch.plan, trace=trace) * weight).sum().backward()
             skipped = ~trace[0].kept.flatten()
             assert torch.equal(x.grad[vision][skipped], weight[vision][skipped])
 
@@ -205,10 +212,9 @@ class TestGradients:
     @given(configs(ratios=(0.2, 0.5), select="learned"), conversations(most_frames=3), SEEDS)
     def test_gradients_are_slopes(self, config, talk, seed):
         """Central differences in float64 along a random direction of all weights; the choice itself has no slope."""
-        model, batch = build(config, seed=seed), as_batch(config, [talk])
-        batch.labels[:, -1] = 5
+        model, batch = build(config, seed=seed), self.talk_to_the_end(config, talk)
         weights = list(model.decoder.parameters())
-        self.backward(model, batch)
+        self.loss(model, batch).backward()
         directions = [torch.randn_like(p) for p in weights]
         slope = sum((p.grad * d).sum() for p, d in zip(weights, directions, strict=True) if p.grad is not None)
 
@@ -217,7 +223,7 @@ class TestGradients:
             with torch.no_grad():
                 for p, d in zip(weights, directions, strict=True):
                     p += step * d
-                loss = offline(model, batch, trace)[batch.labels >= 0].logsumexp(-1).sum()
+                loss = self.loss(model, batch, trace)
                 for p, d in zip(weights, directions, strict=True):
                     p -= step * d
             return loss, [routing.kept for routing in trace]

@@ -13,17 +13,20 @@ from safetensors import safe_open
 
 import stream_tiny
 import train_tiny
-from mod.checkpoint import read_config, read_tensors
-from mod.config import PRESETS, Config, RealConfig, UserError
+from mod.config import UserError
 from mod.data import WORDS
+from mod.layout import TEXT
 from mod.real import make_streams
+from mod.real.config import RealConfig, RealRun
 from mod.real.llm import load_llm, read_llm_config
 from mod.real.lora import changes
-from mod.real.parts import assemble, load_run, read_words, with_real_sizes
-from mod.real.source import features_file, real_source
+from mod.real.parts import Recomputed, assemble, read_words
+from mod.real.source import features_file
+from mod.real.world import WORLD, build, settle
+from mod.run import load_run, read_config, read_tensors
 from mod.stream import Stream
 from mod.train import train
-from tests.helpers import as_batch, assert_cache_holds_what_was_kept, in_chunks, offline
+from tests.helpers import as_batch, assert_cache_holds_what_was_kept, in_chunks, offline, plan_of, routed
 from tests.test_llm import write_checkpoint
 from tests.test_scripts import refused
 from tests.test_vision import write_tower
@@ -49,7 +52,7 @@ def flags(files, out, *more, data=True) -> list[str]:
     parts += [] if "--train" in more else ["--lora-rank", "4", "--lora-alpha", "8"]
     return [*parts, "--out", str(out), "--frame-tokens", "1+2x2", "--steps", "40", "--frames", "5", "--batch-size", "6",
             "--optimizer", "adamw", "--adam-lr", "1e-2", "--warmup", "2", "--eval-every", "0", "--eval-clips", "4",
-            "--save-every", "20", "--device", "cpu", *more]  # fmt: skip
+            "--save-every", "20", "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +62,14 @@ def trained(files, tmp_path_factory):
     return out
 
 
-def small(files, **real) -> Config:
-    base = replace(PRESETS["tiny"], real=RealConfig(**{"llm": str(files / "llm"), "vision": str(files / "vision"),
-                                                        "lora_rank": 4, "lora_alpha": 8.0, **real}))
-    return with_real_sizes(replace(base, train=replace(base.train, device="cpu")), {"grid": 2})
+CPU = torch.device("cpu")
+
+
+def small(files, **real) -> RealRun:
+    own = {"llm": str(files / "llm"), "vision": str(files / "vision"), "lora_rank": 4, "lora_alpha": 8.0, **real}
+    base = WORLD.presets["real"]
+    base = replace(base, real=RealConfig(**own), model=replace(base.model, grid=2), train=replace(base.train, device="cpu"))
+    return settle(base, {"grid", "device", *own})
 
 
 class TestTraining:
@@ -95,15 +102,15 @@ class TestTraining:
         data = {"data": str(files / "videos" / "streams.jsonl"), "features": str(tmp_path)}
         frozen = small(files, **data)
         seeing = replace(frozen, train=replace(frozen.train, vit_lr=1e-3))
-        model = assemble(frozen, torch.device("cpu"))
-        for kept, shown in zip(*(real_source(c, read_words(c), model).validation(3) for c in (frozen, seeing)), strict=True):
+        model, source = build(frozen, CPU)
+        for kept, shown in zip(source.validation(3), build(seeing, CPU)[1].validation(3), strict=True):
             assert kept.said == shown.said and kept.frames.ndim == 3 and shown.frames.ndim == 4
             torch.testing.assert_close(model.see(kept.frames), model.see(torch.as_tensor(shown.frames)), rtol=1e-4, atol=1e-4)
 
     def test_training_and_validation_never_share_a_stream(self, files):
         config = small(files, data=str(files / "videos" / "streams.jsonl"), features=str(files / "features"), holdout=0.25)
         config = replace(config, train=replace(config.train, batch_size=9), data=replace(config.data, frames=2))
-        source = real_source(config, read_words(config), assemble(config, torch.device("cpu")))
+        _, source = build(config, CPU)
         # 12 streams of 5 frames in pieces of 2, 2 and 1; 9 streams to train on make 27 pieces, three steps an epoch
         epoch = [clip.frames.numpy().tobytes() for step in range(3) for clip in source.training(step)]
         assert len(epoch) == len(set(epoch)) == 27
@@ -115,20 +122,19 @@ class TestTraining:
 
     def test_resumed_equals_uninterrupted(self, trained, tmp_path, monkeypatch):
         config = read_config(trained)
-        model = assemble(config, torch.device("cpu"))
-        source = real_source(config, read_words(config), model)
+        model, source = build(config, CPU)
         import mod.train as module
 
         before = module.train_step
 
         def cut_off(*parts):
-            if parts[-1] == 25:
+            if parts[-2] == 25:
                 raise KeyboardInterrupt
             return before(*parts)
 
         monkeypatch.setattr(module, "train_step", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "killed", build=lambda _: model, source=source)
+            train(config, tmp_path / "killed", model, source)
         monkeypatch.undo()
         assert train_tiny.main(["--resume", "--out", str(tmp_path / "killed")]) == 0
         one, two = (read_tensors(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "killed"))
@@ -140,7 +146,7 @@ class TestTraining:
         names = set(read_tensors(tmp_path / "run" / "model.safetensors")[0])
         assert ("decoder.embed.weight" in names) == (kind == "full") and "decoder.layers.1.router.w.weight" in names
         assert not any("lora_" in name or name.startswith("vit.") for name in names)
-        model, _, _ = load_run(tmp_path / "run", torch.device("cpu"), "float32")
+        model, _, _ = load_run(tmp_path / "run", CPU)
         assert model.config.depth == 3
 
     def test_real_parts_with_the_synthetic_stream(self, files, tmp_path, capsys):
@@ -151,6 +157,10 @@ class TestTraining:
         assert "right:" in capsys.readouterr().out
 
     def test_recomputing_changes_nothing_but_memory(self, trained, files, tmp_path):
+        config = small(files)
+        model = assemble(replace(config, train=replace(config.train, recompute=True)), CPU)
+        blocks = [getattr(layer, "block", layer) for layer in model.decoder.layers]
+        assert len(routed(model)) == 1 and all(isinstance(block, Recomputed) for block in blocks)
         assert train_tiny.main(flags(files, tmp_path / "run", "--recompute")) == 0
         one, two = (read_tensors(folder / "model.safetensors")[0] for folder in (trained, tmp_path / "run"))
         assert all(torch.equal(one[name], two[name]) for name in one)
@@ -159,8 +169,8 @@ class TestTraining:
 class TestReloading:
     def test_the_run_reloads_to_the_same_outputs_and_streams_as_it_computes_offline(self, trained, files):
         config = read_config(trained)
-        model = assemble(config, torch.device("cpu"))
-        again, words, _ = load_run(trained, torch.device("cpu"), "float32")
+        model = assemble(config, CPU)
+        again, _, _ = load_run(trained, CPU)
         batch = as_batch(model.config, [(3, [])], torch.float32)
         assert not torch.allclose(offline(model, batch), offline(again, batch)), "training has changed something"
         for name, tensor in read_tensors(trained / "model.safetensors")[0].items():
@@ -183,7 +193,7 @@ class TestReloading:
         assert stream_tiny.main([*arguments, "--json"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         frames = [line for line in lines if line["role"] in ("silence", "assistant") and line is not lines[lines.index(line) - 1]]
-        kept = read_config(trained).model.kept
+        kept = read_config(trained).model.keep_counts
         assert lines[-1]["frame"] == 4 and len(frames) >= 5
         held = lines[-1]["cache_entries"]
         assert all(held[0] - layer == (kept[0] - k) * 5 for layer, k in zip(held, kept, strict=True))
@@ -192,6 +202,16 @@ class TestReloading:
         printed = capsys.readouterr().out
         assert "    6   1.50 s" in printed and "    7 " not in printed and "truth" not in printed and "cache:" in printed
 
+    def test_streaming_reads_nothing_of_the_training_data(self, trained, files, tmp_path, capsys):
+        run = shutil.copytree(trained, tmp_path / "run")
+        text = (run / "config.json").read_text().replace(str(files / "videos"), str(tmp_path / "gone"))
+        (run / "config.json").write_text(text)
+        _, source, config = load_run(run, CPU)
+        assert config.real.data == str(tmp_path / "gone" / "streams.jsonl")
+        with pytest.raises(UserError, match="gone"):
+            source.validation(1)
+        video = str(files / "videos" / "clip-0003.mp4")
+        assert stream_tiny.main(["--checkpoint", str(run), "--video", video, "--device", "cpu"]) == 0
 
     def test_one_token_may_begin_and_end(self, files, tmp_path):
         """Some tokenizers have one symbol for both; a response must be able to end with it."""
@@ -200,7 +220,7 @@ class TestReloading:
         config = small(files, llm=str(tmp_path / "llm"))
         words = read_words(config)
         assert words.bos == words.eos == 1
-        stream = Stream(assemble(config, torch.device("cpu")), words, frames=1, text=20)
+        stream = Stream(assemble(config, CPU), words)
         assert not stream.never[words.eos] and stream.never[words.user] and stream.never[words.assistant]
 
     def test_damaged_features_are_made_again(self, trained, files, tmp_path):
@@ -218,7 +238,7 @@ class TestReloading:
         (tmp_path / "streams.jsonl").write_text("\n".join([*lines, *lines[-2:], lines[0]]) + "\n")
         config = small(files, data=str(tmp_path / "streams.jsonl"), features=str(tmp_path / "features"), holdout=0.2)
         config = replace(config, train=replace(config.train, batch_size=11))
-        source = real_source(config, read_words(config), assemble(config, torch.device("cpu")))
+        _, source = build(config, CPU)
         trained = {clip.frames.numpy().tobytes() for clip in source.training(0)}
         held = [clip.frames.numpy().tobytes() for clip in source.validation(99)]
         assert len(trained) == 10 and len(held) == 4 and len(set(held)) == 2 and not trained & set(held)
@@ -234,24 +254,23 @@ class TestInsertion:
     def test_text_and_keep_ratio_1_are_exactly_the_pretrained_decoder(self, files):
         """At step 0, before any training: with MoD inserted, LoRA added, and the dense decoder, bit for bit."""
         config = small(files)
-        model = assemble(config, torch.device("cpu"))
+        model = assemble(config, CPU)
         dense = load_llm(files / "llm", replace(read_llm_config(files / "llm", config.model), layers="none"))
         text = torch.randint(0, dense.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-        pos, frame = torch.arange(9).expand(2, -1), torch.full((2, 9), -1)
+        plan = plan_of(config.model, torch.full((2, 9), TEXT))
         with torch.no_grad():
-            assert torch.equal(model.decoder(model.decoder.embed(text), pos, frame), dense(dense.embed(text), pos, frame))
-            whole = assemble(replace(config, model=replace(config.model, keep_ratio=1.0, layers="all")), torch.device("cpu"))
-            frame = torch.tensor([[-1, *[0] * 5, *[-1] * 3]]).expand(2, -1)
+            assert torch.equal(model.decoder(model.decoder.embed(text), plan), dense(dense.embed(text), plan))
+            whole = assemble(replace(config, model=replace(config.model, keep_ratio=1.0, layers="all")), CPU)
+            plan = plan_of(config.model, torch.tensor([[TEXT, *[0] * 5, *[TEXT] * 3]]).expand(2, -1))
             x = torch.randn(2, 9, dense.config.dim, generator=torch.Generator().manual_seed(0))
-            assert torch.equal(whole.decoder(x, pos, frame), dense(x, pos, frame))
+            assert torch.equal(whole.decoder(x, plan), dense(x, plan))
             # and where every token is chosen although the layer routes: weight one, so nothing but rounding differs
-            for layer in model.decoder.layers:
-                if hasattr(layer, "router"):
-                    layer.router.kept = 5
-            torch.testing.assert_close(model.decoder(x, pos, frame), dense(x, pos, frame), rtol=1e-5, atol=1e-5)
+            for layer in routed(model):
+                layer.router.kept = 5
+            torch.testing.assert_close(model.decoder(x, plan), dense(x, plan), rtol=1e-5, atol=1e-5)
 
     def test_routers_get_gradient_from_the_first_step(self, files):
-        model = assemble(small(files), torch.device("cpu"))
+        model = assemble(small(files), CPU)
         offline(model, as_batch(model.config, [(3, [])], torch.float32)).logsumexp(-1).sum().backward()
         routers = [p for name, p in model.named_parameters() if ".router." in name]
         assert routers and all(p.grad.abs().sum() > 0 for p in routers)
@@ -259,10 +278,10 @@ class TestInsertion:
 
     def test_frozen_weights_in_bfloat16_trained_ones_in_float32(self, files):
         config = small(files)
-        model = assemble(replace(config, train=replace(config.train, dtype="bfloat16")), torch.device("cpu"))
+        model = assemble(replace(config, train=replace(config.train, dtype="bfloat16")), CPU)
         for name, parameter in model.named_parameters():
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
-            assert (name in model.borrowed) != parameter.requires_grad
+            assert (name in model.lent) != parameter.requires_grad == (name in model.weights())
 
 
 class TestRefusals:
@@ -282,17 +301,18 @@ class TestRefusals:
         no("--max-words", "1", parts=["tokens, but --max-words is 1", "raise it"])
         no("--symbols", "user=moves", parts=["holds a symbol of the stream", "--symbols"])
         no("--grid", "3", parts=["--frame-tokens 1+2x2", "--grid 3"])
-        no("--curriculum", "0:2", parts=["--curriculum does nothing"])
+        no("--noise", "0.5", parts=["--noise does nothing"])
         no("--vit-steps", "5", parts=["--vit-steps does nothing"])
         no("--train", "full", "--lora-rank", "4", parts=["--lora-rank does nothing"])
         no("--holdout", "0.5", parts=["--holdout does nothing"], data=False)
+        no("--vit-lr", "0.1", "--features", "here", parts=["--features does nothing"])
         refused(train_tiny.main, ["--symbols", "eos=</s>", "--out", str(tmp_path / "none")], capsys, "--symbols does nothing")
         no("--batch-size", "2", "--accumulate", "3", parts=["2 clips", "3 parts", "--batch-size"])
         refused(train_tiny.main, ["--train", "lora", "--out", str(tmp_path / "none")], capsys, "--llm")
         refused(train_tiny.main, ["--llm", str(tmp_path), "--out", str(tmp_path / "none")], capsys, "config.json")
         refused(train_tiny.main, ["--fsdp", "--out", str(tmp_path / "none")], capsys, "--optimizer adamw")
         refused(train_tiny.main, ["--resume", "--out", str(trained), "--lora-rank", "5"], capsys, "lora_rank got 5", "has 4")
-        refused(train_tiny.main, ["--resume", "--out", str(trained), "--preset", "tiny"], capsys, "resume without it")
+        refused(train_tiny.main, ["--resume", "--out", str(trained), "--preset", "paper"], capsys, "resume without it")
         refused(train_tiny.main, ["--preset", "paper", "--llm", str(files / "llm"), "--out", str(tmp_path / "none")], capsys, "expected both")
         refused(train_tiny.main, ["--resume", "--out", str(trained), "--batch-size", "2"], capsys, "has finished its 40 steps")
         (tmp_path / "file").write_text("")
@@ -335,7 +355,7 @@ class TestRefusals:
         ("llm", {"num_attention_heads": 3}, "heads 3 must be a multiple"), ("llm", {"eos_token_id": 99}, "eos_token_id is 99"),
         ("llm", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"), ("vision", {"hidden_size": "x"}, "vit_dim must be"),
         ("vision", {"image_size": 64}, "16 positions, but its config.json says 64 pixels"),
-    ])  # fmt: skip
+    ])
     def test_entries_of_a_wrong_kind(self, part, entry, words, files, tmp_path, capsys):
         (tmp_path / "features").mkdir()
         for name in ("llm", "vision", "videos"):
@@ -364,11 +384,11 @@ def test_preset_paper_needs_no_weights(capsys, tmp_path):
     assert train_tiny.main(["--preset", "paper", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    for part in ("--llm", "--vision", "--data", "torchrun", "GiB an hour", "memory of training"):
+    for part in ("--llm", "--vision", "--data", "torchrun", "GiB per hour", "memory of training"):
         assert part in printed
     # 32 layers; 16 hold 50 tokens of a frame, 16 hold 10; 2 * 8 heads * 128 numbers of 2 bytes a token
-    assert f"{16 * (50 + 10) * 2 * 8 * 128 * 2 / 2**20:.2f} MiB a frame" in printed
-    assert f"{32 * 50 * 2 * 8 * 128 * 2 / 2**20:.2f} MiB a frame" in printed
+    assert f"{16 * (50 + 10) * 2 * 8 * 128 * 2 / 2**20:.2f} MiB per frame" in printed
+    assert f"{32 * 50 * 2 * 8 * 128 * 2 / 2**20:.2f} MiB per frame" in printed
     decoder = next(line for line in printed.splitlines() if line.startswith("  decoder  "))
     every, trained = (int(number.replace(",", "")) for number in decoder.split()[1:])
     routers, rank = 16 * 4096, 128

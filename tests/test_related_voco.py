@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod.cache import KVCache
-from mod.related.voco import Masked, VoCo, VoCoCache, codes, lay_out, mask, stays
+from mod.layout import Plan
+from mod.related.ragged import run_layers
+from mod.related.voco import VoCo, VoCoCache, codes, lay_out, stays
+from mod.related.voco import mask as batch_mask
 from tests.helpers import as_batch as batch_of
 from tests.helpers import conversations, small_model
+from tests.helpers import frame_of as frame_of_batch
 
 MODEL = small_model(layers="none")
 CONFIG = MODEL.config
@@ -16,7 +19,19 @@ N, DIM = CONFIG.frame_tokens, CONFIG.dim
 
 
 def frame_of(talk) -> torch.Tensor:
-    return batch_of(CONFIG, [talk]).frame[0]
+    return frame_of_batch(batch_of(CONFIG, [talk]))[0]
+
+
+def mask(frame, voco, recurrent: bool = False, official_prefix: bool = False) -> torch.Tensor:
+    """Who sees whom in a whole stream: frame, voco (T,) -> (T, T) bool, query by key."""
+    return batch_mask(torch.arange(len(frame))[None], codes(frame, voco)[None], recurrent, official_prefix)[0]
+
+
+def under(sees, x) -> torch.Tensor:
+    """The decoder on x (B, T, D) when sees (T, T) says who sees whom."""
+    pos = torch.arange(x.shape[1]).expand(len(x), -1)
+    turn = MODEL.decoder.rope.turn(pos, CONFIG.head_dim, x.dtype)
+    return MODEL.decoder.norm(run_layers(MODEL.decoder, x, turn, pos, mask=sees[None]))
 
 
 @st.composite
@@ -41,9 +56,7 @@ def setting(frame, k: int, rows: int = 1, seed: int = 0):
 
 def offline(x, frame, voco, **rule):
     """One pass over everything under the mask."""
-    pos = torch.arange(len(frame)).expand(len(x), -1)
-    past = Masked(mask(frame, voco, **rule), CONFIG.depth)
-    return MODEL.decoder(x, pos, codes(frame, voco).expand(len(x), -1), cache=past)
+    return under(mask(frame, voco, **rule), x)
 
 
 def pieces(frame, voco, random) -> list[slice]:
@@ -55,14 +68,14 @@ def pieces(frame, voco, random) -> list[slice]:
 
 def evicted(x, frame, voco, k, parts, **rule):
     """The stream: after every piece what has been compressed is dropped. Also the entries held after each piece."""
-    text = int((frame < 0).sum())
-    cache = VoCoCache(KVCache(CONFIG, rows=len(x), frames=9, text=text, dtype=x.dtype), k, **rule)
+    cache = VoCoCache(CONFIG, len(x), x.dtype, k=k, **rule)
     outs, held, code = [], [], codes(frame, voco).expand(len(x), -1)
     for part in parts:
         pos = torch.arange(part.start, part.stop).expand(len(x), -1)
-        outs.append(MODEL.decoder(x[:, part], pos, code[:, part], cache=cache))
+        cache.coming(pos, code[:, part])
+        outs.append(MODEL.decoder(x[:, part], Plan(pos, torch.zeros(0, N), {}, {}), cache))
         cache.evict()
-        held.append(cache.cache.lengths())
+        held.append(cache.entries())
     return torch.cat(outs, 1), held, cache
 
 
@@ -75,8 +88,8 @@ def test_masked_whole_equals_evicted_stream(frame, k, rule, random):
     torch.testing.assert_close(streamed, offline(x, frame, voco, **rule), rtol=1e-9, atol=1e-9)
     frames, text = int(frame.max()) + 1, int(((frame < 0) & (voco < 0)).sum())
     assert held[-1] == [frames * k + text] * CONFIG.depth
-    layer = cache.cache.layers[0]
-    assert torch.equal(layer.pos[1, : int(layer.length[1])], (frame < 0).nonzero()[:, 0]), "original positions"
+    layer = cache.layers[0]
+    assert torch.equal(layer.pos[1, : layer.lengths[1]], (frame < 0).nonzero()[:, 0]), "original positions"
 
 
 def test_a_hand_made_mask():
@@ -166,11 +179,11 @@ class TestDependence:
 
     def test_hiding_the_voco_columns_makes_text_blind(self):
         x, frame, voco = setting(self.frame, 2)
-        sees, pos = mask(frame, voco, recurrent=True), torch.arange(len(frame))[None]
+        sees = mask(frame, voco, recurrent=True)
         text, compress = (frame < 0) & (voco < 0), voco >= 0
         sees[text[:, None] & compress[None, :]] = False
         other = torch.where((frame >= 0)[None, :, None], torch.randn_like(x), x)
-        outs = [MODEL.decoder(each, pos, codes(frame, voco)[None], cache=Masked(sees, 4)) for each in (x, other)]
+        outs = [under(sees, each) for each in (x, other)]
         assert torch.equal(outs[0][:, text], outs[1][:, text])
 
     def test_gradient_reaches_frames_through_voco_alone(self):
@@ -221,6 +234,6 @@ class TestWhatStays:
         parts = [slice(0, 1), *(slice(1 + t * (N + 1), 1 + (t + 1) * (N + 1)) for t in range(6))]
         _, held, cache = evicted(x, frame, voco, 1, parts)
         assert [each[0] for each in held] == [1, 2, 3, 4, 5, 6, 7]
-        assert cache.cache.bytes() == 7 * CONFIG.depth * 2 * CONFIG.kv_heads * CONFIG.head_dim * 8
+        assert cache.bytes() == 7 * CONFIG.depth * 2 * CONFIG.kv_heads * CONFIG.head_dim * 8
         cache.evict()
-        assert cache.cache.lengths() == [7] * CONFIG.depth, "nothing left to drop"
+        assert cache.entries() == [7] * CONFIG.depth, "nothing left to drop"

@@ -8,21 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod.block import Rope, rotate
-from mod.data import vocabulary
+from mod.layers import Rope, rotate
 from mod.layout import Say
+from mod.real.rope import ScaledRope
 from mod.related.pooling import UniRes, pooling_weights
 from mod.related.window_extension import ProgressivePooling, visual_rope
-from tests.helpers import as_batch, in_chunks, offline, small_model
+from tests.helpers import WORDS_ALL, as_batch, in_chunks, offline, small_model
 from tests.related_checks import check, seen_of
 
 EXACT = (torch.device("cpu"), torch.float64)
+BASE = Rope().base
 
 
 def test_a_hand_computed_rope():
     """Base 100, two pairs, trained for 20π tokens or so: 10 turns and 1. For four times as many, between 0 and 4."""
     trained = 63
-    fast, slow = visual_rope(Rope(100.0), trained, 4 * trained, 0, 4).frequency(4, *EXACT).tolist()
+    fast, slow = visual_rope(100.0, trained, 4 * trained, 0, 4).frequency(4, *EXACT).tolist()
     turns = trained * 0.1 / (2 * math.pi)
     assert fast == 1 and turns == pytest.approx(1.0027, abs=1e-4)
     assert slow == pytest.approx(0.1 * (turns / 4 + (1 - turns / 4) / 4), rel=1e-12)
@@ -31,7 +32,7 @@ def test_a_hand_computed_rope():
 @given(st.sampled_from([2, 8, 32]), st.sampled_from([100.0, 1e4, 1e6]), st.integers(1, 9000), st.floats(1, 60), st.floats(0, 2))
 def test_frequencies(size, base, trained, times, low):
     plain, high = Rope(base), low + 3
-    rope = visual_rope(plain, trained, math.ceil(times * trained), low, high)
+    rope = visual_rope(plain.base, trained, math.ceil(times * trained), low, high)
     before, after = plain.frequency(size, *EXACT), rope.frequency(size, *EXACT)
     s = math.ceil(times * trained) / trained
     assert (rope.factor, rope.context) == (s, trained)
@@ -41,7 +42,7 @@ def test_frequencies(size, base, trained, times, low):
     turns = trained * before / (2 * math.pi)
     assert torch.equal(after[turns >= high], before[turns >= high]) and torch.equal(after[turns <= low], before[turns <= low] / s)
     assert (after <= before * (1 + 1e-12)).all() and (after >= before / s * (1 - 1e-12)).all() and (after.diff() < 0).all()
-    smaller = visual_rope(plain, max(1, trained // 2), math.ceil(s * max(1, trained // 2)), low, high)
+    smaller = visual_rope(plain.base, max(1, trained // 2), math.ceil(s * max(1, trained // 2)), low, high)
     if smaller.factor >= s:  # a smaller window at the same scale leaves less as it was
         assert (smaller.frequency(size, *EXACT) <= after * (1 + 1e-12)).all()
 
@@ -49,61 +50,58 @@ def test_frequencies(size, base, trained, times, low):
 def test_nothing_to_extend_changes_nothing():
     plain = Rope(1e4)
     for target in (200, 100):
-        assert torch.equal(visual_rope(plain, 200, target).frequency(16, *EXACT), plain.frequency(16, *EXACT))
+        assert torch.equal(visual_rope(plain.base, 200, target).frequency(16, *EXACT), plain.frequency(16, *EXACT))
 
 
 def test_a_short_window_leaves_no_pair_alone_by_the_papers_numbers():
     """Why low and high are to be chosen: with 32 turns in 200 positions even the fastest pair is slowed."""
     plain = Rope().frequency(32, *EXACT)
-    assert (visual_rope(Rope(), 200, 800).frequency(32, *EXACT) < plain).all()
-    chosen = visual_rope(Rope(), 200, 800, 0.5, 4).frequency(32, *EXACT)
+    assert (visual_rope(BASE, 200, 800).frequency(32, *EXACT) < plain).all()
+    chosen = visual_rope(BASE, 200, 800, 0.5, 4).frequency(32, *EXACT)
     assert chosen[0] == plain[0] and torch.equal(chosen[-1], plain[-1] / 4)
-    assert visual_rope(Rope(), 10, 20)[2:4] == (1, 32), "the paper's alpha and beta"
+    rope = visual_rope(BASE, 10, 20)
+    assert (rope.low, rope.high) == (1, 32), "the paper's alpha and beta"
 
 
 def test_the_visual_window_and_the_language_window_are_two_ropes():
-    visual, language = (visual_rope(Rope(), window, 4 * window).frequency(64, *EXACT) for window in (500, 5000))
+    visual, language = (visual_rope(BASE, window, 4 * window).frequency(64, *EXACT) for window in (500, 5000))
     assert (visual <= language).all() and (visual < language).any()
+
+
+def turn(rope, position):
+    return rope.turn(torch.tensor([[position]]), 16, torch.float64)
 
 
 @settings(max_examples=10)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_scores_depend_on_the_distance_alone(p, q, shift):
-    rope = visual_rope(Rope(), 100, 800, 0.5, 4)
+    rope = visual_rope(BASE, 100, 800, 0.5, 4)
     x, y = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    score = [
-        (rotate(x, torch.tensor([[p + by]]), rope) * rotate(y, torch.tensor([[q + by]]), rope)).sum() for by in (0, shift)
-    ]
+    score = [(rotate(x, turn(rope, p + by)) * rotate(y, turn(rope, q + by))).sum() for by in (0, shift)]
     torch.testing.assert_close(score[0], score[1])
 
 
-def test_a_rope_is_scaled_once_and_by_sensible_numbers():
-    with pytest.raises(ValueError, match="slowed by 8"):
-        visual_rope(Rope(factor=8.0), 100, 200)
+def test_a_rope_is_scaled_by_sensible_numbers():
     for low, high, trained in ((4, 4, 9), (5, 4, 9), (-1, 4, 9), (1, 4, 0)):
         with pytest.raises(ValueError, match="expected"):
-            visual_rope(Rope(), trained, 200, low, high)
+            visual_rope(BASE, trained, 200, low, high)
 
 
 @pytest.mark.parametrize("gate", ["value", "update"])
 def test_with_tokens_that_skip_layers(gate):
     """Slower positions and MoD together: a stream in pieces is what it is in one pass, and the speeds do matter."""
-    rope = visual_rope(Rope(), 16, 64, 0.1, 2)
-    talk = (4, [Say(1, "user", vocabulary().words[-1]), Say(3, "assistant", vocabulary().words[-2])])
+    rope = visual_rope(BASE, 16, 64, 0.1, 2)
+    assert isinstance(rope, ScaledRope)
+    talk = (4, [Say(1, "user", WORDS_ALL.words[-1]), Say(3, "assistant", WORDS_ALL.words[-2])])
     logits = []
     for scaled in (Rope(), rope):
-        fields = {f"rope_{name}": getattr(scaled, name) for name in ("base", "factor", "low", "high", "context")}
-        model = small_model(keep_ratio=0.4, gate=gate, **fields)
-        assert Rope.of(model.config) == scaled and {b.attention.rope for b in _blocks(model)} == {scaled}
+        model = small_model(keep_ratio=0.4, gate=gate)
+        model.decoder.rope = scaled
         batch = as_batch(model.config, [talk])
         logits.append(offline(model, batch))
         pieces, _ = in_chunks(model, batch, model.see(batch.pixels), Random(0))
         torch.testing.assert_close(pieces, logits[-1])
     assert not torch.allclose(*logits)
-
-
-def _blocks(model):
-    return [getattr(layer, "block", layer) for layer in model.decoder.layers]
 
 
 def cells(side, stride):

@@ -8,16 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import kept_per_frame, parse_keep, routed_layers
-from mod.router import ROUTERS, LayerExpert, top_k_mask
-from tests.helpers import as_batch, conversations, offline, small_model
+from mod.config import keep_count, parse_layers, routed_layers
+from mod.layout import Say
+from mod.router import ROUTERS, LayerExpert, top_k
+from tests.helpers import as_batch, conversations, offline, plan_of, small_config, small_model
 
 
 def test_kept_is_the_exact_ceiling():
     """All of them, against float noise: 0.07 * 100 is 7.000000000000001, whose ceiling is 8."""
     for percent in range(1, 101):
         for tokens in range(1, 201):
-            assert kept_per_frame(percent / 100, tokens) == math.ceil(Fraction(percent, 100) * tokens)
+            assert keep_count(percent / 100, tokens) == math.ceil(Fraction(percent, 100) * tokens)
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
@@ -25,10 +26,9 @@ def test_top_k_is_exact_and_prefers_the_earlier_of_equals(frames, tokens, data):
     """Guards against `>` for `>=`, and against topk's arbitrary choice among ties."""
     k = data.draw(st.integers(1, tokens))
     scores = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens), min_size=frames, max_size=frames))
-    mask = top_k_mask(torch.tensor(scores, dtype=torch.float32), k)
-    for row, kept in zip(scores, mask.tolist(), strict=True):
-        expected = sorted(range(tokens), key=lambda i: (-row[i], i))[:k]
-        assert [i for i in range(tokens) if kept[i]] == sorted(expected)
+    chosen = top_k(torch.tensor(scores, dtype=torch.float32), k)
+    for row, kept in zip(scores, chosen.tolist(), strict=True):
+        assert kept == sorted(sorted(range(tokens), key=lambda i: (-row[i], i))[:k])
 
 
 @pytest.mark.parametrize("select", sorted(ROUTERS))
@@ -72,8 +72,6 @@ def test_choice_is_independent_of_other_rows_and_padding(select):
 
 
 def conversation_of_length(frames: int):
-    from mod.layout import Say
-
     return frames, [Say(t, "assistant", "red disc moves") for t in range(frames)]
 
 
@@ -89,24 +87,37 @@ def test_random_choice_is_fair():
     """Each place of a frame is kept about as often as the ratio says, over many positions."""
     router = ROUTERS["random"](8, 10, 0.2, layer=1)
     pos = torch.arange(20000).view(2000, 10)
-    kept = top_k_mask(router.score(torch.zeros(2000, 10, 8), pos), 2).float().mean(0)
-    assert (kept - 0.2).abs().max() < 0.04
+    chosen, _, _ = router(torch.zeros(2000, 10, 8), pos)
+    assert chosen.shape == (2000, 2)
+    assert (chosen.flatten().bincount(minlength=10) / 2000 - 0.2).abs().max() < 0.04
 
 
 @given(st.integers(1, 60), st.integers(1, 100))
 def test_uniform_choice_is_evenly_spread(tokens, percent):
     router = ROUTERS["uniform"](8, tokens, percent / 100, layer=0)
-    mask = top_k_mask(router.score(torch.zeros(1, tokens, 8), torch.zeros(1, tokens)), router.kept)[0]
-    gaps = torch.nonzero(mask)[:, 0].diff()
-    assert mask.sum() == router.kept
+    chosen, mu, _ = router(torch.zeros(1, tokens, 8), torch.zeros(1, tokens))
+    gaps = chosen[0].diff()
+    assert chosen.shape == mu.shape == (1, router.kept) and (mu == 1).all() and (gaps > 0).all()
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
-def test_split_frame_is_refused():
+@pytest.mark.parametrize("frame", [[0, 0, 0], [0, 0, -1, 0, 0, 0], [0] * 5 + [1] * 4, [-1, 0, 0, 0, 0, -2]])
+def test_split_frame_is_refused(frame):
     """Half a frame has another top-k than the whole: refuse it rather than route it wrongly."""
-    router = LayerExpert(8, 5, 0.4, layer=0)
-    with pytest.raises(ValueError, match="whole frames of 5"):
-        router(torch.randn(1, 3, 8), torch.arange(3)[None], torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="expected whole frames of 5; never split a frame"):
+        plan_of(small_config(), torch.tensor([frame]))
+
+
+@given(st.integers(1, 4), st.floats(0.01, 1), st.sampled_from(["value", "update"]), st.integers(0, 9))
+def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
+    """Which, how loud and how good: all three speak of the same tokens, and only mu has a gradient."""
+    torch.manual_seed(seed)
+    router, x = LayerExpert(8, 7, ratio, 0, gate), torch.randn(frames, 7, 8, requires_grad=True)
+    chosen, mu, scores = router(x, torch.zeros(frames, 7))
+    expected = (x @ router.w.weight[0]).detach()
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(chosen, top_k(scores, router.kept)) and mu.requires_grad and not scores.requires_grad
+    torch.testing.assert_close(mu.detach(), (2 * expected.sigmoid() if gate == "value" else expected).gather(1, chosen))
 
 
 def test_value_gate_is_one_at_score_zero_and_update_gate_is_the_score():
@@ -122,19 +133,19 @@ def test_patterns():
     assert routed_layers("all-deep", 6) == (3, 4, 5)
     assert routed_layers("interleaved-deep", 8) == (5, 7)
     assert routed_layers("none", 6) == ()
-    assert parse_keep("1,3", 0.2, 4) == (1.0, 0.2, 1.0, 0.2)
-    assert parse_keep("keep:1,1,0,0", 0.2, 4) == (1.0, 1.0, 0.0, 0.0)  # early exit
-    assert parse_keep("keep:1,0,1,0", 0.2, 4) == (1.0, 0.0, 1.0, 0.0)  # skipping every other layer
-    assert parse_keep("interleaved", 1.0, 4) == (1.0,) * 4  # the dense model
+    assert parse_layers("1,3", 0.2, 4) == (1.0, 0.2, 1.0, 0.2)
+    assert parse_layers("keep:1,1,0,0", 0.2, 4) == (1.0, 1.0, 0.0, 0.0)  # early exit
+    assert parse_layers("keep:1,0,1,0", 0.2, 4) == (1.0, 0.0, 1.0, 0.0)  # skipping every other layer
+    assert parse_layers("interleaved", 1.0, 4) == (1.0,) * 4  # the dense model
 
 
 @pytest.mark.parametrize("layers", ["alll", "", "1,9", "-1", "keep:1,1", "keep:1,2,1,1", "keep:a,1,1,1", "1;3"])
 def test_unknown_patterns_are_refused(layers):
     with pytest.raises(ValueError, match="layers got"):
-        parse_keep(layers, 0.2, 4)
+        parse_layers(layers, 0.2, 4)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.5, float("nan")])
 def test_keep_ratio_outside_range_is_refused(ratio):
     with pytest.raises(ValueError, match="keep ratio must be in"):
-        parse_keep("interleaved", ratio, 4)
+        parse_layers("interleaved", ratio, 4)

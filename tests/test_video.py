@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import PRESETS
+from mod.config import DataConfig, ModelConfig
 from mod.data import make_clip
 from mod.layout import Say
 from mod.real.make_streams import main, write_video
@@ -88,7 +88,7 @@ def changed(thing, **changes):
 def test_frames_of_a_written_clip_are_the_clip(tmp_path, monkeypatch, codec, repeat):
     if codec == "png":
         monkeypatch.setattr("av.codecs_available", av.codecs_available - {"libx264"})
-    clip = make_clip(PRESETS["tiny"].data, PRESETS["tiny"].model, "test", 3, 0, 12)
+    clip = make_clip(DataConfig(), ModelConfig(), "test", 3, 0, 12)
     write_video(tmp_path / "a.mp4", np.repeat(clip.frames, repeat, axis=0), Fraction(2 * repeat))
     with Video(str(tmp_path / "a.mp4"), 2.0, 40) as video:
         frames = np.stack(list(video))
@@ -488,7 +488,7 @@ def test_written_clips_come_back_as_they_were_said(tmp_path, capsys):
     conversations = read_streams(folder / "streams.jsonl")
     assert sorted(path.name for path in folder.iterdir()) == ["clip-0000.mp4", "clip-0001.mp4", "clip-0002.mp4", "streams.jsonl"]
     for number, conversation in enumerate(conversations):
-        clip = make_clip(PRESETS["tiny"].data, PRESETS["tiny"].model, "train", 5, number, 10)
+        clip = make_clip(DataConfig(), ModelConfig(), "train", 5, number, 10)
         assert conversation.video == folder / f"clip-{number:04}.mp4"
         assert placed(conversation, 2.0, 10) == clip.said
         assert abs(read(conversation.video, 2.0, 40) - clip.frames).max() <= 2.6 / 127.5

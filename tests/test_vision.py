@@ -13,7 +13,7 @@ from mod.videollm import VideoLLM
 
 D, HIDDEN, HEADS, PATCH, SIDE = 32, 48, 4, 8, 4  # the tests' tower: 4x4 patches
 CONFIG = {"hidden_size": D, "intermediate_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-          "image_size": PATCH * SIDE, "patch_size": PATCH}  # fmt: skip
+          "image_size": PATCH * SIDE, "patch_size": PATCH}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -25,12 +25,12 @@ def tensors() -> dict[str, torch.Tensor]:
     made = {"embeddings.patch_embedding.weight": w(D, 3, PATCH, PATCH), "embeddings.patch_embedding.bias": w(D),
             "embeddings.position_embedding.weight": w(SIDE**2, D), "head.probe": w(1, 1, D),
             "head.attention.in_proj_weight": w(3 * D, D), "head.attention.in_proj_bias": w(3 * D),
-            "head.attention.out_proj.weight": w(D, D), "head.attention.out_proj.bias": w(D)}  # fmt: skip
+            "head.attention.out_proj.weight": w(D, D), "head.attention.out_proj.bias": w(D)}
     for norm in ("post_layernorm", "head.layernorm", *(f"encoder.layers.{i}.layer_norm{n}" for i in (0, 1) for n in (1, 2))):
         made |= {f"{norm}.weight": 1 + w(D), f"{norm}.bias": w(D)}
     for at in ("head", "encoder.layers.0", "encoder.layers.1"):
         made |= {f"{at}.mlp.fc1.weight": w(HIDDEN, D), f"{at}.mlp.fc1.bias": w(HIDDEN),
-                 f"{at}.mlp.fc2.weight": w(D, HIDDEN), f"{at}.mlp.fc2.bias": w(D)}  # fmt: skip
+                 f"{at}.mlp.fc2.weight": w(D, HIDDEN), f"{at}.mlp.fc2.bias": w(D)}
         for name in ("q_proj", "k_proj", "v_proj", "out_proj") if at != "head" else ():
             made |= {f"{at}.self_attn.{name}.weight": w(D, D), f"{at}.self_attn.{name}.bias": w(D)}
     return made
@@ -112,7 +112,7 @@ def test_positions_are_interpolated_for_another_size(tmp_path):
 
 def test_defaults_fill_what_a_public_file_leaves_out(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {
-        "hidden_size": 1024, "image_size": 384, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}}))  # fmt: skip
+        "hidden_size": 1024, "image_size": 384, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}}))
     config = read_vision_config(tmp_path, ModelConfig())
     assert (config.patch_size, config.patches_per_side, config.vit_dim, config.vit_depth) == (16, 24, 1024, 24)
 

@@ -16,17 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stream_tiny
 import train_tiny
-from mod.config import StreamConfig
-from mod.data import vocabulary
-from mod.live import Live, Paced
-from mod.real.parts import load_run
+from mod.live import calibrate, saved
+from mod.live.costs import dense, layer_tokens, window_that_fits
+from mod.live.live import Live, Paced
+from mod.live.record import NOTHING, Recorder
+from mod.live.settings import StreamConfig
+from mod.run import load_run
 from mod.stream import Stream
-from mod.study import calibrate, gap, soak, windows
-from mod.study.costs import dense, forward_flops, kv_bytes, layer_tokens, window_that_fits
-from mod.study.record import NOTHING, Recorder
-from mod.train import validation_clips
 from tests.helpers import WORDS_ALL, random_pixels, small_config, small_model
 from tests.test_scripts import QUICK, refused
+from tests.test_window import Logged
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +47,7 @@ def test_a_stream_killed_at_any_moment_goes_on_identically(trained, tmp_path, ca
     """SIGKILL while it runs; the same command again. Together they are the uninterrupted stream, but for one frame at
     most that is told twice; the question asked before the kill is not asked again, that after it is."""
     flags = ["--checkpoint", str(trained), "--frames", "130", "--window", "3", "--threshold", "0.3",
-             "--ask", "5:where is it ?", "--ask", "115:where is it ?", "--refractory", "1"]  # fmt: skip
+             "--ask", "5:where is it ?", "--ask", "115:where is it ?", "--refractory", "1"]
     expected = lines(capsys, *flags)
     command = [sys.executable, str(ROOT / "stream_tiny.py"), *flags, "--json", "--device", "cpu", "--state", str(tmp_path / "live.st")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
@@ -87,10 +86,11 @@ def test_memory_is_bounded_as_asked_and_windows_are_what_the_formula_says(traine
     words = config.train.max_words + 2
     entry = 2 * model.kv_heads * model.head_dim * 4
     for window in (1, 5, 9):
-        budget = kv_bytes(model, window, window * words + 7)
+        budget = (window * sum(model.keep_counts) + (window * words + 7) * model.depth) * entry
         assert window_that_fits(model, budget, words, 7) == window == window_that_fits(model, budget + entry, words, 7)
         assert window_that_fits(model, budget - 1, words, 7) == window - 1
-    assert window_that_fits(model, kv_bytes(model, 5, 5 * words), words, 0, sinks=2) == 3
+    five = 5 * (sum(model.keep_counts) + words * model.depth) * entry
+    assert window_that_fits(model, five, words, 0, sinks=2) == 3
 
 
 @pytest.mark.parametrize("extra", [["--sinks", 5], ["--streams", 2], ["--ask", "3:where is it ?", "--ask", "4:where is it ?"]])
@@ -107,11 +107,11 @@ def test_new_questions_come_into_a_saved_stream_and_memory_never_wedges_it(train
     flags = ["--checkpoint", trained, "--threshold", 1.0, "--memory-mb", 0.4, "--state", tmp_path / "live.st"]
     asked, refused_ones = [], 0
     for frames in range(1, 7):
-        new = ["--ask", f"{frames - 1}:where is it ?", "--ask", f"{(frames - 1) / 2}s:where did it appear ?", "--ask", "0:which spark ?"]
+        new = ["--ask", f"{frames - 1}:where is it ?", "--ask", f"{(frames - 1) / 2}s:where did it appear ?", "--ask", "0:where is the red disc ?"]
         said = lines(capsys, *flags, "--frames", frames, *new)
         asked += [(line["frame"], line["text"]) for line in said if line["role"] == "user"]
         refused_ones += sum(line["role"] == "refused" for line in said)
-    assert len(set(asked)) == len(asked) == 13, "the question about sparks is put once"
+    assert len(set(asked)) == len(asked) == 13, "the question about the red disc is put once"
     assert 0 < refused_ones < 13
 
 
@@ -127,11 +127,11 @@ def test_a_question_given_again_in_other_words_is_asked_once_and_still_judged(tr
 
 
 def test_saving_every_few_frames_counts_frames_of_time(trained, tmp_path, capsys, monkeypatch):
-    saved = []
-    keep = Live.save
-    monkeypatch.setattr(Live, "save", lambda self, *parts: (saved.append(max(self.last)), keep(self, *parts)))
+    moments = []
+    keep = saved.save
+    monkeypatch.setattr(saved, "save", lambda live, *parts: (moments.append(max(live.last)), keep(live, *parts)))
     lines(capsys, "--checkpoint", trained, "--frames", 11, "--streams", 2, "--state", tmp_path / "s", "--state-every", 4)
-    assert saved == [3, 7, 10]
+    assert moments == [3, 7, 10]
 
 
 class Camera:
@@ -155,9 +155,9 @@ class Camera:
 
 
 def test_a_camera_goes_on_with_what_it_sees_now(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stream_tiny, "Video", Camera)
+    monkeypatch.setattr("mod.real.video.Video", Camera)
     late = []
-    monkeypatch.setattr(stream_tiny, "Paced", lambda *parts, **more: (late.append(parts[2]), Paced(*parts, **more))[1])
+    monkeypatch.setattr("mod.live.watch.Paced", lambda *parts, **more: (late.append(parts[2]), Paced(*parts, **more))[1])
     flags = ["--checkpoint", trained, "--video", "/dev/video0", "--fps", 1000, "--window", 3, "--state", tmp_path / "live.st"]
     lines(capsys, *flags, "--frames", 4, "--on-late", "wait")
     assert Camera.shown == 4 and late == ["wait"]
@@ -222,20 +222,22 @@ class TestRecorder:
         said: list = []
         for name, model in (("mod", mod), ("full", full)):
             pixels = random_pixels(5, model.config, dtype=torch.float32)
-            stream = Stream(model, WORDS_ALL, frames=9, text=200, settings=settings, max_words=2, trace=[], log=True)
+            stream = Logged(model, WORDS_ALL, settings=settings, max_words=2, trace=[])
             live = Live(stream, [Paced(list(pixels), Fraction(2))], [Fraction(2)])
             live.ask(0, Fraction(-1), "where ?")
             live.ask(0, Fraction(1), "where is it ?")
             recorder, moments = Recorder(stream, 0, stream.trace), []
             stream.never[:] = True
             stream.never[9] = False  # both models say the same word, twice
+            rated, logits = [], model.decoder.logits
+            model.decoder.logits = lambda hidden, rated=rated, logits=logits: (rated.append(hidden[..., 0].numel()), logits(hidden))[1]
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 while happened := live.step():
                     moments += recorder.note(happened[0], None, moments[-1] if moments else None, 0.0)
-            apart = forward_flops(model.config, 5, 0)
-            fed = len(stream.fed[0]) - 1  # <bos> was fed before anyone counted
-            head = 2 * fed * model.config.dim * model.config.vocab_size
-            totals[name] = (counter.get_total_flops() - apart["vit"] - apart["connector"] - head, moments[-1])
+            with FlopCounterMode(display=False) as apart, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+                model.see(pixels)
+            head = 2 * sum(rated) * model.config.dim * model.config.vocab_size
+            totals[name] = counter.get_total_flops() - apart.get_total_flops() - head, moments[-1]
             said.append(stream.fed[0])
         assert said[0] == said[1]
         counted, last = totals["mod"]
@@ -246,15 +248,15 @@ class TestRecorder:
 
 class TestCalibration:
     def test_counts_are_what_streams_do_frame_by_frame(self, trained):
-        model, words, config = load_run(trained, torch.device("cpu"))
-        clips = validation_clips(config, 6)
+        model, source, _ = load_run(trained, torch.device("cpu"))
+        words, clips = source.words, source.validation(6)
         for threshold in (0.05, 0.5, 0.98):
             on_time = missed = false = quiet = 0
             for clip in clips:
-                stream = Stream(model, words, frames=9, text=300, settings=StreamConfig(threshold=threshold), max_words=3)
+                stream = Stream(model, words, threshold=threshold, max_words=3)
                 for t, picture in enumerate(clip.frames):
                     said = [say for say in clip.said if say.frame == t]
-                    [reply] = stream.frame(torch.from_numpy(picture)[None])
+                    [reply] = stream.narrate(torch.from_numpy(picture)[None])
                     if not said:
                         false, quiet = false + (reply is not None), quiet + (reply is None)
                     elif said[0].role == "assistant":
@@ -294,66 +296,3 @@ class TestCalibration:
         assert talk() == talk("--threshold", 0.5), "what was calibrated with other weights does not count"
         (run / "calibration.json").write_text("{")
         refused(stream_tiny.main, ["--checkpoint", str(run)], capsys, "is no calibration", "--calibrate")
-
-
-def test_a_short_soak(trained, tmp_path, capsys):
-    """What the hundred thousand frames of the real one show, in small: memory and latency flat, nothing drifts."""
-    flags = ["--checkpoint", str(trained), "--frames", "360", "--block", "90", "--window", "3", "--threshold", "0", "--out", str(tmp_path)]
-    assert soak.main(flags) == 0
-    results = json.loads((tmp_path / "soak.json").read_text())
-    assert [block["frames"] for block in results["blocks"]] == [90, 180, 270, 360]
-    # Three frames of 26 tokens, at most two turns of text after each, and <bos>.
-    assert results["furthest"] < 1 + 4 * (26 + 2 * 5 + 5)
-    rss = [block["rss"] for block in results["blocks"]]
-    assert max(rss[1:]) - rss[1] < 20e6
-    assert 0.6 < results["old_to_fresh"] < 1.6
-    assert sum(block["narrations"][1] + block["silent"][1] for block in results["blocks"]) == 360
-    assert (tmp_path / "soak.md").read_text() == soak.report(results) and "| answers right |" in soak.report(results)
-    refused(soak.main, [*flags, "--frames", "100"], capsys, "expected three blocks")
-
-
-def test_windows_are_measured_once_and_never_mixed(trained, tmp_path, capsys, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(windows, "WINDOWS", (2, 3))
-    flags = ["--frames", "12", "--out", str(tmp_path)]
-    assert windows.main([*flags, "--checkpoint", str(trained)]) == 0
-    assert "10 streams of 12 frames" in capsys.readouterr().out
-    assert windows.main([*flags, "--checkpoint", str(trained)]) == 0
-    assert "0 streams of 12 frames" in capsys.readouterr().out
-    results = json.loads((tmp_path / "windows.json").read_text())
-    assert all(sum(one[name][1] for name in ("narrations", "silent")) == 12 for rule in results["rules"].values() for one in rule.values())
-    other = shutil.copytree(trained, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["data"]["noise"] = 0.5
-    (other / "config.json").write_text(json.dumps(config))
-    refused(windows.main, [*flags, "--checkpoint", str(other)], capsys, "of 12 frames of run", "--overwrite")
-
-
-def test_a_soak_notices_what_drifts(trained):
-    model, words, config = load_run(trained, torch.device("cpu"))
-    watched = soak.Watched(model, words, StreamConfig(window=2), 3, 9)
-    for clip in validation_clips(config, 1):
-        watched.see(type(clip)(clip.frames[:1], [], None, [{}]), soak.Block())
-    watched.check()
-    watched.stream.position[0] += 1
-    with pytest.raises(RuntimeError, match="positions drifted"):
-        watched.check()
-
-
-def test_the_gap_is_nothing_after_the_first_layer_and_something_above(tmp_path, trained):
-    """At contiguous positions the first layer's keys are those of a fresh pass; above, they remember what has gone."""
-    model, words, config = load_run(trained, torch.device("cpu"))
-
-    class Bar:
-        def update(self):
-            pass
-
-    gaps = {name: gap.measure(model, words, config, StreamConfig(window=3, **rule), 26, Bar()) for name, rule in gap.RULES.items()}
-    for name, measured in gaps.items():
-        assert (measured["states"][0] < 1e-5) == name.startswith("contiguous"), name
-        assert all(value > 1e-4 for value in measured["states"][1:])
-        assert measured["frames"] == 4 and 0 < measured["kept"] <= 1
-    everything = gap.measure(model, words, config, StreamConfig(window=12, sinks=14), 26, Bar())
-    assert max(everything["states"]) < 1e-4, "while nothing has been forgotten there is no gap"
-    assert vocabulary().words == words.words and small_config().depth == 4

@@ -20,10 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = ("torch", "numpy", "einops", "matplotlib", "scipy", "safetensors", "tqdm")
 
-# Okabe and Ito's palette: told apart by colour-blind readers. Pair a colour with a marker, a line style or a hatch.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
-)  # fmt: skip
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Pair a colour with a marker, a line style or a hatch.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 GREY = "#BBBBBB"
 CYCLE = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"))  # colour and line style of lines, in turn
 
@@ -53,7 +52,7 @@ def start(seed: int = 0) -> None:
         "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
         "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "cividis", "image.interpolation": "nearest",
         "axes.prop_cycle": plt.cycler(color=[c for c, _ in CYCLE], linestyle=[s for _, s in CYCLE]),
-    })  # fmt: skip
+    })
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # tensors are so small here that threads only wait for each other
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "einops", "matplotlib")]
@@ -90,6 +89,25 @@ def show(figure, alt: str) -> None:
     plt.close(figure)
     data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt}
     show_in_notebook(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def row_of(layout, words) -> str:
+    """A layout as a table of position, token, frame and label, one line per token; the middle of a frame is folded."""
+    from mod.layout import NO_LABEL
+
+    lines = [f"{'position':>8}  {'token':<14} {'frame':>5}  label"]
+    for position, (token, frame, label) in enumerate(zip(layout.ids, layout.frame, layout.labels, strict=True)):
+        folded = frame >= 0 and label == NO_LABEL and position + 1 < len(layout.ids)
+        if folded and layout.frame[position - 1] == frame and layout.frame[position + 1] == frame:
+            if not lines[-1].endswith("..."):
+                lines.append(f"{'...':>8}")
+            continue
+        word = "<v>" if frame >= 0 else words.words[token]
+        meaning = "" if label == NO_LABEL else words.words[label]
+        if layout.streaming[position]:
+            meaning += "   (streaming: " + ("stay silent)" if label == words.eos else "speak)")
+        lines.append(f"{position:>8}  {word:<14} {frame if frame >= 0 else '':>5}  {meaning}".rstrip())
+    return "\n".join(lines)
 
 
 def results(name: str):

@@ -6,18 +6,23 @@ What our decoder cannot compute is refused by the name of the key that asks for 
 """
 
 import json
+from collections.abc import Collection
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mod.cache import KVCache
 from mod.config import ModelConfig, UserError
-from mod.decoder import Decoder, new_router
-from mod.router import ROUTER_STD, LayerExpert
+from mod.decoder import Decoder
+from mod.layout import TEXT, make_plan
+from mod.real.config import RealModel
+from mod.real.rope import ScaledRope
+from mod.router import ROUTER_STD, LayerExpert, new_router
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Our name of each part of a layer, and Hugging Face's.
@@ -93,13 +98,12 @@ def rope_fields(parts: dict, path: Path) -> dict:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: rope_type is {kind!r}, expected default or llama3; use another checkpoint")
-    if any(parts.get(key, 1.0) not in (1.0, None) for key in ("partial_rotary_factor",)):
-        got = parts["partial_rotary_factor"]
+    if (got := parts.get("partial_rotary_factor")) not in (1.0, None):
         raise UserError(f"{path}: partial_rotary_factor is {got}, expected 1; use another checkpoint")
     fields = {"rope_base": float(base)}
     if kind == "llama3":
         names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
-                 "rope_context": "original_max_position_embeddings"}  # fmt: skip
+                 "rope_context": "original_max_position_embeddings"}
         missing = [key for key in names.values() if key not in scaling]
         if missing:
             raise UserError(f"{path}: rope_type llama3 lacks {missing[0]}; download it again")
@@ -108,27 +112,27 @@ def rope_fields(parts: dict, path: Path) -> dict:
     return fields
 
 
-def read_llm_config(folder: Path, base: ModelConfig) -> ModelConfig:
+def read_llm_config(folder: Path, base: ModelConfig) -> RealModel:
     """`base` with the decoder's sizes from a checkpoint's config.json; vision and routing stay as in `base`."""
-    return replace(base, **llm_sizes(folder))
+    return RealModel(**asdict(base) | llm_sizes(folder)).fit()
 
 
 def llm_sizes(folder: Path) -> dict:
-    """The decoder's fields of ModelConfig, from a checkpoint's config.json, checked together.
+    """The decoder's fields of RealModel, from a checkpoint's config.json, checked together.
 
     Raises UserError as `read_sizes`, and when the sizes do not fit each other.
     """
     with told(folder / "config.json"):
         sizes = read_sizes(folder)
     try:
-        replace(ModelConfig(), **sizes)
+        RealModel(**sizes).fit()
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}; download it again") from None
     return sizes
 
 
 def read_sizes(folder: Path) -> dict:
-    """The decoder's fields of ModelConfig, as the file gives them.
+    """The decoder's fields of RealModel, as the file gives them.
 
     Raises UserError naming the key that our decoder cannot represent, or that is missing.
     """
@@ -155,7 +159,7 @@ def read_sizes(folder: Path) -> dict:
     if parts.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "silu only")
     needed = {"dim": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
-              "ffn_hidden": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}  # fmt: skip
+              "ffn_hidden": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
     missing = [key for key in needed.values() if parts.get(key) is None]
     if missing:
         raise UserError(f"{path} lacks {missing[0]}; expected a whole Hugging Face config.json")
@@ -205,17 +209,24 @@ def hub_name(name: str) -> str:
     return f"model.layers.{number}.{LAYER[module]}.{kind}"
 
 
-def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
+def set_rope(decoder: Decoder, config: RealModel) -> None:
+    """Let a decoder turn its tokens as the configuration says."""
+    scaling = config.rope_factor, config.rope_low, config.rope_high, config.rope_context
+    decoder.rope = ScaledRope(config.rope_base, *scaling)
+
+
+def load_llm(folder: Path, config: RealModel, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
     """A Decoder with the checkpoint's weights, and routers, which no checkpoint has.
 
-    With the value gate their scores start at zero, which is weight one: the decoder is what it was. The paper's gate
-    takes zero for no update at all, and all scores would be equal: there they start small and random, as anywhere else.
+    With the value gate their scores start at zero, which is weight one: the decoder is what it was. With the paper's
+    gate zero would mean no update at all, and all scores would be equal: there they start small and random, as always.
 
     config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
     another shape than the configuration says.
     """
     with torch.device("meta"):  # shapes without memory
         decoder = Decoder(config)
+    set_rope(decoder, config)
     files = tensor_files(folder)
     if config.tie_embeddings:
         files.pop("lm_head.weight", None)
@@ -234,7 +245,7 @@ def load_llm(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float
     for theirs, ours in wanted.items():
         if decoder.get_parameter(ours).is_meta:
             raise UserError(f"{files[theirs]} lacks the tensor {theirs}, which the index promises; download it again")
-    for number, (layer, ratio) in enumerate(zip(decoder.layers, config.keep, strict=True)):
+    for number, (layer, ratio) in enumerate(zip(decoder.layers, config.keep_ratios, strict=True)):
         if ratio < 1:  # once more, off the meta device: what else it has than w begins as its class says
             router = new_router(config, number)
             if isinstance(router, LayerExpert):
@@ -254,15 +265,16 @@ def place(decoder: nn.Module, name: str, tensor: Tensor, source: str) -> None:
 
 
 @torch.inference_mode()
-def continue_text(decoder: Decoder, ids: list[int], most: int, stop: set[int]) -> list[int]:
+def continue_text(decoder: Decoder, ids: list[int], most: int, stop: Collection[int]) -> list[int]:
     """Greedy continuation of a text, token by token through a cache: up to `most` ids, ending before one of `stop`."""
-    weight = decoder.embed.weight
-    cache = KVCache(decoder.config, frames=0, text=len(ids) + most, dtype=weight.dtype, device=weight.device)
+    config, weight = decoder.config, decoder.embed.weight
+    cache = KVCache(config, 1, weight.dtype, weight.device)
     new, chunk, position = [], ids, 0
     while len(new) < most:
-        text = torch.tensor([chunk], device=weight.device)
-        pos = position + torch.arange(len(chunk), device=weight.device)[None]
-        hidden = decoder(decoder.embed(text), pos, torch.full_like(text, -1), cache=cache)
+        frame = np.full((1, len(chunk)), TEXT)
+        plan = make_plan(frame, [position], config.frame_tokens, config.keep_counts).to(weight.device)
+        cache.begin(plan)
+        hidden = decoder(decoder.embed(torch.tensor([chunk], device=weight.device)), plan, cache)
         best = int(decoder.logits(hidden[0, -1]).argmax())
         if best in stop:
             break

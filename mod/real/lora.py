@@ -3,7 +3,7 @@
     y = W x + (alpha / rank) * B A x         A (rank, in) random, B (out, rank) zero: at step 0 nothing changes
 
 The base paper's setting is rank 128, alpha 256, on every linear layer of the language model; connector and routers are
-trained in full. What is trained is all that a run saves: `VideoLLM.borrowed` names the rest.
+trained in full. What is trained is all that a run saves; the rest stays in the checkpoint's own files.
 """
 
 import math
@@ -59,7 +59,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
     Raises UserError for a rank that is not positive or that no layer has room for.
     """
     parents = [(module, name, child) for module in decoder.modules() for name, child in module.named_children()
-               if isinstance(child, nn.Linear) and not isinstance(module, Router)]  # fmt: skip
+               if isinstance(child, nn.Linear) and not isinstance(module, Router)]
     smallest = min(min(child.weight.shape) for _, _, child in parents)
     if not 1 <= rank <= smallest:
         raise UserError(f"--lora-rank got {rank}, expected 1 to {smallest}, the smallest side of a linear layer")

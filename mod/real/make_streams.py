@@ -15,11 +15,10 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from mod.checkpoint import write_text
-from mod.config import PRESETS, UserError
+from mod.config import DataConfig, ModelConfig, require
 from mod.data import Clip, make_clip
-from mod.flags import Parser, run_script
 from mod.real.video import import_av
+from mod.run import Parser, run_script, write_text
 
 # Codec, pixel format, options. The first is off by at most 2 of 255, because colours are rounded, as real videos are;
 # the second, for builds of PyAV without it, is exact.
@@ -49,7 +48,7 @@ def entry(name: str, clip: Clip, fps: float) -> str:
 
 def build_parser() -> Parser:
     shown = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser("python -m mod.real.make_streams", description=__doc__.split("\n")[0], formatter_class=shown)
+    parser = Parser(prog="python -m mod.real.make_streams", description=__doc__.split("\n")[0], formatter_class=shown)
     parser.add_argument("folder", type=Path, help="where the clips and streams.jsonl go; made if it is not there")
     parser.add_argument("--streams", type=int, default=20, help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="which clips")
@@ -60,12 +59,12 @@ def build_parser() -> Parser:
 
 def run(arguments) -> int:
     for name, least in {"streams": 1, "frames": 1, "repeat": 1, "seed": 0}.items():
-        if (value := getattr(arguments, name)) < least:
-            raise UserError(f"got --{name} {value}, expected at least {least}; pass a larger number")
-    folder, data, model = arguments.folder, PRESETS["tiny"].data, PRESETS["tiny"].model
+        value = getattr(arguments, name)
+        require(value >= least, f"got --{name} {value}, expected at least {least}; pass a larger number")
+    folder, data, model = arguments.folder, DataConfig(), ModelConfig()
     listing = folder / "streams.jsonl"
-    if listing.exists():
-        raise UserError(f"got {folder}, which holds a streams.jsonl, expected a new folder; name another or remove it")
+    require(not listing.exists(),
+            f"got {folder}, which holds a streams.jsonl, expected a new folder; name another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = arguments.streams * arguments.frames * arguments.repeat
     seconds = 1 + arguments.streams // 50 + pictures // 4000
@@ -83,7 +82,8 @@ def run(arguments) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(run, build_parser().parse_args(argv), "make_streams")
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(arguments), "make_streams")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
 """Clips from real videos: a streams.jsonl becomes pieces of at most --frames frames, each a stream of its own.
 
-A frozen real encoder sees every video once: its features are kept on disk, named by all that decides them, and training
-reads only the piece that it needs. An encoder that is trained sees the pictures, decoded again in every step.
+Nothing is read before a clip is asked for. A frozen real encoder sees every video once: its features are kept on disk,
+named by all that decides them, and training reads only the piece that it needs. An encoder that is trained sees the
+pictures, decoded again in every step.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from mod.checkpoint import write_tensors
-from mod.config import Config, UserError
-from mod.data import Clip
+from mod.config import UserError
+from mod.data import Clip, Source, synthetic
 from mod.layout import Say, Vocabulary
-from mod.parallel import meet, rank, world
+from mod.real.config import RealRun
 from mod.real.streams import Conversation, pieces, placed, read_streams
+from mod.real.tokenizer import TextTokenizer
 from mod.real.video import Video
-from mod.train import Source
+from mod.run import write_tensors
 from mod.videollm import VideoLLM
 
 AT_ONCE = 16  # frames through the encoder
@@ -46,20 +49,17 @@ class Piece:
     said: list[Say]
 
 
-def features_file(video: Path, config: Config) -> Path:
+def features_file(video: Path, config: RealRun) -> Path:
     """Where a video's features are kept: the name changes with the video, the encoder and how frames are made."""
     held = [video.resolve(), *sorted(Path(config.real.vision).glob("*.safetensors"))]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in held]
-    seen = {
-        name: value
-        for name, value in asdict(config.model).items()
-        if name.startswith(("vit", "image", "patch", "grid"))
-    }
+    seen = {name: value for name, value in asdict(config.model).items()
+            if name.startswith(("vit", "image", "patch", "grid"))}
     key = json.dumps([FORMAT, stamps, config.data.fps, seen, config.train.dtype])
     return Path(config.real.features) / f"{video.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
-def video_frames(video: Path, config: Config) -> Iterator[np.ndarray]:
+def video_frames(video: Path, config: RealRun) -> Iterator[np.ndarray]:
     """Frames (3, side, side) in [-1, 1]; afterwards it is told how much of the video was damaged."""
     with Video(str(video), config.data.fps, config.model.image_size) as frames:
         yield from frames
@@ -89,28 +89,31 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def keep_features(videos: list[Path], config: Config, model: VideoLLM) -> None:
+def keep_features(videos: list[Path], config: RealRun, model: VideoLLM) -> None:
     """Compute what is not on disk yet; of several processes each takes its share of the videos."""
+    several = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     missing = {video for video in videos if not is_whole(features_file(video, config))}
-    if missing and rank() == 0:
+    if missing and rank == 0:
         tqdm.write(f"{len(missing)} of {len(videos)} videos to encode once, into {config.real.features}")
     Path(config.real.features).mkdir(parents=True, exist_ok=True)
     # By place in the whole list: what is missing looks different to a process that comes later.
-    share = [video for video in videos[rank() :: world()] if video in missing]
-    for video in tqdm(share, desc="features", unit="video", leave=False, disable=True if rank() else None):
+    share = [video for video in videos[rank::world] if video in missing]
+    for video in tqdm(share, desc="features", unit="video", leave=False, disable=True if rank else None):
         features = encode(video_frames(video, config), model)
-        write_tensors(features_file(video, config), {"features": features}, alone=False)
-    meet()
+        write_tensors(features_file(video, config), {"features": features})
+    if several:
+        dist.barrier()
 
 
-def count_frames(video: Path, features: Path | None, config: Config) -> int:
+def count_frames(video: Path, features: Path | None, config: RealRun) -> int:
     if features is None:
         return sum(1 for _ in video_frames(video, config))
     with safe_open(features, framework="pt") as file:
         return file.get_slice("features").get_shape()[0]
 
 
-def read_piece(piece: Piece, config: Config) -> Clip:
+def read_piece(piece: Piece, config: RealRun) -> Clip:
     """A piece as a clip: with features, or with pictures."""
     last = piece.first + piece.frames
     if piece.features is None:
@@ -121,7 +124,7 @@ def read_piece(piece: Piece, config: Config) -> Clip:
     return Clip(frames, piece.said)
 
 
-def cut(conversations: list[Conversation], config: Config, frozen: bool) -> list[Piece]:
+def cut(conversations: list[Conversation], config: RealRun, frozen: bool) -> list[Piece]:
     cuts = []
     for talk in conversations:
         features = features_file(talk.video, config) if frozen else None  # once: its name takes a look at every file
@@ -131,7 +134,7 @@ def cut(conversations: list[Conversation], config: Config, frozen: bool) -> list
     return cuts
 
 
-def check_words(talk: Conversation, config: Config, words: Vocabulary) -> None:
+def check_words(talk: Conversation, config: RealRun, words: Vocabulary | TextTokenizer) -> None:
     """Raises UserError for a turn that could not be said, or that would be taken for the end of one."""
     symbols = {words.bos, words.eos, words.user, words.assistant}
     for turn in talk.turns:
@@ -143,8 +146,8 @@ def check_words(talk: Conversation, config: Config, words: Vocabulary) -> None:
             raise UserError(f"{what}, which holds a symbol of the stream; reword it or name other --symbols")
 
 
-def real_source(config: Config, words: Vocabulary, model: VideoLLM | None) -> Source:
-    """Training and validation clips of `config.real.data`. The last videos of the file, `holdout` of them, validate.
+def open_pieces(config: RealRun, words: Vocabulary | TextTokenizer, model: VideoLLM) -> tuple[list[Piece], list[Piece]]:
+    """What to train on and what to validate on: the last videos of the file, `holdout` of them, or all.
 
     model is asked for the features when its encoder is a real one that is not trained. Raises UserError for anything
     wrong with the file, a video, or a word that the vocabulary lacks.
@@ -162,14 +165,30 @@ def real_source(config: Config, words: Vocabulary, model: VideoLLM | None) -> So
     validation = cut([talk for talk in talks if talk.video in kept_back], config, frozen) or training
     of = "others than" if held else "the same as"
     tqdm.write(f"{len(training)} pieces of {len(videos) - held} videos to train on; validation on {of} these")
+    return training, validation
+
+
+def real_source(config: RealRun, words: Vocabulary | TextTokenizer, model: VideoLLM) -> Source:
+    """Clips of `config.real.data`, or of synthetic streams when it names nothing. The first clip asked for opens
+    the file, and raises what `open_pieces` raises."""
+    if not config.real.data:
+        return replace(synthetic(config), words=words)
+
+    @cache
+    def opened() -> tuple[list[Piece], list[Piece]]:
+        return open_pieces(config, words, model)
 
     def at(place: int) -> Piece:
         """Pieces in an order that is drawn anew every time that all have been seen; the place alone decides it."""
-        epoch, index = divmod(place, len(training))
-        return training[np.random.default_rng([config.train.seed, epoch]).permutation(len(training))[index]]
+        own, _ = opened()
+        epoch, index = divmod(place, len(own))
+        return own[np.random.default_rng([config.train.seed, epoch]).permutation(len(own))[index]]
 
-    def clips(step: int) -> list[Clip]:
+    def training(step: int) -> list[Clip]:
         first = step * config.train.batch_size
         return [read_piece(at(first + i), config) for i in range(config.train.batch_size)]
 
-    return Source(words, clips, lambda number: [read_piece(piece, config) for piece in validation[:number]])
+    def validation(number: int) -> list[Clip]:
+        return [read_piece(piece, config) for piece in opened()[1][:number]]
+
+    return Source(words, training, validation, warm_up=None if config.real.vision else synthetic(config).warm_up)

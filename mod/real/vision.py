@@ -19,14 +19,14 @@ from mod.vit import NORM_EPS, ViT
 
 DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_channels": 3, "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": NORM_EPS}  # fmt: skip
+            "layer_norm_eps": NORM_EPS}
 KINDS = ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model")
 LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention.q": "self_attn.q_proj",
          "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj", "attention.out": "self_attn.out_proj",
-         "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+         "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 SINGLE = {"patch": "embeddings.patch_embedding", "norm": "post_layernorm",
           "head.attention.out": "head.attention.out_proj", "head.norm": "head.layernorm",
-          "head.mlp.fc1": "head.mlp.fc1", "head.mlp.fc2": "head.mlp.fc2"}  # fmt: skip
+          "head.mlp.fc1": "head.mlp.fc1", "head.mlp.fc2": "head.mlp.fc2"}
 
 
 def frame_tokens_grid(text: str) -> int:
@@ -70,7 +70,7 @@ def read_sizes(folder: Path) -> dict:
     if parts.get("vision_use_head") is False:
         raise UserError(f"{path}: vision_use_head is False, but the CLS token needs the pooling head")
     names = {"vit_dim": "hidden_size", "vit_depth": "num_hidden_layers", "vit_heads": "num_attention_heads",
-             "vit_hidden": "intermediate_size", "patch_size": "patch_size", "image_size": "image_size"}  # fmt: skip
+             "vit_hidden": "intermediate_size", "patch_size": "patch_size", "image_size": "image_size"}
     return {ours: parts[theirs] for ours, theirs in names.items()}
 
 

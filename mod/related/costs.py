@@ -1,25 +1,53 @@
-"""What a method costs, counted on real clips: formulas would be as many as there are methods.
+"""What a method costs, counted on real clips: there would be as many formulas as methods.
 
-tests/test_methods.py holds the counts of MoD and full computation against the formulas of mod.study.costs, and the
+tests/test_methods.py holds the counts of MoD and full computation against the formulas of mod/study/costs.py, and the
 cache entries of every method that streams against the tensors of a real stream.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mod.block import PAD
 from mod.cache import KVCache
 from mod.data import Clip, clip_batch
-from mod.layout import Batch, Vocabulary
-from mod.related.voco import owner
-from mod.study.costs import forward_flops
-from mod.videollm import VideoLLM
+from mod.layers import PAD
+from mod.layout import Batch, Plan, Vocabulary, make_plan
+from mod.related.models import FieldVideoLLM
+from mod.related.ragged import frame_of, is_vision
+from mod.vit import ViT
 
 
-def counted(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> dict[str, float]:
+class Flops:
+    """Counts the FLOPs of what runs within it. On a CPU torch's counter sees attention only when it is written as
+    products."""
+
+    def __enter__(self) -> "Flops":
+        self.stack, self.counter = ExitStack(), FlopCounterMode(display=False)
+        self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.stack.enter_context(self.counter)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stack.close()
+
+    @property
+    def number(self) -> int:
+        return self.counter.get_total_flops()
+
+
+def encoder_flops(vit: ViT) -> int:
+    """FLOPs of the vision encoder for one frame."""
+    side = vit.config.image_size
+    with Flops() as flops:
+        vit(vit.position.new_zeros(1, 3, side, side))
+    return flops.number
+
+
+@torch.no_grad()
+def counted(model: FieldVideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> dict[str, float]:
     """Means over clips; the output layer and elementwise work are left out.
 
     flops     of one offline pass over a clip, everything from pixels on
@@ -30,43 +58,51 @@ def counted(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> dict[s
     streamed  FLOPs of the clip as a live stream, frame by frame; None where that is impossible
     """
     sums, frames = {"flops": 0, "encoder": 0, "tokens": 0, "entries": 0, "text": 0, "streamed": 0}, 0
-
-    def encoding(vit, inputs, _) -> None:
-        sums["encoder"] += len(inputs[0]) * forward_flops(model.config, 1, 0)["vit"]
-
-    def entering(decoder, inputs) -> None:
-        _, pos, frame = inputs[:3]
-        sums["tokens"] += int(((pos < PAD) & (owner(frame) >= 0)).sum())
-
-    def cached(attention, inputs) -> None:
-        _, pos, frame = inputs[:3]
-        sums["entries"] += int(((pos < PAD) & (owner(frame) >= 0)).sum())
-        sums["text"] += int(((pos < PAD) & (owner(frame) < 0)).sum())
-
     training, learns = model.training, [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)  # or torch's counter could not follow modules that are given parameters
+    device, one_frame = model.decoder.embed.weight.device, encoder_flops(model.vit)
+    vision = torch.zeros(0, dtype=torch.bool, device=device)  # of the clip at hand: is the token a frame's?
+
+    def parts(pos) -> tuple[int, int]:
+        """How many tokens at these positions are a frame's, and how many are text."""
+        real = vision[pos[pos < PAD]]
+        return int(real.sum()), int((~real).sum())
+
+    def encoding(vit, inputs, _) -> None:
+        sums["encoder"] += len(inputs[0]) * one_frame
+
+    def entering(layer, inputs) -> None:
+        where = inputs[2]
+        sums["tokens"] += parts(where.pos if isinstance(where, Plan) else where)[0]
+
+    def cached(attention, inputs) -> None:
+        of_frames, text = parts(inputs[2])
+        sums["entries"] += of_frames
+        sums["text"] += text
+
     with ExitStack() as hooks:
         hooks.callback(model.vit.register_forward_hook(encoding).remove)
-        hooks.callback(model.decoder.register_forward_pre_hook(entering).remove)
+        hooks.callback(model.decoder.layers[0].register_forward_pre_hook(entering).remove)
         for layer in model.decoder.layers:
-            attention = getattr(layer, "block", layer).attention
-            hooks.callback(attention.register_forward_pre_hook(cached).remove)
+            hooks.callback(getattr(layer, "block", layer).attention.register_forward_pre_hook(cached).remove)
         for clip in clips:
-            batch = clip_batch(words, [clip], model.config.frame_tokens)
-            # On a CPU torch's counter sees attention only when that is written as products.
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                seen = model.see(batch.pixels)
-                model(batch.ids, batch.frame, batch.pos, seen)
-            sums["flops"] += counter.get_total_flops()
+            batch = clip_batch(words, [clip], model.config).to(device)
+            vision = is_vision(batch.plan)[0]
+            with Flops() as flops:
+                model.hidden(batch.ids, model.see(batch.pixels), batch.plan)
+            sums["flops"] += flops.number
             frames += len(clip.frames)
     if model.online:  # then what stays is what a stream has left
         sums |= {"entries": 0, "text": 0}
         for clip in clips:
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                cache = streamed(model, clip_batch(words, [clip], model.config.frame_tokens))
-            sums["streamed"] += counter.get_total_flops()
-            text = sum(int((layer.frame[0, : layer.length[0]] == -1).sum()) for layer in cache.layers)
-            sums["text"], sums["entries"] = sums["text"] + text, sums["entries"] + sum(cache.lengths()) - text
+            batch = clip_batch(words, [clip], model.config).to(device)
+            vision = is_vision(batch.plan)[0]
+            with Flops() as flops:
+                cache = streamed(model, batch)
+            sums["streamed"] += flops.number
+            for layer in cache.layers:
+                of_frames, text = parts(layer.pos[0, : layer.lengths[0]])
+                sums["entries"], sums["text"] = sums["entries"] + of_frames, sums["text"] + text
     model.train(training)
     for parameter in learns:
         parameter.requires_grad_(True)
@@ -75,19 +111,20 @@ def counted(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> dict[s
     return share | ({} if model.online else {"streamed": None})
 
 
-def streamed(model: VideoLLM, batch: Batch) -> KVCache:
+def streamed(model: FieldVideoLLM, batch: Batch) -> KVCache:
     """Feed one stream as it would come live, each frame with the text after it; returns what it leaves."""
-    frame, seen = batch.frame[0].tolist(), 0
+    frame, seen, config, cache = frame_of(batch.plan)[0].tolist(), 0, model.config, model.new_cache()
     cuts = [0, *[t for t, f in enumerate(frame) if f >= 0 and frame[t - 1] != f], len(frame)]
-    cache = model.open_cache(1, len(batch.pixels), len(frame))
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        part, new = slice(start, stop), 1 if frame[start] >= 0 else 0
-        vision = model.see(batch.pixels[seen : seen + 1]) if new else batch.pixels.new_zeros(0, 1, model.config.dim)
-        model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], vision, cache=cache)
+        part, new = slice(start, stop), frame[start] >= 0
+        own = torch.tensor([frame[part]]).numpy()
+        plan = make_plan(own, [start], config.frame_tokens, config.keep_counts).to(batch.ids.device)
+        vision = model.see(batch.pixels[seen : seen + 1]) if new else None
+        model.hidden(batch.ids[:, part], vision, plan, cache)
         seen += new
     return cache
 
 
-def frame_bytes(model: VideoLLM, counts: dict[str, float]) -> float:
+def frame_bytes(model: FieldVideoLLM, counts: dict[str, float]) -> float:
     """Bytes of keys and values that a frame leaves, in float32."""
     return counts["entries"] * 2 * model.config.kv_heads * model.config.head_dim * 4

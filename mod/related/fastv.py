@@ -21,21 +21,23 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from mod.block import PAD, Attention, rotate
-from mod.config import kept_per_frame
+from mod.config import keep_count
 from mod.decoder import Decoder
-from mod.related.depths import Depth, best, gather, scatter
-from mod.related.voco import Masked
+from mod.layers import PAD, Attention, rotate
+from mod.layout import Plan
+from mod.related.depths import Depth, best
+from mod.related.ragged import is_vision, run_layers, shorten
 
 
-def attention_weights(attention: Attention, x: Tensor, pos: Tensor, query: Tensor) -> Tensor:
-    """How much the tokens number query (B, Q) look at each token: x (B, T, D) normed, pos (B, T) -> (B, H, Q, T).
+def attention_weights(attention: Attention, x: Tensor, turn: Tensor, query: Tensor) -> Tensor:
+    """How much the tokens number query (B, Q) look at each token: x (B, T, D), normed, and turn (B, T, 2, E) ->
+    (B, H, Q, T).
 
     What `Attention.forward` computes without a past, but does not hand out.
     """
     q = attention.q_norm(rearrange(attention.q(x), "b t (h e) -> b h t e", e=attention.head_dim))
     k = attention.k_norm(rearrange(attention.k(x), "b s (g e) -> b g s e", e=attention.head_dim))
-    q, k = rotate(q, pos, attention.rope), rotate(k, pos, attention.rope)
+    q, k = rotate(q, turn), rotate(k, turn)
     k = repeat(k, "b g s e -> b (g r) s e", r=q.shape[1] // k.shape[1])
     row = torch.arange(len(x), device=x.device)[:, None]
     q = rearrange(q[row, :, query], "b q h e -> b h q e")
@@ -68,73 +70,62 @@ class FastV(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
 
-    def scores(self, x: Tensor, pos: Tensor, asks: Tensor | None = None) -> Tensor:
-        """Of each token that enters layer K - 1, x (B, T, D), pos (B, T) -> (B, T). `asks` (B,) names the token of each
-        row that looks, in place of the last one: in training the answer stands behind it."""
+    def scores(self, x: Tensor, turn: Tensor, pos: Tensor, asks: Tensor | None = None) -> Tensor:
+        """Of each token that enters layer K - 1: x (B, T, D), turn (B, T, 2, E), pos (B, T) -> (B, T). `asks` (B,) is
+        the token of each row that looks, in place of the last one: in training the answer stands behind it."""
         block, real = self.decoder.layers[self.after - 1], pos < PAD
         normed = block.norm1(x)
         if self.score == "last":
             last = (real.sum(1, keepdim=True) - 1).clamp(min=0) if asks is None else asks[:, None]
-            return attention_weights(block.attention, normed, pos, last).mean(1)[:, 0]
+            return attention_weights(block.attention, normed, turn, last).mean(1)[:, 0]
         query = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        weights = attention_weights(block.attention, normed, pos, query).mean(1) * real[:, :, None]
+        weights = attention_weights(block.attention, normed, turn, query).mean(1) * real[:, :, None]
         seen_by = real.flip(1).cumsum(1).flip(1)  # a token's readers: the real tokens from itself on
         return weights.sum(1) / seen_by.clamp(min=1)
 
-    def choose(self, x: Tensor, pos: Tensor, frame: Tensor, asks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def choose(self, x: Tensor, turn: Tensor, plan: Plan, asks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Which tokens go on, (B, T) bool, and the scores (B, T); text always does."""
-        real = pos < PAD
-        vision, scores = real & (frame >= 0), self.scores(x, pos, asks).detach()
-        count = torch.tensor([kept_per_frame(1 - self.drop, n) for n in vision.sum(1).tolist()], device=x.device)
+        real, vision = plan.pos < PAD, is_vision(plan)
+        scores = self.scores(x, turn, plan.pos, asks).detach()
+        count = torch.tensor([keep_count(1 - self.drop, n) for n in vision.sum(1).tolist()], device=x.device)
         return best(scores, vision, count) | (real & ~vision), scores
 
     def forward(
-        self, x: Tensor, pos: Tensor, frame: Tensor, cache=None, trace: list[Depth] | None = None,
-        asks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Token vectors (B, T, D), pos, frame (B, T) -> hidden states (B, T, D); asks as in `scores`.
+        self, x: Tensor, plan: Plan, cache=None, trace: list[Depth] | None = None, asks: Tensor | None = None
+    ) -> Tensor:
+        """Token vectors (B, T, D) -> hidden states (B, T, D); asks as in `scores`. The cache is a CountingCache.
 
-        Raises ValueError when frames come in a second chunk, or when `masked` is given a cache. The cache needs room
-        for all tokens in every layer.
+        Raises ValueError when frames come in a second chunk, or when `masked` is given a cache.
         """
-        vision = bool((frame >= 0).any())
-        if cache is not None:
-            if self.masked:
-                raise ValueError("the masked form hides tokens in one pass; it has no cache")
-            if vision and any(int(layer.length.max()) for layer in cache.layers):
-                raise ValueError("FastV drops once: feed all frames and the question in the first chunk")
-            cache.make_room(pos, frame)
-        layers = [
-            (layer, cache.layers[i] if cache is not None else None) for i, layer in enumerate(self.decoder.layers)
-        ]
-        for layer, past in layers[: self.after - 1]:
-            x = layer(x, pos, frame, past=past)
-        layer, past = layers[self.after - 1]
-        keep, scores = (
-            self.choose(x, pos, frame, asks) if vision else (pos < PAD, None)
-        )  # text alone has nothing to drop
-        x = layer(x, pos, frame, past=past)
+        vision, pos, before = len(plan.vision) > 0, plan.pos, self.after - 1
+        if cache is not None and self.masked:
+            raise ValueError("the masked form hides tokens in one pass; it has no cache")
+        if cache is not None and vision and any(layer.longest for layer in cache.layers):
+            raise ValueError("FastV drops once: feed all frames and the question in the first chunk")
+        pasts = [None] * len(self.layers) if cache is None else cache.layers
+        turn = self.decoder.rope.turn(pos, self.decoder.config.head_dim, x.dtype)
+        for layer, past in zip(self.layers[:before], pasts, strict=False):
+            x = layer(x, turn, pos, past=past)
+        # Text alone has nothing to drop.
+        keep, scores = self.choose(x, turn, plan, asks) if vision else (pos < PAD, None)
+        x = self.layers[before](x, turn, pos, past=pasts[before])
         if trace is not None:
             trace.append(Depth(keep, scores))
         if self.masked:
-            x = self._hide(x, pos, frame, keep)
-        elif self.after < len(layers) and keep.any():
-            short = gather(x, pos, frame, keep)
-            h = short.h
-            for layer, past in layers[self.after :]:
-                h = layer(h, short.pos, short.frame, past=past)
-            x = scatter(x, short, h)
+            x = run_layers(self.decoder, x, turn, pos, mask=hidden_from_others(keep), first=self.after)
+        elif self.after < len(self.layers) and keep.any():
+            short = shorten(keep, pos)
+            h = run_layers(self.decoder, short.take(x), short.take(turn), short.pos, cache, first=self.after)
+            x = short.put(x, h)
         return self.decoder.norm(x)
-
-    def _hide(self, x: Tensor, pos: Tensor, frame: Tensor, keep: Tensor) -> Tensor:
-        """The layers from K on, with everybody still there but dropped tokens seen by themselves alone."""
-        token = torch.arange(x.shape[1], device=x.device)
-        before, itself = token[None, :] <= token[:, None], token[None, :] == token[:, None]
-        past = Masked(before & (keep[:, None, :] | itself))
-        for layer in self.decoder.layers[self.after :]:
-            x = layer(x, pos, frame, past=past)
-        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return self.decoder.logits(hidden)
+
+
+def hidden_from_others(keep: Tensor) -> Tensor:
+    """Who sees whom, (B, T, T) bool, when tokens that keep (B, T) does not name are seen by themselves alone."""
+    token = torch.arange(keep.shape[1], device=keep.device)
+    before, itself = token[None, :] <= token[:, None], token[None, :] == token[:, None]
+    return before & (keep[:, None, :] | itself)

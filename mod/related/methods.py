@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mod.block import Block
-from mod.config import ModelConfig, UserError
+from mod.config import ModelConfig, UserError, require
+from mod.layers import Block
 from mod.related.base import Reducer, Seen, VisionTokens
 from mod.related.depths import GammaMoD, PMoD, SequenceMoD, decayed_ratios, gamma_router
-from mod.related.models import Compressed, Deeper, Extended, Reduced, Thinned, Tiled
+from mod.related.models import Compressed, Deeper, Extended, FieldVideoLLM, Reduced, Thinned, Tiled
 from mod.related.pooling import UniRes
 from mod.related.prompted import PromptGuided
 from mod.related.prumerge import PruMerge
@@ -22,9 +22,26 @@ from mod.related.queries import QueryResampler
 from mod.related.setok import ClusterMerge, SeTok
 from mod.related.sparsify import VTS
 from mod.related.window_extension import ProgressivePooling
-from mod.videollm import VideoLLM
 
-Sizes = Callable[[ModelConfig], dict]
+
+@dataclass(frozen=True)
+class FieldModel(ModelConfig):
+    """A model of this project or of another system of the field."""
+
+    method: str = "mod"  # a system of the field in MoD's place; list explains each
+    tokens: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.tokens >= 0, f"tokens must be at least 0, got {self.tokens}")
+
+    @property
+    def frame_tokens(self) -> int:
+        """N: how many places a frame takes up in the stream. The method says so; `tokens` 0 is the core's number."""
+        return self.tokens or super().frame_tokens
+
+
+Sizes = Callable[[FieldModel], dict]
 
 
 @dataclass(frozen=True)
@@ -34,14 +51,14 @@ class Method:
     title   what it is called, with where it comes from
     line    what it does, in a line
     streams what a streaming run of it needs; for one that cannot run online, what it would have to wait for or redo
-    build   ModelConfig -> model
-    sizes   ModelConfig -> the fields that it sets; layers are dense unless it says otherwise
+    build   FieldModel -> model
+    sizes   FieldModel -> the fields that it sets; layers are dense unless it says otherwise
     """
 
     title: str
     line: str
     streams: str
-    build: Callable[[ModelConfig], VideoLLM] = VideoLLM
+    build: Callable[[FieldModel], FieldVideoLLM] = FieldVideoLLM
     sizes: Sizes = lambda config: {}
 
 
@@ -52,9 +69,9 @@ FRAME = "nothing but the frame: runs online"
 
 
 class Nothing(Reducer):
-    """Hands on one token a frame that says nothing: what a model can do that only listens."""
+    """Hands on one token per frame that says nothing: what a model can do that only listens."""
 
-    line = "what listening alone achieves: one empty token a frame"
+    line = "what listening alone achieves: one empty token per frame"
 
     def most(self, tokens: int) -> int:
         return 1
@@ -64,48 +81,52 @@ class Nothing(Reducer):
         return VisionTokens(x, x[..., 0] == 0, x[..., 0].long())
 
 
-def reduced(title: str, make: Callable[[ModelConfig], Reducer], streams: str, behind: bool = False,
-            more: dict | None = None, line: str = "") -> Method:  # fmt: skip
+def reduced(
+    title: str, make: Callable[[FieldModel], Reducer], streams: str, behind: bool = False, more: dict | None = None,
+    line: str = "",
+) -> Method:
     """A method that is a Reducer, `make(config)`."""
 
-    def sizes(config: ModelConfig) -> dict:
+    def sizes(config: FieldModel) -> dict:
         return {"tokens": make(config).most(1 + config.grid**2), **(more or {})}
 
-    return Method(title, line or make(ModelConfig()).line, streams,
-                  lambda config: Reduced(config, make(config), behind), sizes)  # fmt: skip
+    def build(config: FieldModel) -> Reduced:
+        return Reduced(config, make(config), behind)
+
+    return Method(title, line or make(FieldModel()).line, streams, build, sizes)
 
 
-def sequence_mod(config: ModelConfig) -> VideoLLM:
+def sequence_mod(config: FieldModel) -> Deeper:
     """Its capacity is what VideoLLM-MoD's layers keep of a tiny clip, text included; the paper's 12.5% would not even
     hold the text."""
     routed = range(1, config.depth, 2)
-    return Deeper(config, routed, lambda block, layer: SequenceMoD(block, config.dim, CAPACITY), causal=True)
+    return Deeper(config, routed, lambda block, layer: SequenceMoD(block, config.dim, CAPACITY))
 
 
-def p_mod(config: ModelConfig, per_frame: bool) -> VideoLLM:
+def p_mod(config: FieldModel, per_frame: bool) -> Deeper:
     ratios = decayed_ratios(config.depth)
     routed = [layer for layer, ratio in enumerate(ratios) if ratio < 1]
 
     def make(block: Block, layer: int) -> PMoD:
-        return PMoD(block, config.dim, ratios[layer], config.frame_tokens, per_frame=per_frame)
+        return PMoD(block, config.dim, ratios[layer], per_frame=per_frame)
 
     return Deeper(config, routed, make, online=per_frame)
 
 
-def gamma_mod(config: ModelConfig) -> VideoLLM:
+def gamma_mod(config: FieldModel) -> Deeper:
     router, inner = gamma_router(config.dim), range(1, config.depth - 1)
-    return Deeper(config, inner, lambda block, layer: GammaMoD(block, router), causal=True)
+    return Deeper(config, inner, lambda block, layer: GammaMoD(block, router))
 
 
-def half_deep(config: ModelConfig) -> dict:
+def half_deep(config: FieldModel) -> dict:
     return {"layers": "keep:" + ",".join("1" if layer < config.depth // 2 else "0" for layer in range(config.depth))}
 
 
-def every_other(config: ModelConfig) -> dict:
+def every_other(config: FieldModel) -> dict:
     return {"layers": "keep:" + ",".join("10"[layer % 2] for layer in range(config.depth))}
 
 
-def tiles(config: ModelConfig) -> dict:
+def tiles(config: FieldModel) -> dict:
     patches = config.grid**2
     return {"tokens": 1 + patches + 2 * (1 + patches // config.grid)}
 
@@ -158,10 +179,10 @@ METHODS: dict[str, Method] = {
     "prumerge": reduced("LLaVA-PruMerge (2403.15388)", lambda config: PruMerge(4), FRAME),
     "prumerge-plus": reduced("LLaVA-PruMerge+ (2403.15388)", lambda config: PruMerge(4, plus=True), FRAME,
                              line="PruMerge, and every so many-th patch beside"),
-}  # fmt: skip
+}
 
 
-def configure(config: ModelConfig, name: str) -> ModelConfig:
+def configure(config: FieldModel, name: str) -> FieldModel:
     """`config` with the method of that name in it. Raises UserError when there is none."""
     if name not in METHODS:
         raise UserError(f"--method got {name!r}, expected one of {', '.join(METHODS)}; --method list explains each")
@@ -171,14 +192,14 @@ def configure(config: ModelConfig, name: str) -> ModelConfig:
     return replace(base, **METHODS[name].sizes(base))
 
 
-def own_fields(config: ModelConfig) -> set[str]:
+def own_fields(config: FieldModel) -> set[str]:
     """Fields of the configuration that its method decides."""
     if config.method == "mod":
         return set()
     return {"tokens", "layers", "keep_ratio", "select", "gate", *METHODS[config.method].sizes(config)}
 
 
-def build(config: ModelConfig) -> VideoLLM:
+def build(config: FieldModel) -> FieldVideoLLM:
     """The model of a configuration. Raises UserError when its method is unknown."""
     if config.method not in METHODS:
         raise UserError(f"this run's method is {config.method!r}, expected one of {', '.join(METHODS)}; name another")
@@ -186,7 +207,7 @@ def build(config: ModelConfig) -> VideoLLM:
 
 
 def listing() -> str:
-    """All methods, a line each."""
+    """All methods, one line each."""
     width = max(map(len, METHODS))
     lines = [
         f"{name:<{width}}  {method.title}: {method.line}. Streaming needs: {method.streams}."

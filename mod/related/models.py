@@ -11,71 +11,86 @@ the last of them, so that the last one still decides whether to speak; the other
 they are left out before the decoder and leave nothing in the cache. Distances between tokens are those of the places.
 """
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.block import PAD, Rope
 from mod.cache import KVCache
-from mod.config import ModelConfig, StreamConfig, UserError
-from mod.decoder import Decoder
-from mod.layout import Vocabulary
+from mod.config import ModelConfig, require
+from mod.layers import PAD, Rope
+from mod.layout import Batch, Plan, Vocabulary
 from mod.related.base import Reducer, Seen, VisionTokens
-from mod.related.depths import gather, scatter
+from mod.related.data import pictures, squeeze
 from mod.related.depths import replace as replace_layers
 from mod.related.fastv import FastV
+from mod.related.ragged import CountingCache, frame_of, is_vision, numbers_of, rows_of, run_layers, shorten
 from mod.related.tiles import TileTokens, grid_for, partition
-from mod.related.voco import Masked, VoCo, VoCoCache, owner, visible
+from mod.related.voco import VoCo, VoCoCache, mask
 from mod.related.window_extension import visual_rope
 from mod.videollm import VideoLLM
-from mod.vit import ViT, pictures
+from mod.vit import ViT
 
 SPEAKS = Vocabulary(()).assistant  # the token with which a response begins
 
 
-def begins(frame: Tensor) -> Tensor:
-    """frame (B, T) of each vision token, -1 for text -> where a frame begins, (B, T) bool."""
-    return (frame >= 0) & (frame != F.pad(frame[:, :-1], (1, 0), value=-1))
+class FieldVideoLLM(VideoLLM):
+    """A VideoLLM that takes frames of any shape, squeezed to squares.
+
+    online  may frames be seen one by one? A method that must know all of them says no
+    static  does the decoder run without asking the data for a shape, so that it compiles to one graph?
+    """
+
+    online, static = True, True
+    cache = KVCache  # its kind of memory
+
+    def new_cache(self, rows: int = 1, **options) -> KVCache:
+        """See VideoLLM. Raises UserError when frames cannot come one by one."""
+        require(self.online,
+                f"{self.config.method} must know all frames before the first answer; it cannot be streamed")
+        weight = self.decoder.embed.weight
+        return self.cache(self.config, rows, weight.dtype, weight.device, **options)
+
+    def see(self, frames: Tensor) -> Tensor:
+        return super().see(squeeze(frames))
+
+    def embed(self, ids: Tensor, seen: Tensor | None, plan: Plan) -> Tensor:
+        """Text ids (B, T) and seen frames (F, N, D), merged into one stream (B, T, D)."""
+        x = self.decoder.embed(ids)
+        if seen is None:
+            return x
+        return x.flatten(0, 1).index_copy(0, plan.vision.flatten(), seen.flatten(0, 1).to(x.dtype)).view_as(x)
 
 
-class Fewer(VideoLLM):
+class Fewer(FieldVideoLLM):
     """A VideoLLM whose frames enter the decoder as other tokens than the encoder's. Subclasses say which."""
 
-    def tokens_of(self, seen, ids: Tensor, frame: Tensor, pos: Tensor, cache) -> VisionTokens:
+    cache = CountingCache
+
+    def tokens_of(self, seen, ids: Tensor, plan: Plan, cache) -> VisionTokens:
         """What becomes of the frames that `see` saw; x (F, n, D) in the decoder's width."""
         raise NotImplementedError
 
-    def open_cache(
-        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = KVCache
-    ) -> KVCache:
-        """See VideoLLM. Raises UserError for a window that forgets frames and not their text: where a frame ends is
-        known by its number of tokens, which differs here."""
-        if settings and settings.window and not settings.forgets_text:
-            raise UserError("forget got vision, expected all for frames of various numbers of tokens; leave it out")
-        return super().open_cache(rows, frames, text, settings, kind)
-
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen, cache=None, trace=None) -> Tensor:
-        """As `VideoLLM.forward`; at empty places the result means nothing."""
-        x, filled = self.decoder.embed(ids), frame < 0
-        if not isinstance(seen, Tensor):  # what a stream passes along when there is text alone
-            tokens = self.tokens_of(seen, ids, frame, pos, cache)
-            if int(tokens.counts.max()) > self.config.frame_tokens:
-                raise ValueError(
-                    f"{int(tokens.counts.max())} tokens of a frame that has {self.config.frame_tokens} places"
-                )
-            row, start = begins(frame).nonzero(as_tuple=True)
-            last = (start + self.config.frame_tokens)[:, None]
-            place = last - tokens.counts[:, None] + torch.arange(tokens.x.shape[1], device=x.device)
-            row, place = row[:, None].expand_as(place)[tokens.valid], place[tokens.valid]
-            x[row, place] = tokens.x[tokens.valid].to(x.dtype)
-            filled[row, place] = True
-        short = gather(x, pos, frame, filled)
-        hidden = self.decoder(short.h, short.pos, short.frame, cache=cache, trace=trace)
-        return scatter(x.to(hidden.dtype), short, hidden)
+    def hidden(self, ids: Tensor, seen, plan: Plan, cache=None, trace=None) -> Tensor:
+        """As `VideoLLM.hidden`; at empty places the result means nothing."""
+        x, filled = self.decoder.embed(ids), ~is_vision(plan)
+        if len(plan.vision):
+            tokens = self.tokens_of(seen, ids, plan, cache)
+            most, room = int(tokens.counts.max()), self.config.frame_tokens
+            if most > room:
+                raise ValueError(f"{most} tokens of a frame that has {room} places")
+            step = torch.arange(tokens.x.shape[1], device=x.device)
+            place = (plan.vision[:, -1:] + 1 - tokens.counts[:, None] + step)[tokens.valid]
+            x = x.flatten(0, 1).index_copy(0, place, tokens.x[tokens.valid].to(x.dtype)).view_as(x)
+            filled = filled.flatten().index_fill(0, place, True).view_as(filled)
+        short = shorten(filled, plan.pos)
+        if cache is not None:
+            cache.begin(plan)
+            cache.places = short.take(cache.places)
+            cache.saw(plan)
+        hidden = self.decoder(short.take(x), plan._replace(pos=short.pos), cache)
+        return short.put(x.to(hidden.dtype), hidden)
 
 
 def summary_looks(vit: ViT, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,68 +105,62 @@ def summary_looks(vit: ViT, patches: Tensor) -> tuple[Tensor, Tensor]:
     return rearrange(weights.mean(1), "f 1 p -> f p"), keys
 
 
-class Remembering(KVCache):
-    """A KVCache that also keeps, of each stream, one frame that a Reducer compares later ones with."""
+class Remembering(CountingCache):
+    """A CountingCache that also keeps, of each stream, one frame that a Reducer compares later ones with."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, *size):
+        super().__init__(*size)
         self.remembered: dict[int, Tensor] = {}  # row -> (N, D)
-        self.coming: dict[int, Tensor] = {}  # what will be remembered once the frames have been stored
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {f"remembered.{row}": tokens for row, tokens in self.remembered.items()}
+    def more(self) -> dict[str, Tensor]:
+        return super().more() | {f"remembered.{row}": tokens for row, tokens in self.remembered.items()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        super().restore(tensors)
-        device = self.layers[0].k.device
-        self.remembered = {
-            int(name.removeprefix("remembered.")): tokens.to(device)
-            for name, tokens in tensors.items()
-            if name.startswith("remembered.")
-        }
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        super().restore_more(tensors)
+        self.remembered = {int(name.removeprefix("remembered.")): tokens for name, tokens in tensors.items()
+                           if name.startswith("remembered.")}
+
+    def mark(self) -> tuple:
+        return super().mark(), dict(self.remembered)
+
+    def rewind(self, mark: tuple) -> None:
+        held, remembered = mark
+        super().rewind(held)
+        self.remembered = dict(remembered)
 
 
 class Reduced(Fewer):
     """A Reducer between encoder and connector, or behind the connector when it compares tokens with words."""
 
+    cache = Remembering
+
     def __init__(self, config: ModelConfig, reducer: Reducer, behind: bool = False):
         super().__init__(config)
         self.reducer, self.behind, self.online = reducer, behind, reducer.online
 
-    def open_cache(
-        self, rows: int, frames: int, text: int, settings: StreamConfig | None = None, kind: type[KVCache] = Remembering
-    ) -> KVCache:
-        return super().open_cache(rows, frames, text, settings, kind)
-
     def see(self, frames: Tensor) -> Seen:
-        tokens = frames if frames.ndim == 3 else self.vit(frames.to(self.vit.position.dtype))
+        tokens = frames if frames.ndim == 3 else self.vit(squeeze(frames).to(self.vit.position.dtype))
         attention, keys = summary_looks(self.vit, tokens[:, 1:]) if self.reducer.looks else (None, None)
         tokens = tokens.to(self.connector.fc1.weight.dtype)
         return Seen(self.connector(tokens) if self.behind else tokens, attention, keys)
 
-    def question(self, ids: Tensor, frame: Tensor, pos: Tensor) -> Tensor:
+    def question(self, ids: Tensor, plan: Plan) -> Tensor:
         """Mean embedding of each stream's words before its first frame, (B, D); zeros where there are none."""
-        before = ((frame >= 0).cumsum(1) == 0) & (pos < PAD) & (pos > 0)  # at 0 is <bos>
+        before = (is_vision(plan).cumsum(1) == 0) & (plan.pos < PAD) & (plan.pos > 0)  # at 0 is <bos>
         words = self.decoder.embed(ids) * before[..., None]
         return words.sum(1) / before.sum(1, keepdim=True).clamp(min=1)
 
-    def tokens_of(self, seen: Seen, ids: Tensor, frame: Tensor, pos: Tensor, cache) -> VisionTokens:
-        row, start = begins(frame).nonzero(as_tuple=True)
-        query = self.question(ids, frame, pos) if self.reducer.scope == "query" else None
-        seen = replace(seen, row=row, number=frame[row, start], query=query)
-        tokens = self.reducer(seen) if cache is None else self.go_on(seen, cache.remembered, cache.coming)
+    def tokens_of(self, seen: Seen, ids: Tensor, plan: Plan, cache) -> VisionTokens:
+        query = self.question(ids, plan) if self.reducer.scope == "query" else None
+        numbers = numbers_of(plan, None if cache is None else cache.frames)
+        seen = replace(seen, row=rows_of(plan), number=numbers, query=query)
+        tokens = self.reducer(seen) if cache is None else self.go_on(seen, cache.remembered)
         return tokens if self.behind else replace(tokens, x=self.connector(tokens.x))
 
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen, cache=None, trace=None) -> Tensor:
-        hidden = super().forward(ids, frame, pos, seen, cache, trace)
-        if cache is not None:  # a full cache has raised before
-            cache.remembered |= cache.coming
-            cache.coming.clear()
-        return hidden
-
-    def go_on(self, seen: Seen, remembered: dict[int, Tensor], coming: dict[int, Tensor]) -> VisionTokens:
+    def go_on(self, seen: Seen, remembered: dict[int, Tensor]) -> VisionTokens:
         """The next frames of streams: each stream's remembered frame is shown once more before them, and left out of
-        what comes out. What is to be remembered next is put into `coming`."""
+        what comes out. Notes in `remembered` what is to be shown next
+        time."""
         rows = seen.rows.tolist()
         shown = [row for row in dict.fromkeys(rows) if row in remembered]
         if not shown and self.reducer.remembered(seen) is None:
@@ -163,7 +172,7 @@ class Reduced(Fewer):
         out, keys, back = self.reducer(whole), self.reducer.remembered(whole), order.argsort()[len(shown) :]
         for row in dict.fromkeys(rows):
             last = int((whole.rows == row).nonzero()[-1])
-            coming[row] = tokens[keys[last]].detach().clone()
+            remembered[row] = tokens[keys[last]].detach().clone()
         return VisionTokens(out.x[back], out.valid[back], out.place[back])
 
 
@@ -194,185 +203,140 @@ class Tiled(Fewer):
         step = torch.arange(x.shape[1], device=x.device)
         return VisionTokens(self.connector(x), step < counts[:, None], step.expand(len(x), -1))
 
-    def tokens_of(self, seen: VisionTokens, ids: Tensor, frame: Tensor, pos: Tensor, cache) -> VisionTokens:
+    def tokens_of(self, seen: VisionTokens, ids: Tensor, plan: Plan, cache) -> VisionTokens:
         return seen
 
 
-class Beside(torch.autograd.Function):
-    """The identity on hidden states; backwards it adds the gradient of another loss."""
-
-    @staticmethod
-    def forward(context, hidden: Tensor, loss: Tensor) -> Tensor:
-        context.one = torch.ones_like(loss)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, context.one
-
-
-class Causal:
-    """Stands in for a cache in one pass: stores nothing, and a token sees those that are not after it. To the blocks of
-    depths.py a past means that tokens come in time, and that each must be let through or not by itself."""
-
-    def __init__(self, depth: int):
-        self.layers = [self] * depth
-
-    def make_room(self, pos: Tensor, frame: Tensor) -> None:
-        pass
-
-    def places(self, pos: Tensor) -> Tensor:
-        return pos
-
-    def append(self, k: Tensor, v: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return k, v, rearrange(rearrange(pos, "b s -> b 1 s") <= rearrange(pos, "b t -> b t 1"), "b t s -> b 1 t s")
-
-
-class Deeper(VideoLLM):
+class Deeper(FieldVideoLLM):
     """A VideoLLM with make(dense block, layer) in some layers; their auxiliary losses are added to the main one.
 
-    online   whether the choice can be made while frames come
-    causal   whether that is another choice than training's: then it is the one made in all evaluation, too
+    online  whether the choice can be made while frames come
     """
 
-    def __init__(self, config: ModelConfig, layers, make, online: bool = True, causal: bool = False):
+    static, cache = False, CountingCache
+
+    def __init__(self, config: ModelConfig, layers, make, online: bool = True):
         super().__init__(config)
         replace_layers(self.decoder, layers, make)
-        self.online, self.causal = online, causal
+        self.online = online
 
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        if cache is None and self.causal and not self.training:
-            cache = Causal(len(self.decoder.layers))
-        hidden = super().forward(ids, frame, pos, seen, cache, trace)
-        if self.training and torch.is_grad_enabled():
-            for layer in self.decoder.layers:
-                if getattr(layer, "auxiliary", None) is not None:
-                    hidden = Beside.apply(hidden, layer.auxiliary)
-        return hidden
+    def hidden(self, ids: Tensor, seen: Tensor | None, plan: Plan, cache=None, trace=None) -> Tensor:
+        return super().hidden(ids, seen, plan, cache)  # the blocks trace tokens, not frames: no routers' recall
+
+    def forward(self, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
+        """As `VideoLLM.forward`. The auxiliary losses are means, so they count as much as the mean over all labels.
+        They change the gradient, and not the loss that is logged."""
+        text, stream = super().forward(batch)
+        losses = [layer.auxiliary for layer in self.decoder.layers if getattr(layer, "auxiliary", None) is not None]
+        extra = sum(losses) * sum(batch.counts) if self.training and losses else text.new_zeros(())
+        return text + (extra - extra.detach()), stream
 
 
-class Thinned(VideoLLM):
+class Thinned(FieldVideoLLM):
     """FastV around the decoder. The token that looks is the one that the last answer begins with: what stands behind it
     is not known when it is asked. What came before has been thinned by it, too, so all must be there at once."""
 
+    online, static = False, False
+
     def __init__(self, config: ModelConfig, after: int, drop: float):
         super().__init__(config)
-        self.decoder, self.online = FastV(self.decoder, after, drop), False
+        self.decoder = FastV(self.decoder, after, drop)
 
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        token, begins_answer = (
-            torch.arange(ids.shape[1], device=ids.device),
-            (ids == SPEAKS) & (frame < 0) & (pos < PAD),
-        )
-        last = (pos < PAD).sum(1) - 1
+    def hidden(self, ids: Tensor, seen: Tensor | None, plan: Plan, cache=None, trace=None) -> Tensor:
+        token, real = torch.arange(ids.shape[1], device=ids.device), plan.pos < PAD
+        begins_answer = (ids == SPEAKS) & ~is_vision(plan) & real
+        last = real.sum(1) - 1
         asks = torch.where(begins_answer.any(1), (token * begins_answer).amax(1), last).clamp(min=0)
-        return self.decoder(self.embed(ids, frame, seen), pos, frame, asks=asks)  # no routed layers to trace
+        return self.decoder(self.embed(ids, seen, plan), plan, asks=asks)  # no routed layers to trace
 
 
-class Compressed(VideoLLM):
+class Compressed(FieldVideoLLM):
     """VoCo-LLaMA: the last k places of a frame are its VoCo tokens, the very last of which decides whether to speak. So
     these see what was said and the VoCo tokens of earlier frames (`recurrent`, ours): from one frame alone nobody could
     tell what is new in it."""
+
+    cache = VoCoCache
 
     def __init__(self, config: ModelConfig, k: int):
         super().__init__(config)
         self.voco = VoCo(config.dim, k)
 
-    def open_cache(self, rows: int, frames: int, text: int, settings: StreamConfig | None = None) -> VoCoCache:
-        if settings and settings.window:
-            raise UserError(f"a window got {settings.window} frames, but VoCo's cache holds no frames; leave it out")
-        return VoCoCache(super().open_cache(rows, frames, text, settings), len(self.voco.tokens), recurrent=True)
+    def new_cache(self, rows: int = 1, **options) -> KVCache:
+        return super().new_cache(rows, k=len(self.voco.tokens), recurrent=True, **options)
 
     def see(self, frames: Tensor) -> Tensor:
         seen = super().see(frames)
         return torch.cat((seen, self.voco.tokens.to(seen.dtype).expand(len(seen), -1, -1)), dim=1)
 
-    def codes(self, frame: Tensor) -> Tensor:
-        """frame (B, T) of each vision token with its VoCo tokens among them -> `voco.codes`."""
-        number = self.config.frame_tokens
-        last = torch.arange(number, device=frame.device) >= number - len(self.voco.tokens)
-        voco = torch.zeros_like(frame, dtype=torch.bool)
-        voco[frame >= 0] = last.repeat(int(begins(frame).sum()))
-        return torch.where(voco, -2 - frame, frame)
+    def codes(self, plan: Plan, before: list[int] | None = None) -> Tensor:
+        """(B, T) see `voco.codes`; row b has had before[b] frames."""
+        code = frame_of(plan, before).flatten()
+        places = plan.vision[:, self.config.frame_tokens - len(self.voco.tokens) :].flatten()
+        return code.index_copy(0, places, -2 - code[places]).view_as(plan.pos)
 
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        x, code = self.embed(ids, frame, seen), self.codes(frame)
+    def hidden(self, ids: Tensor, seen: Tensor | None, plan: Plan, cache=None, trace=None) -> Tensor:
+        x = self.embed(ids, seen, plan)
         if cache is None:
-            first = pos.where(owner(code) >= 0, PAD).amin(1)
-            sees = visible(pos, code, pos, code, first, recurrent=True) | (pos == PAD)[:, :, None]
-            return self.decoder(x, pos, code, cache=Masked(sees, len(self.decoder.layers)))
-        hidden = self.decoder(x, pos, code, cache=cache)
-        if (code <= -2).any():
+            turn = self.decoder.rope.turn(plan.pos, self.config.head_dim, x.dtype)
+            sees = mask(plan.pos, self.codes(plan), recurrent=True)
+            return self.decoder.norm(run_layers(self.decoder, x, turn, plan.pos, mask=sees))
+        cache.coming(plan.pos, self.codes(plan, cache.frames))
+        hidden = self.decoder(x, plan, cache)
+        if len(plan.vision):
+            cache.saw(plan)
             cache.evict()
         return hidden
 
 
-@contextmanager
-def turning(decoder: Decoder, rope: Rope):
-    """Let every layer turn by `rope` for a while."""
-    attentions = [layer.attention for layer in decoder.layers]
-    before = [attention.rope for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.rope = rope
-        yield
-    finally:
-        for attention, rope in zip(attentions, before, strict=True):
-            attention.rope = rope
+class Announced(KVCache):
+    """A KVCache that knows how many frames its stream will have; 0: as many as in training."""
 
+    no_window = "keys that turn more slowly cannot be moved"
 
-class Measured(KVCache):
-    """A KVCache that knows how many frames its stream was opened for."""
-
-    def __init__(self, *args, frames: int, **options):
-        super().__init__(*args, frames=frames, **options)
+    def __init__(self, *size, frames: int = 0):
+        super().__init__(*size)
         self.frames = frames
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"frames": torch.tensor(self.frames)}
+    def more(self) -> dict[str, Tensor]:
+        return {"frames": torch.tensor(self.frames)}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        if (frames := int(tensors["frames"])) != self.frames:
-            raise UserError(
-                f"the saved stream was opened for {frames} frames, got {self.frames}; ask for as many again"
-            )
-        super().restore(tensors)
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        frames = int(tensors["frames"])
+        require(frames == self.frames,
+                f"the saved stream was opened for {frames} frames, got {self.frames}; ask for as many again")
 
 
-class Extended(VideoLLM):
+class Extended(FieldVideoLLM):
     """Visual Context Window: streams that are longer than any in training turn more slowly.
 
-    How long a stream will be must be known before it begins: offline from its frames, online from the room asked for.
+    How long a stream will be must be known before it begins: offline from its frames, online it is told to `new_cache`.
     """
+
+    cache = Announced
 
     def __init__(self, config: ModelConfig, low: float = 0.5, high: float = 4.0):
         super().__init__(config)
         self.low, self.high = low, high
         self.longest = nn.Parameter(torch.zeros(()), requires_grad=False)  # frames; saved with the weights
 
-    def open_cache(self, rows: int, frames: int, text: int, settings: StreamConfig | None = None) -> KVCache:
-        if settings and settings.window:
-            raise UserError(
-                f"a window got {settings.window} frames, but keys that turn more slowly cannot be moved; leave it out"
-            )
-        return super().open_cache(rows, frames, text, settings, kind=Measured)
-
     def rope(self, frames: int) -> Rope:
         """For a stream of so many frames."""
         trained, target = (round(number) * self.config.frame_tokens for number in (self.longest.item(), frames))
-        plain = Rope.of(self.config)
-        return visual_rope(plain, trained, target, self.low, self.high) if 0 < trained < target else plain
+        if not 0 < trained < target:
+            return self.decoder.rope
+        return visual_rope(self.config.rope_base, trained, target, self.low, self.high)
 
-    def forward(self, ids: Tensor, frame: Tensor, pos: Tensor, seen: Tensor, cache=None, trace=None) -> Tensor:
-        if cache is not None:
-            with turning(self.decoder, self.rope(cache.frames)):
-                return super().forward(ids, frame, pos, seen, cache, trace)
-        lengths = frame.amax(1) + 1
-        if self.training:
-            self.longest.data.clamp_(min=float(lengths.max()))
-        ropes = [self.rope(number) for number in lengths.tolist()]
-        if len(set(ropes)) > 1:  # then each row alone: what one is must not depend on another
-            parts = zip(ids.split(1), frame.split(1), pos.split(1), seen.split(lengths.tolist()), strict=True)
-            return torch.cat([self.forward(*part) for part in parts])
-        with turning(self.decoder, ropes[0]):
-            return super().forward(ids, frame, pos, seen, cache, trace)
+    def hidden(self, ids: Tensor, seen: Tensor | None, plan: Plan, cache=None, trace=None) -> Tensor:
+        rows = len(ids)
+        if cache is None:
+            lengths = torch.bincount(rows_of(plan), minlength=rows).tolist()
+            if self.training:
+                self.longest.data.clamp_(min=float(max(lengths)))
+        else:
+            cache.begin(plan)
+            lengths = [cache.frames] * rows
+        x = self.embed(ids, seen, plan)
+        # Each row turns at its own speed: what one is must not depend on another.
+        turns = [self.rope(frames).turn(pos, self.config.head_dim, x.dtype)
+                 for frames, pos in zip(lengths, plan.pos.split(1), strict=True)]
+        return self.decoder.norm(run_layers(self.decoder, x, torch.cat(turns), plan.pos, cache))

@@ -25,7 +25,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from mod.block import Attention, Block
+from mod.layers import Attention, Block
 from mod.related.base import Reducer, Seen, VisionTokens
 from mod.vit import MLP
 
@@ -35,7 +35,7 @@ MODES = ("qformer", "perceiver")
 class QFormerBlock(nn.Module):
     """BERT's order, a norm after each sum: z = LN(z + self(z)), z = LN(z + cross(z, patches)), z = LN(z + MLP(z)).
 
-    It is not mod.block.Block, whose norms come first.
+    It is not mod.layers.Block, whose norms come first.
     """
 
     def __init__(self, width: int, heads: int, cross: bool):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.config import kept_per_frame
+from mod.config import keep_count
 from mod.related.base import Reducer, Seen, VisionTokens, chosen
 
 MODES = ("clip", "stream")
@@ -43,8 +43,10 @@ class VTS(Reducer):
 
     line = "key frames whole, of the others what is new"
 
-    def __init__(self, width: int, rho: float = 0.5, mode: str = "clip", keys: int = 1, tau: float = 0.3,
-                 novelty: bool = True, hidden: int = 16):  # fmt: skip
+    def __init__(
+        self, width: int, rho: float = 0.5, mode: str = "clip", keys: int = 1, tau: float = 0.3, novelty: bool = True,
+        hidden: int = 16,
+    ):
         """tau is for "stream", keys for "clip"; without novelty a patch is kept for its score alone."""
         super().__init__()
         if mode not in MODES:
@@ -101,7 +103,7 @@ class VTS(Reducer):
         if self.novelty:
             apart = [difference(seen.patches, seen.patches[key]) for key in reference.unbind(1)]  # K of (F, P)
             value = value * torch.stack(apart).amin(0)
-        best = value.argsort(dim=1, descending=True, stable=True)[:, : kept_per_frame(self.rho, z.shape[1])]
+        best = value.argsort(dim=1, descending=True, stable=True)[:, : keep_count(self.rho, z.shape[1])]
         keep = torch.zeros_like(z, dtype=torch.bool).scatter(1, best, True) | is_key[:, None]
         return torch.cat((torch.ones_like(keep[:, :1]), keep), dim=1)
 

@@ -19,8 +19,8 @@ Quirk, behind `official_prefix=True`: in the authors' code text after the VoCo s
 with the image the system prompt before it is hidden, too. Here text sees text, unless asked. With several frames the
 quirk is taken to hide the text before the first frame from all text after it [ours].
 
-How tokens are told apart: where the decoder takes a token's frame, the VoCo of frame f carry -2 - f (`codes`). Anything
-negative is no vision token to the cache, so it keeps them; and an entry says by itself whose it is.
+How tokens are told apart: a vision token carries the number f of its frame, a VoCo token -2 - f, text -1 (`codes`). The
+cache stores the code beside the position, so an entry says by itself whose it is.
 
 Unverified: training (nothing here is trained on data), and how embeddings of the VoCo begin.
 """
@@ -29,14 +29,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mod.block import PAD
-from mod.cache import KVCache
+from mod.config import ModelConfig
+from mod.layers import PAD
+from mod.related.ragged import CountingCache, CountingLayer
 from mod.router import ROUTER_STD
 
 
 def codes(frame: Tensor, voco: Tensor) -> Tensor:
-    """frame (..., T) of each vision token, voco (..., T) frame of each VoCo token, -1 elsewhere, as one number a token:
-    the frame, -2 - frame, or -1 for text."""
+    """frame (..., T) of each vision token, voco (..., T) frame of each VoCo token, -1 elsewhere, as one number per
+    token: the frame, -2 - frame, or -1 for text."""
     return torch.where(voco >= 0, -2 - voco, frame)
 
 
@@ -45,8 +46,10 @@ def owner(code: Tensor) -> Tensor:
     return torch.where(code <= -2, -2 - code, code)
 
 
-def visible(pos: Tensor, code: Tensor, k_pos: Tensor, k_code: Tensor, first: Tensor, recurrent: bool = False,
-            official_prefix: bool = False) -> Tensor:  # fmt: skip
+def visible(
+    pos: Tensor, code: Tensor, k_pos: Tensor, k_code: Tensor, first: Tensor, recurrent: bool = False,
+    official_prefix: bool = False,
+) -> Tensor:
     """The rule: pos, code (B, T) of queries, k_pos, k_code (B, S) of keys -> which keys they see, (B, T, S) bool.
 
     first (B,) is the position of the stream's first vision token, PAD where there is none yet.
@@ -62,11 +65,11 @@ def visible(pos: Tensor, code: Tensor, k_pos: Tensor, k_code: Tensor, first: Ten
     return sees
 
 
-def mask(frame: Tensor, voco: Tensor, recurrent: bool = False, official_prefix: bool = False) -> Tensor:
-    """Who sees whom in a whole stream: frame, voco (T,), see `codes` -> (T, T) bool, query by key."""
-    code, pos = codes(frame, voco)[None], torch.arange(len(frame), device=frame.device)[None]
+def mask(pos: Tensor, code: Tensor, recurrent: bool = False, official_prefix: bool = False) -> Tensor:
+    """Who sees whom in whole streams: pos, code (B, T) -> (B, T, T) bool, query by key."""
     first = pos.where(owner(code) >= 0, PAD).amin(1)
-    return visible(pos, code, pos, code, first, recurrent, official_prefix)[0]
+    sees = visible(pos, code, pos, code, first, recurrent, official_prefix)
+    return sees | (pos >= PAD)[:, :, None]  # padding sees everything, or its softmax would be nan
 
 
 def lay_out(frame: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,27 +101,6 @@ class VoCo(nn.Module):
         return with_voco, frame, voco
 
 
-class Masked:
-    """Stands in for a cache in one pass over whole streams: hands keys and values through, with a mask of one's own.
-
-    sees (T, T) or (B, T, T) bool, query by key; every token must see one key at least. Stores nothing, so gradients
-    pass. It serves as the cache of a decoder and as that of each layer.
-    """
-
-    def __init__(self, sees: Tensor, depth: int = 0):
-        self.sees = sees[None] if sees.ndim == 2 else sees
-        self.layers = [self] * depth
-
-    def make_room(self, pos: Tensor, frame: Tensor) -> None:
-        pass
-
-    def places(self, pos: Tensor) -> Tensor:
-        return pos
-
-    def append(self, k: Tensor, v: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return k, v, rearrange(self.sees, "b t s -> b 1 t s")
-
-
 def stays(code: Tensor, k: int) -> Tensor:
     """Which entries of a cache stay, code (B, S) -> (B, S) bool: all but the vision tokens of frames whose k VoCo
     tokens are there."""
@@ -126,60 +108,85 @@ def stays(code: Tensor, k: int) -> Tensor:
     return ~((code >= 0) & compressed)
 
 
-class VoCoCache:
-    """A stream's KVCache under VoCo-LLaMA's rule. Pass `codes` as the frame; call `evict` after each frame.
+class VoCoLayer(CountingLayer):
+    """A layer's keys and values with the code of each entry, (B, slots)."""
 
-    Make the KVCache from a config without routed layers and without a window; a VoCo token counts as text. A chunk may
-    hold any number of whole frames with their VoCo tokens: what they see does not depend on how a stream is cut.
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.code = torch.full_like(self.pos, -1)
+        self.whole: VoCoCache | None = None  # which knows the rule
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v, sees = super().append(k, v, pos)
+        code, held = self.whole.code, slice(0, self.longest)
+        self.code[self.row, self.slots] = code
+        rule = visible(pos, code, self.pos[:, held], self.code[:, held], self.whole.first, **self.whole.rule)
+        return k, v, sees & rule | (pos >= PAD)[:, :, None]  # padding sees something, or its softmax would be nan
+
+    def grow(self, slots: int) -> None:
+        super().grow(slots)
+        more = self.pos.shape[1] - self.code.shape[1]
+        self.code = torch.cat((self.code, self.code.new_full((len(self.code), more), -1)), 1)
+
+    def drop(self, gone: Tensor) -> None:
+        """Forget the entries that gone (B, S) says, S up to the longest row, and close ranks."""
+        used = gone.shape[1]
+        # A stable sort puts what stays first, in its order.
+        order, row = gone.int().argsort(dim=1, stable=True), self.row
+        self.pos[:, :used] = self.pos[:, :used].masked_fill(gone, PAD)[row, order]
+        self.code[:, :used] = self.code[row, order]
+        for stored in (self.k, self.v):
+            stored[:, :, :used] = rearrange(stored[row, :, order], "b s g e -> b g s e")
+        self.lengths = (torch.tensor(self.lengths) - gone.sum(1).cpu()).tolist()
+        self.longest = max(self.lengths)
+
+
+class VoCoCache(CountingCache):
+    """A stream's memory under VoCo-LLaMA's rule. Tell `coming` of each chunk's codes before it, and `evict` after it.
+
+    A chunk may hold any number of whole frames with their VoCo tokens: what they see does not depend on how a stream is
+    cut.
     """
 
-    class Layer:
-        def __init__(self, inner, whole: "VoCoCache"):
-            self.inner, self.whole = inner, whole
+    layer, no_window = VoCoLayer, "VoCo's cache holds no frames"
 
-        def __getattr__(self, name: str):
-            """Everything else is the LayerCache's."""
-            return getattr(self.__dict__["inner"], name)
+    def __init__(
+        self, config: ModelConfig, rows: int = 1, dtype: torch.dtype = torch.float32, device="cpu", *, k: int,
+        recurrent: bool = False, official_prefix: bool = False,
+    ):
+        super().__init__(config, rows, dtype, device)
+        self.k, self.rule = k, {"recurrent": recurrent, "official_prefix": official_prefix}
+        # The position of each row's first vision token. Remembered: with k = 0 no entry would tell.
+        self.first = torch.full((rows,), PAD, device=device)
+        self.code = torch.zeros(rows, 0)  # (B, T) of the coming tokens
+        for layer in self.layers:
+            layer.whole = self
 
-        def places(self, pos: Tensor) -> Tensor:
-            return self.inner.places(pos)
-
-        def append(self, k: Tensor, v: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            k, v, sees = self.inner.append(k, v, pos, frame)
-            k_pos, k_code = (stored[:, : k.shape[2]] for stored in (self.inner.pos, self.inner.frame))
-            rule = visible(pos, frame, k_pos, k_code, self.whole.first, **self.whole.rule)
-            return k, v, sees & rearrange(rule, "b t s -> b 1 t s")
-
-    def __init__(self, cache: KVCache, k: int, recurrent: bool = False, official_prefix: bool = False):
-        self.cache, self.k = cache, k
-        self.rule = {"recurrent": recurrent, "official_prefix": official_prefix}
-        self.first = torch.full_like(cache.layers[0].length, PAD)  # remembered: with k = 0 no entry would tell
-        self.layers = [self.Layer(layer, self) for layer in cache.layers]
-
-    def __getattr__(self, name: str):
-        """Everything else is the KVCache's."""
-        return getattr(self.__dict__["cache"], name)
-
-    def make_room(self, pos: Tensor, frame: Tensor) -> None:
-        self.cache.make_room(pos, frame)
-        self.first = torch.minimum(self.first, pos.where(owner(frame) >= 0, PAD).amin(1))
-
-    def state(self) -> dict[str, Tensor]:
-        return self.cache.state() | {"first": self.first.clone()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.cache.restore(tensors)
-        self.first = tensors["first"].to(self.first.device)
+    def coming(self, pos: Tensor, code: Tensor) -> None:
+        """Tokens of these codes (B, T) come next, at pos (B, T), PAD for padding on the right."""
+        self.places, self.code = pos, code
+        self.first = torch.minimum(self.first, pos.where(owner(code) >= 0, PAD).amin(1))
 
     def evict(self) -> None:
         """Drop the keys and values of every frame that has been compressed, in every layer."""
-        for layer in self.cache.layers:
-            code = layer.frame.where(layer.pos < PAD, -1)
-            gone = ~stays(code, self.k)
-            for number in code[gone].unique().tolist():
-                mine = gone & (code == number)
-                # A frame's vision tokens stand together, so a span of positions is those and nothing else.
-                start = layer.pos.where(mine, PAD).amin(1).where(mine.any(1), 0)
-                layer.forget(start, start + mine.sum(1), None)
-                code = layer.frame.where(layer.pos < PAD, -1)
-                gone = ~stays(code, self.k)
+        for layer in self.layers:
+            used = slice(0, layer.longest)
+            gone = ~stays(layer.code[:, used].where(layer.pos[:, used] < PAD, -1), self.k)
+            if gone.any():
+                layer.drop(gone)
+
+    def more(self) -> dict[str, Tensor]:
+        return super().more() | {"first": self.first, "code": self.layers[0].code[:, : self.layers[0].longest].clone()}
+
+    def restore_more(self, tensors: dict[str, Tensor]) -> None:
+        super().restore_more(tensors)
+        self.first = tensors["first"]
+        for layer in self.layers:
+            layer.code[:, : layer.longest] = tensors["code"]
+
+    def mark(self) -> tuple:
+        return super().mark(), self.first
+
+    def rewind(self, mark: tuple) -> None:
+        held, self.first = mark
+        super().rewind(held)

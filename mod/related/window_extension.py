@@ -6,7 +6,7 @@ Positions. What a video model can reach is the number of vision tokens that it w
 model's window. So YaRN's rule by parts is applied with the visual length: s = target / trained, a pair of entries that
 turns r times within `trained` positions keeps its speed where r > beta, is slowed by s where r < alpha, and is blended
 in between. alpha = 1, beta = 32. YaRN also sharpens the attention for a longer window; this paper writes of the
-speeds alone, and `Rope` has no place for the other: not built.
+speeds alone: the other is not built.
 
 Progressive pooling. Frames come in groups of K; the first of a group is pooled with a small stride, the others with a
 large one. K = 4, strides 2 and 8: of 27×27 patches 196 and 16 tokens, 244 a group where 784 would be. The text calls
@@ -20,27 +20,25 @@ as it is.
 import torch
 from torch import Tensor
 
-from mod.block import Rope
+from mod.real.rope import ScaledRope
 from mod.related.base import Reducer, Seen, VisionTokens, merged
 from mod.related.pooling import pooling_weights
 
 
-def visual_rope(rope: Rope, trained: int, target: int, low: float = 1.0, high: float = 32.0) -> Rope:
-    """A rope for `target` vision tokens where `trained` were the most in training.
+def visual_rope(base: float, trained: int, target: int, low: float = 1.0, high: float = 32.0) -> ScaledRope:
+    """A rope of this base for `target` vision tokens where `trained` were the most in training.
 
-    `Rope` has the rule already, under Llama's names: low is the paper's alpha, high its beta, factor its s, and context
-    the length within which turns are counted, here `trained`. Giving the language model's window instead is YaRN as it
-    was, the paper's comparison. Fix `target` before a stream begins: keys that a cache holds already turned keep the
-    speed that they were turned with.
+    `ScaledRope` has the rule already, under Llama's names: low is the paper's alpha, high its beta, factor its s, and
+    context the length within which turns are counted, here `trained`. Giving the language model's window instead is
+    YaRN as it was, the paper's comparison. Fix `target` before a stream begins: keys that a cache holds already turned
+    keep the speed that they were turned with.
 
     In a short window no pair turns 32 times (in 200 positions not even the fastest), so that none would be left alone;
     choose low and high, for instance 0.5 and 4, by the window.
     """
-    if rope.factor != 1:
-        raise ValueError(f"this rope is slowed by {rope.factor} already; a rope has one scaling: give the plain one")
     if not 0 <= low < high or trained < 1:
         raise ValueError(f"expected 0 <= low < high and trained >= 1, got low {low}, high {high}, trained {trained}")
-    return rope._replace(factor=max(1.0, target / trained), low=low, high=high, context=trained)
+    return ScaledRope(base, max(1.0, target / trained), low, high, trained)
 
 
 def pooled(side: int, stride: int) -> Tensor:

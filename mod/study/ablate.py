@@ -5,7 +5,6 @@
     python -m mod.study.ablate --table 3             # how tokens are chosen, and how many are kept
     python -m mod.study.ablate --table 4             # ours: what makes the router learn
     python -m mod.study.ablate --table 5             # ours: where that stops holding
-    python -m mod.study.ablate --table field         # every system of the field (mod/study/field.py), three seeds
     python -m mod.study.ablate --table 1 --quick     # two seeds of a few steps each, to see that it works
     python -m mod.study.ablate --table 1 --report    # train nothing: write the table from the runs that are finished
 
@@ -16,39 +15,39 @@ results/tableN.md, .json and .png; with --quick into runs/study-quick, because a
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
-from mod.config import PRESETS, Config, UserError
-from mod.data import clip_batch, vocabulary
-from mod.flags import Parser, run_script
-from mod.study import field, routers
+from mod.config import Config, require
+from mod.data import clip_batch
+from mod.related.world import WORLD
+from mod.run import to_json, write_text
+from mod.study import routers
 from mod.study.ablate_report import plot_places, plot_quality, plot_recall, report
-from mod.study.costs import average_text, ratios
+from mod.study.common import command
+from mod.study.costs import ratios
 from mod.study.machine import Machine, ratio, side_by_side
-from mod.study.sweep import Variant, collect, configure, sweep
+from mod.study.sweep import TrialFlags, Variant, average_text, collect, configure, quick, read_off, sweep
 from mod.study.tables import MEASURES, TABLES, VARIANTS, Table
-from mod.train import step_clips, validation_clips
-from mod.videollm import VideoLLM, stream_loss
 
-SEEDS, FIELD_SEEDS = 5, 3
+BASE = WORLD.presets["study"]
 
 
-def quick(base: Config) -> Config:
-    """The study in a few steps of small batches: shows that everything works, says nothing about the method."""
-    few = {"steps": 10, "batch_size": 4, "vit_steps": 20, "eval_every": 0, "eval_clips": 8}
-    return replace(base, train=replace(base.train, **few))
+@dataclass(frozen=True)
+class Flags(TrialFlags):
+    table: Literal[1, 2, 3, 4, 5] = 1  # which table
 
 
 def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Decoder FLOPs and KV cache of every variant on an average stream, as a share of the base's full computation."""
-    frames, text, shares = base.data.frames, average_text(validation_clips(base, 64)), {}
+    _, source = WORLD.build(base, torch.device("cpu"))
+    frames, text, shares = base.data.frames, average_text(source), {}
     for name in names:
-        config = replace(base.model, **VARIANTS[name].model)
+        config = configure(base, VARIANTS[name], 0).model
         if VARIANTS[name].routers == "oracle":
             config = replace(config, select="random")  # no scores to compute
         share = ratios(config, frames, text, base.model)
@@ -59,16 +58,17 @@ def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
 def training_step(base: Config, variant: Variant) -> Callable[[], None]:
     """A function that runs connector and decoder forward, loss and backward once; the frozen encoder and the optimizer,
     alike for all, are left out."""
-    config = replace(base, model=replace(base.model, **variant.model))
-    torch.manual_seed(0)
-    model = routers.build(config.model, variant.routers) if variant.routers else VideoLLM(config.model)
-    batch = clip_batch(vocabulary(), step_clips(config, 0), config.model.frame_tokens)
+    config = configure(base, variant, 0)
+    model, source = WORLD.build(config, torch.device("cpu"))
+    if variant.routers:
+        routers.equip(model, variant.routers)
+    batch = clip_batch(source.words, source.training(0), config.model)
     with torch.no_grad():
-        features = model.vit(batch.pixels)
+        batch = replace(batch, pixels=model.vit(batch.pixels))
 
     def step() -> None:
-        hidden = model(batch.ids, batch.frame, batch.pos, model.connector(features))
-        stream_loss(model, hidden, batch)[0].backward()
+        text, stream = model(batch)
+        ((text + stream) / sum(batch.counts)).backward()
 
     return step
 
@@ -82,7 +82,7 @@ def step_times(base: Config, names: Sequence[str], turns: int = 7) -> dict[str, 
 
 
 def all_step_times(base: Config, clock: Path, rows: Sequence[str]) -> dict[str, float]:
-    """Step times of these rows, from the file `clock`; one that lacks some is written anew, with every variant in it,
+    """Step times of these rows, from the file `clock`. One that lacks some is written anew, with every variant in it,
     because only times taken side by side compare."""
     times = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else {}
     if not set(rows) <= set(times):
@@ -100,39 +100,24 @@ def summary(table: Table, base: Config, variants: dict[str, Variant], results: d
         "clips": settings.eval_clips,
         "costs": costs(base, rows) if table.with_costs else {},
         "times": all_step_times(base, clock, rows) if table.with_costs else {},
-        "values": {
-            name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}
-            for name, found in results.items()
-        },
+        "values": read_off(results, MEASURES),
     }
 
 
-def run(arguments) -> int:
-    seeds = arguments.seeds if arguments.seeds is not None else FIELD_SEEDS if arguments.table == "field" else SEEDS
-    if seeds < 1 or arguments.jobs < 1:
-        raise UserError(f"seeds and jobs must be at least 1, got {seeds} and {arguments.jobs}")
-    if arguments.table == "field":
-        base, runs, out = PRESETS["field"], Path("runs/field"), Path("results")
-        if arguments.quick:
-            base, runs, out, seeds = quick(base), Path("runs/field-quick"), Path("runs/field-quick"), min(seeds, 2)
-        field.run(base, runs, out, seeds, arguments.jobs, arguments.report)
-        return 0
-    number = int(arguments.table)
-    table, base, variants = TABLES[number], PRESETS["study"], VARIANTS
-    runs, out = Path("runs/study"), Path("results")
-    if arguments.quick:
+def run(flags: Flags) -> int:
+    number, base, variants, seeds = flags.table, BASE, VARIANTS, flags.seeds
+    table, runs, out = TABLES[number], Path("runs/study"), Path("results")
+    if flags.quick:
         base, variants = quick(base), {name: replace(one, train={}) for name, one in VARIANTS.items()}
         runs, out, seeds = Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
     out.mkdir(parents=True, exist_ok=True)
-    if not arguments.report:
-        sweep(runs, out / "study", base, variants, table.rows, seeds, arguments.jobs)
+    if not flags.report:
+        sweep(runs, out / "study", base, variants, table.rows, seeds, flags.jobs)
     results = collect(out / "study", base, {name: variants[name] for name in table.rows}, seeds)
     results = {name: found for name, found in results.items() if found}
-    if not results:
-        raise UserError(f"no finished run of this table in {out / 'study'}; train first, without --report")
-    data = summary(table, base, variants, results, out / "step-times.json")
+    require(results, f"no finished run of this table in {out / 'study'}; train first, without --report")
     path = out / f"table{number}.json"
-    write_text(path, to_json(data, indent=1) + "\n")
+    write_text(path, to_json(summary(table, base, variants, results, out / "step-times.json"), indent=1) + "\n")
     data = json.loads(path.read_text(encoding="utf-8"))  # what is reported is what is in the file
     text = report(number, data)
     write_text(path.with_suffix(".md"), text)
@@ -144,21 +129,13 @@ def run(arguments) -> int:
     else:
         plot_quality(table, data, picture)
     print(text)
-    if arguments.quick:
+    if flags.quick:
         print("a few steps teach nothing: the numbers above only show that everything runs")
     print(f"wrote {out}/table{number}.md, .json and .png")
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="mod.study.ablate", description=__doc__.split("\n")[0])
-    parser.add_argument("--table", choices=[*map(str, sorted(TABLES)), "field"], required=True, help="which table")
-    parser.add_argument("--seeds", type=int, help=f"seeds 0 to this minus 1 (default: {SEEDS}, of field {FIELD_SEEDS})")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two seeds of a few steps, into runs/study-quick")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the table from finished runs")
-    return run_script(run, parser.parse_args(argv), "mod.study.ablate")
-
+main = command("mod.study.ablate", __doc__, Flags, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,47 +1,59 @@
 """The field side by side: every system of mod/related trained with equal steps, data and seeds, and what comes out.
 
-`python -m mod.study.ablate --table field` calls this. What a run measured is one file in results/field; the table,
-results/field.md, .json and .png, is made from those files, and from times taken side by side on the machine it runs on.
+    python -m mod.study.field               # three seeds of every system, two runs at a time
+    python -m mod.study.field --quick       # two seeds of a few steps each, to see that it works
+    python -m mod.study.field --report      # train nothing: write the table from the runs that are finished
+
+What a run measured is one file in results/field. The table, results/field.md, .json and .png, is made from those files,
+and from times taken side by side on the machine it runs on.
 """
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tqdm import tqdm
 
-from mod.checkpoint import load_weights, read_tensors, to_json, write_text
-from mod.config import Config, ModelConfig, UserError
-from mod.data import clip_batch, clip_pixels, make_clip, vocabulary
+from mod.config import Config, require
+from mod.data import Source, clip_batch, clip_pixels
 from mod.related import methods
+from mod.related.data import make_clip
 from mod.related.methods import METHODS
+from mod.related.world import WORLD
+from mod.run import load_weights, read_tensors, to_json, write_text
 from mod.stream import Stream
-from mod.study.ablate_report import judge, mean_and_error, mean_error
+from mod.study.ablate_report import judge, mean_error, means, number_of_seeds
+from mod.study.common import command, markdown
 from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.needle import DEPTHS, LENGTHS, LONG
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, publish, save
-from mod.study.sweep import Variant, collect, sweep
-from mod.train import step_clips
-from mod.videollm import VideoLLM, stream_loss
+from mod.study.sweep import TrialFlags, Variant, collect, quick, read_off, sweep
+from mod.videollm import VideoLLM
 
+BASE = WORLD.presets["field"]
 ENTRY = 2 * 4  # bytes of a key and a value in float32, for each of their numbers
 TURNS = 5  # of a side by side comparison
 WATCHED = 24  # frames that a stream has seen when the latency of the next one is taken
+
+
+@dataclass(frozen=True)
+class Flags(TrialFlags):
+    seeds: int = 3  # seeds 0 to this minus 1
 
 
 def variants(base: Config) -> dict[str, Variant]:
     """A variant for every method: what it changes in the configuration."""
     plain = asdict(base.model)
     changes = {name: asdict(methods.configure(base.model, name)) for name in METHODS}
-    return {
-        name: Variant(METHODS[name].title, {k: v for k, v in change.items() if v != plain[k]}, probed=True)
-        for name, change in changes.items()
-    }
+    return {name: Variant(METHODS[name].title, {k: v for k, v in change.items() if v != plain[k]}, probed=True)
+            for name, change in changes.items()}
 
 
 def mean_of(*parts: float | None) -> float | None:
@@ -83,52 +95,52 @@ MEASURES: dict[str, Callable[[dict], float | None]] = {
 }
 FIRST = ("quality", "narration", "present", "past", "timing", "streamed")
 SECOND = ("now", "side", "appeared", "spark", "ahead", "square", "wide", "longer", "longer, questions",
-          *(f"needle in {frames}" for frames in LENGTHS))  # fmt: skip
+          *(f"needle in {frames}" for frames in LENGTHS))
 JUDGED = ("quality", "narration", "present", "past", "timing")
+
+
+def built(base: Config, name: str, runs: Path | None = None) -> tuple[VideoLLM, Source]:
+    """A method's model, with the weights of its first run where that is there: how much many methods keep depends on
+    what they have learnt."""
+    config = replace(base, model=methods.configure(base.model, name), train=replace(base.train, seed=0))
+    model, source = WORLD.build(config, torch.device("cpu"))
+    if runs and (path := runs / f"{name}-0" / "model.safetensors").is_file():
+        load_weights(model.weights(), read_tensors(path)[0], path)
+    return model.eval(), source
 
 
 def training_step(base: Config, name: str, runs: Path) -> Callable[[], None]:
     """A function that runs a method forward, loss and backward once, from pixels on, the encoder frozen."""
-    model = built(base.model, name, runs).train()
-    model.vit.requires_grad_(False)
-    batch = clip_batch(vocabulary(), step_clips(base, 0), model.config.frame_tokens)
+    model, source = built(base, name, runs)
+    model.train().vit.requires_grad_(False)
+    batch = clip_batch(source.words, source.training(0), model.config)
 
     def step() -> None:
-        hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
-        stream_loss(model, hidden, batch)[0].backward()
+        text, stream = model(batch)
+        ((text + stream) / sum(batch.counts)).backward()
 
     return step
 
 
-def built(model: ModelConfig, name: str, runs: Path | None = None) -> VideoLLM:
-    """A method's model, with the weights of its first run where that is there: how much many methods keep depends on
-    what they have learnt."""
-    torch.manual_seed(0)
-    made = methods.build(methods.configure(model, name)).eval()
-    if runs and (path := runs / f"{name}-0" / "model.safetensors").is_file():
-        load_weights(made, read_tensors(path)[0], path)
-    return made
-
-
-def next_frame(base: Config, name: str, runs: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+def next_frame(base: Config, name: str, runs: Path) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
     """A function that lets a stream, which has seen WATCHED frames, see one more, and one that takes it back."""
-    model = built(base.model, name, runs)
-    stream = Stream(model, vocabulary(), frames=WATCHED + 1, text=10)
+    model, source = built(base, name, runs)
+    stream = Stream(model, source.words)
     pixels = clip_pixels([make_clip(base.data, base.model, "test", 3, 0, WATCHED + 1)])
     for picture in pixels[:-1]:
         stream.see(picture[None])
-    mark = stream.state()
-    before = json.loads(json.dumps(mark[1]))
+    mark, seen, position = stream.cache.mark(), list(stream.seen), list(stream.position)
 
     def back() -> None:
-        stream.restore(mark[0], json.loads(json.dumps(before)))
+        stream.cache.rewind(mark)
+        stream.seen, stream.position = list(seen), list(position)
 
     return lambda: stream.see(pixels[-1:]), back
 
 
 def clock(base: Config, names: Sequence[str], runs: Path) -> dict[str, dict[str, float]]:
     """Time of a training step, and of one more frame of a stream, as a share of full computation's, side by side."""
-    online = [name for name in names if built(base.model, name).online]
+    online = [name for name in names if built(base, name)[0].online]
     steps = {name: training_step(base, name, runs) for name in dict.fromkeys(["full", *names])}
     frames = {name: next_frame(base, name, runs) for name in dict.fromkeys(["full", *online])}
     seeing, undo = ({name: pair[i] for name, pair in frames.items()} for i in (0, 1))
@@ -162,21 +174,24 @@ def summary(base: Config, results: dict, clock_file: Path, runs: Path) -> dict:
     return {
         "steps": base.train.steps, "batch": base.train.batch_size, "clips": base.train.eval_clips,
         "frames": base.data.frames, "entry_bytes": ENTRY * base.model.kv_heads * base.model.head_dim,
-        "online": {name: bool(built(base.model, name).online) for name in rows},
+        "online": {name: bool(built(base, name)[0].online) for name in rows},
         "times": times,
-        "values": {
-            name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in MEASURES.items()}
-            for name, found in results.items()
-        },
-    }  # fmt: skip
+        "values": read_off(results, MEASURES),
+    }
 
 
 def cost(data: dict, name: str, measure: str) -> float:
-    """Mean over seeds of a cost: FLOPs as a share of full computation's, bytes of the cache a frame."""
+    """Mean over seeds of a cost: FLOPs as a share of full computation's, bytes of the cache per frame."""
     mean = statistics.mean(data["values"][name][measure].values())
     if "flops" in measure:
         return mean / statistics.mean(data["values"]["full"][measure].values())
     return mean * data["entry_bytes"] if measure == "kv" else mean
+
+
+def points(data: dict, measure: str) -> dict[str, tuple[float, float]]:
+    """Method -> (cost, quality), for those that see."""
+    return {name: (cost(data, name, measure), statistics.mean(found["quality"].values()))
+            for name, found in data["values"].items() if name != "no-vision"}
 
 
 def online_front(data: dict, measure: str) -> list[str]:
@@ -184,27 +199,22 @@ def online_front(data: dict, measure: str) -> list[str]:
     return front({name: point for name, point in points(data, measure).items() if data["online"][name]})
 
 
-def points(data: dict, measure: str) -> dict[str, tuple[float, float]]:
-    """Method -> (cost, quality), for those that see."""
-    values = data["values"]
-    return {
-        name: (cost(data, name, measure), statistics.mean(values[name]["quality"].values()))
-        for name in values
-        if name != "no-vision"
-    }
-
-
-def cells(data: dict, name: str, columns: Sequence[str]) -> list[str]:
-    return [mean_and_error(list(data["values"][name][column].values())) for column in columns]
-
-
 def report(data: dict) -> str:
     """results/field.md."""
-    values = data["values"]
-    seeds = {len(found["narration"]) for found in values.values()}
-    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    lines = [
-        f"**The field side by side.** Mean ± standard error over {count} seeds, {data['steps']} steps of "
+    values, online, times = data["values"], data["online"], data["times"]
+    first = means(values, {name: f"`{name}` {METHODS[name].title}" for name in values}, FIRST)
+    first["tokens"] = [f"{cost(data, name, 'tokens'):.1f}" for name in values]
+    first["FLOPs"] = [f"{cost(data, name, 'flops'):.2f}" for name in values]
+    first["live"] = [f"{cost(data, name, 'live flops'):.2f}" if online[name] else "-" for name in values]
+    first["KV"] = [f"{cost(data, name, 'kv'):,.0f}" for name in values]
+    first["step"] = [f"{times['step'][name]:.2f}" for name in values]
+    first["frame"] = [f"{times['frame'][name]:.2f}" if online[name] else "-" for name in values]
+    first["online"] = ["yes" if online[name] else "no" for name in values]
+    gaps = {f"`{name}`": {measure: judge(values["mod"][measure], values[name][measure]) for measure in JUDGED}
+            for name in values if name != "mod" and "mod" in values}
+    tests, seeds = len(JUDGED) * (len(values) - 1), number_of_seeds(values)
+    return "\n".join([
+        f"**The field side by side.** Mean ± standard error over {seeds} seeds, {data['steps']} steps of "
         f"{data['batch']} clips of {data['frames']} frames each, on {data['clips']} validation clips; shares of what "
         "is right. *Present*: where the sprite is now, on which side of the landmark. *Past*: where it appeared, which "
         "spark flashed last. *Timing*: mean of frames rightly spoken at and rightly silent. *Quality*: mean of these "
@@ -212,38 +222,21 @@ def report(data: dict) -> str:
         "*Streamed*: narrations right at the right frame, live, the model hearing only itself. Tokens: of a frame, "
         "into the decoder. FLOPs: of one pass over a clip, encoder included, output layer and elementwise work (as "
         "clustering) not; *live*: of the clip frame by frame. KV: bytes a frame leaves. Step, frame: time of a "
-        "training step and of one more frame of a stream. FLOPs and times: full computation is 1.",
-        "",
-        "| | " + " | ".join(FIRST) + " | tokens | FLOPs | live | KV | step | frame | online |",
-        "|---" * (len(FIRST) + 8) + "|",
-    ]
-    for name in values:
-        online = data["online"][name]
-        latency = f"{data['times']['frame'][name]:.2f}" if online else "-"
-        live = f"{cost(data, name, 'live flops'):.2f}" if online else "-"
-        row = [f"`{name}` {METHODS[name].title}", *cells(data, name, FIRST), f"{cost(data, name, 'tokens'):.1f}",
-               f"{cost(data, name, 'flops'):.2f}", live, f"{cost(data, name, 'kv'):,.0f}",
-               f"{data['times']['step'][name]:.2f}", latency, "yes" if online else "no"]  # fmt: skip
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "On the Pareto front of what runs online, from cheap to dear:", ""]
-    for measure, what in (("flops", "FLOPs"), ("kv", "KV bytes")):
-        lines.append(f"- quality against {what}: {', '.join(f'`{name}`' for name in online_front(data, measure))}")
-    lines += ["", "Apart: *side* of the landmark, *spark*, questions asked *ahead* of the frames (in most clips the "
-              "same was asked and answered meanwhile: half is reading), narration on *square* and *wide* frames, "
-              f"narration and questions on *longer* clips of {LONG} frames, and the needle in a haystack (V-NIAH) of "
-              f"so many frames, mean over {len(DEPTHS)} depths. What guessing achieves is in the row `no-vision`; of a "
-              "needle's four colours a quarter:", "",
-              "| | " + " | ".join(SECOND) + " |", "|---" * (len(SECOND) + 1) + "|"]  # fmt: skip
-    lines += [f"| `{name}` | {' | '.join(cells(data, name, SECOND))} |" for name in values]
-    tests = len(JUDGED) * (len(values) - 1)
-    lines += ["", "Against VideoLLM-MoD, seed by seed: difference (p of a paired t-test); bold where p < 0.05, as "
-              f"chance alone makes about {0.05 * tests:.0f} of these {tests}; so few seeds tell little apart:", "",
-              "| `mod` minus | " + " | ".join(JUDGED) + " |", "|---" * (len(JUDGED) + 1) + "|"]  # fmt: skip
-    for name in values:
-        if name != "mod" and "mod" in values:
-            gaps = [judge(values["mod"][measure], values[name][measure]) for measure in JUDGED]
-            lines.append(f"| `{name}` | {' | '.join(gaps)} |")
-    return "\n".join(lines) + "\n"
+        "training step and of one more frame of a stream. FLOPs and times: full computation is 1.\n",
+        markdown(first),
+        "On the Pareto front of what runs online, from cheap to dear:\n",
+        *(f"- quality against {what}: {', '.join(f'`{name}`' for name in online_front(data, measure))}"
+          for measure, what in (("flops", "FLOPs"), ("kv", "KV bytes"))),
+        "\nApart: *side* of the landmark, *spark*, questions asked *ahead* of the frames (in most clips the same was "
+        "asked and answered meanwhile: half is reading), narration on *square* and *wide* frames, narration and "
+        f"questions on *longer* clips of {LONG} frames, and the needle in a haystack (V-NIAH) of so many frames, mean "
+        f"over {len(DEPTHS)} depths. What guessing achieves is in the row `no-vision`; of a needle's four colours a "
+        "quarter:\n",
+        markdown(means(values, {name: f"`{name}`" for name in values}, SECOND)),
+        "Against VideoLLM-MoD, seed by seed: difference (p of a paired t-test); bold where p < 0.05, as chance alone "
+        f"makes about {0.05 * tests:.0f} of these {tests}; so few seeds tell little apart:\n",
+        markdown(pd.DataFrame.from_dict(gaps, orient="index").rename_axis("`mod` minus")),
+    ])
 
 
 FAMILIES = {  # colour and marker of each family: told apart without colour, too
@@ -265,12 +258,12 @@ def draw_points(axis, data: dict, measure: str) -> None:
     numbers = {name: number for number, name in enumerate(placed, start=1)}
     for colour, marker, names in FAMILIES.values():
         for name in (name for name in names if name in placed):
-            _, error = mean_error(list(data["values"][name]["quality"].values()))
+            _, error = mean_error(data["values"][name]["quality"])
             axis.errorbar(*placed[name], error, color=colour, marker=marker, markersize=10 if name == "mod" else 6,
                           markerfacecolor=colour if data["online"][name] else "white", capsize=2, elinewidth=0.8,
-                          linestyle="none")  # fmt: skip
+                          linestyle="none")
             axis.annotate(str(numbers[name]), placed[name], textcoords="offset points", xytext=(6, 5), fontsize=9,
-                          color=colour, weight="bold" if name == "mod" else "normal")  # fmt: skip
+                          color=colour, weight="bold" if name == "mod" else "normal")
     if measure == "kv":
         axis.set_xscale("log")
         axis.minorticks_off()
@@ -284,7 +277,7 @@ def plot(data: dict, path: Path) -> None:
     figure, values = Figure(figsize=(15, 10.5), layout="constrained"), data["values"]
     grid = figure.subplots(2, 2)
     costs = {"flops": "FLOPs of a clip, encoder included (share of full computation)",
-             "kv": "keys and values that a frame leaves (bytes)"}  # fmt: skip
+             "kv": "keys and values that a frame leaves (bytes)"}
     for column, (measure, label) in enumerate(costs.items()):
         for row in (0, 1):
             axis = grid[row, column]
@@ -304,21 +297,29 @@ def plot(data: dict, path: Path) -> None:
         for name in (name for name in names if name in placed):
             face = colour if data["online"][name] else "white"
             entries.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="none",
-                                  label=f"{placed.index(name) + 1} {name} ({family})"))  # fmt: skip
+                                  label=f"{placed.index(name) + 1} {name} ({family})"))
     entries.append(Line2D([], [], color="grey", linestyle="--", label="Pareto front (online)"))
     figure.legend(handles=entries, loc="outside right center", fontsize=9, title="hollow: cannot run online")
     figure.suptitle("The field side by side: the same model, data, steps and seeds. "
-                    "Quality: mean of narration, present, past and timing")  # fmt: skip
+                    "Quality: mean of narration, present, past and timing")
     save(figure, path)
 
 
-def run(base: Config, runs: Path, out: Path, seeds: int, jobs: int, report_only: bool) -> None:
-    """Train what is missing, then write field.md, .json and .png into `out`."""
+def run(flags: Flags) -> int:
+    base, runs, out, seeds = BASE, Path("runs/field"), Path("results"), flags.seeds
+    if flags.quick:
+        base, runs, out, seeds = quick(base), Path("runs/field-quick"), Path("runs/field-quick"), min(seeds, 2)
     every = variants(base)
-    if not report_only:
-        sweep(runs, out / "field", base, every, list(every), seeds, jobs)
+    if not flags.report:
+        sweep(runs, out / "field", base, every, list(every), seeds, flags.jobs)
     results = {name: found for name, found in collect(out / "field", base, every, seeds).items() if found}
-    if "full" not in results:
-        raise UserError(f"no finished run of full computation in {out / 'field'}; train first, without --report")
+    require("full" in results, f"no finished run of full computation in {out / 'field'}; train first, without --report")
     data = json.loads(to_json(summary(base, results, out / "field-times.json", runs)))
     publish(out / "field", data, report(data), plot)
+    return 0
+
+
+main = command("mod.study.field", __doc__, Flags, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,18 +5,18 @@ spark in one frame of a stream without any other, the question is which colour i
 quarter), and the haystack is all that the sprite does meanwhile, narrated as ever.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
 
-from mod.config import Config, DataConfig
-from mod.data import SPLITS, Clip, Say, Scene, happenings, make_clip, vocabulary, with_noise
-from mod.evaluate import teacher_forced
-from mod.metrics import summarize
+from mod.config import Config
+from mod.data import SPLITS, Clip, Source, happenings, with_noise
+from mod.evaluate import mean, summarize, teacher_forced
+from mod.layout import Say
 from mod.related.costs import counted
+from mod.related.data import SPARK_QUESTION, HarderData, HarderScene, make_clip, padded
 from mod.videollm import VideoLLM
 
 LENGTHS = (8, 16, 32)  # frames of a haystack
@@ -24,14 +24,13 @@ DEPTHS = (0.0, 0.33, 0.67, 1.0)  # where the needle is, as a share of the way
 NEEDLES = 16  # for each length and depth
 LONG, LONG_CLIPS = 24, 48  # frames of the longer clips, and how many
 COUNTED = 16  # clips on which costs are counted, which may depend on what they show
-QUESTION = "which spark ?"
 
 
-class Haystack(Scene):
+class Haystack(HarderScene):
     """A scene with a spark in frame number `at` and in no other."""
 
-    def __init__(self, rng: np.random.Generator, config: DataConfig, at: int):
-        super().__init__(rng, config)
+    def __init__(self, rng: np.random.Generator, data: HarderData, at: int):
+        super().__init__(rng, data)
         self.at, self.now = at, -1
 
     def flash(self) -> None:
@@ -45,9 +44,9 @@ def needle_clip(config: Config, index: int, frames: int, depth: float) -> Clip:
     rng = np.random.default_rng([SPLITS["test"], frames, round(100 * depth), index])
     data = replace(config.data, sparks=1.0, question_rate=0.0, ahead=0.0)
     scene = Haystack(rng, data, round(depth * (frames - 1)))
-    pictures, said, labels, truth = zip(*islice(happenings(rng, data, config.model, scene), frames), strict=True)
-    end = [Say(frames - 1, "user", QUESTION), Say(frames - 1, "assistant", truth[-1][QUESTION])]
-    video = with_noise(np.stack(pictures), data.noise, rng)
+    pictures, said, labels, truth = zip(*islice(happenings(scene, config.model), frames), strict=True)
+    end = [Say(frames - 1, "user", SPARK_QUESTION), Say(frames - 1, "assistant", truth[-1][SPARK_QUESTION])]
+    video = padded(with_noise(np.stack(pictures), data.noise, rng), data)
     return Clip(video, [*chain(*said), *end], np.stack(labels), list(truth))
 
 
@@ -56,34 +55,34 @@ def rows_for(config: Config, frames: int) -> int:
     return max(1, 4000 // (frames * config.model.frame_tokens))
 
 
-def needles(model: VideoLLM, config: Config) -> dict[str, dict[str, float]]:
+def needles(model: VideoLLM, source: Source, config: Config) -> dict[str, dict[str, float]]:
     """Share of needles found: frames -> depth -> share."""
     found: dict[str, dict[str, float]] = {}
     for frames in LENGTHS:
         for depth in DEPTHS:
             clips = [needle_clip(config, index, frames, depth) for index in range(NEEDLES)]
-            turns, _ = teacher_forced(model, vocabulary(), clips, rows=rows_for(config, frames))
+            turns, _ = teacher_forced(model, source.words, clips, rows=rows_for(config, frames))
             # The question is the last turn of its stream.
-            found.setdefault(str(frames), {})[str(depth)] = statistics.mean(stream[-1].exact for stream in turns)
+            found.setdefault(str(frames), {})[str(depth)] = mean([stream[-1].exact for stream in turns])
     return found
 
 
-def quality(model: VideoLLM, config: Config, clips: Sequence[Clip]) -> dict[str, float]:
+def quality(model: VideoLLM, source: Source, config: Config, clips: Sequence[Clip]) -> dict[str, float]:
     """Narrations, answers, speaking and silence right, of some clips, teacher-forced."""
-    turns, silent = teacher_forced(model, vocabulary(), clips, rows=rows_for(config, len(clips[0].frames)))
+    turns, silent = teacher_forced(model, source.words, clips, rows=rows_for(config, len(clips[0].frames)))
     summary = summarize(turns, silent, config.data.fps)
     names = ("narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy")
     return {name: summary[name] for name in names}
 
 
-def probes(model: VideoLLM, config: Config) -> dict:
-    """What a run's result says beside its metrics: longer clips, needles, either shape of frame on its own, costs."""
+def probes(model: VideoLLM, source: Source, config: Config) -> dict:
+    """What a run's result says besides its metrics: longer clips, needles, either shape of frame on its own, costs."""
     model.eval()
     long = [make_clip(config.data, config.model, "test", 1, index, LONG) for index in range(LONG_CLIPS)]
-    result = {"long": quality(model, config, long), "needle": needles(model, config)}
+    result = {"long": quality(model, source, config, long), "needle": needles(model, source, config)}
     for name, wide in (("square", 0.0), ("wide", 1.0)):
         shaped = replace(config.data, wide=wide)
         clips = [make_clip(shaped, config.model, "test", 2, index) for index in range(2 * LONG_CLIPS)]
-        result[name] = quality(model, config, clips)
+        result[name] = quality(model, source, config, clips)
     costly = [make_clip(config.data, config.model, "test", 2, index) for index in range(COUNTED)]
-    return result | {"costs": counted(model, vocabulary(), costly)}
+    return result | {"costs": counted(model, source.words, costly)}

@@ -1,6 +1,7 @@
 """Routers that only a study needs: an oracle that is told where the sprites are, and one that is taught by attention.
 
-`build(config, kind)` makes a model whose routed layers use one of them; `mod.train.train` takes such a builder.
+`equip(model, kind)` puts one of them into every routed layer of a model. What a router must know beyond its tokens
+comes to it through hooks, so the model knows nothing of it.
 """
 
 from functools import partial
@@ -10,18 +11,19 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from mod.block import rotate
-from mod.config import ModelConfig
+from mod.config import UserError
 from mod.decoder import MoDBlock
-from mod.router import LayerExpert, Router, top_k_mask
+from mod.layers import Attention, rotate
+from mod.layout import Plan
+from mod.router import LayerExpert, Router, top_k
 from mod.videollm import VideoLLM
 
 LESSON = 0.1  # weight of the auxiliary loss, beside a main loss of one
 
 
 def colourfulness(pixels: Tensor, grid: int) -> Tensor:
-    """How colourful each token of a frame is: (F, 3, height, width) -> (F, N). Sprites are, background and grey shapes
-    are not. The CLS token has no pixels of its own; it comes after the colourful patches and before the grey ones."""
+    """How colourful each token of a frame is: (F, 3, side, side) -> (F, N). Sprites are, background and grey shapes are
+    not. The CLS token has no pixels of its own; it comes after the colourful patches and before the grey ones."""
     spread = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
     patches = rearrange(F.adaptive_avg_pool2d(spread, grid), "f 1 h w -> f (h w)")
     return torch.cat((torch.full_like(patches[:, :1], 0.15), patches), dim=1)
@@ -33,8 +35,6 @@ class OracleRouter(Router):
     told: Tensor | None = None  # (F, N), set when the vision encoder sees the frames that come next
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        if len(tokens) == 0:
-            return tokens.new_zeros(0, self.frame_tokens)
         if len(tokens) != len(self.told):
             raise ValueError(f"told of {len(self.told)} frames, got {len(tokens)}; see and decode the same frames")
         return self.told.to(tokens.dtype)
@@ -56,65 +56,68 @@ class Lesson(torch.autograd.Function):
 
 
 class TaughtRouter(LayerExpert):
-    """A LayerExpert with the paper's gate that is also taught, by an auxiliary loss, to predict which tokens of the
-    frame the text attends to most in the dense layer before; at inference it is a LayerExpert like any other."""
+    """A LayerExpert that is also taught, by an auxiliary loss, to predict which tokens of the frame the text attends to
+    most in the dense layer before. At inference it is a LayerExpert like any other."""
 
-    watched: Tensor | None = None  # (B, T) attention that each token got from text in the dense layer before
-
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.lesson = None
-        if self.training and self.watched is not None:
-            got = rearrange(self.watched[frame >= 0], "(f n) -> f n", n=self.frame_tokens)
-            self.lesson = top_k_mask(got, self.kept).to(x.dtype)
-        return super().forward(x, pos, frame)
+    plan: Plan | None = None  # where the tokens lie that the decoder works on
+    lesson: Tensor | None = None  # (F, N) 1 for the tokens that should be kept, 0 for others; None outside training
 
     def weight(self, scores: Tensor) -> Tensor:
         return super().weight(scores if self.lesson is None else Lesson.apply(scores, self.lesson))
 
 
 @torch.no_grad()
-def attention_from_text(attention, x: Tensor, pos: Tensor, frame: Tensor) -> Tensor:
-    """x (B, T, D) as an Attention sees it -> (B, T): the attention each token gets, mean over heads, sum over text."""
+def attention_from_text(attention: Attention, x: Tensor, turn: Tensor, pos: Tensor, vision: Tensor) -> Tensor:
+    """The attention that each vision token gets from text: mean over heads, sum over all tokens that are not vision.
+
+    x (B, T, D), turn and pos as `Attention.forward` has them, vision (F, N) as in a Plan -> (F, N).
+    """
     q = attention.q_norm(rearrange(attention.q(x), "b t (h e) -> b h t e", e=attention.head_dim))
     k = attention.k_norm(rearrange(attention.k(x), "b t (g e) -> b g t e", e=attention.head_dim))
-    q, k = rotate(q, pos, attention.rope), rotate(k, pos, attention.rope)
+    q, k = rotate(q, turn), rotate(k, turn)
     q = rearrange(q, "b (g r) t e -> b g r t e", g=k.shape[1])
     scores = torch.einsum("b g r t e, b g s e -> b g r t s", q, k) / attention.head_dim**0.5
     unseen = rearrange(pos, "b s -> b 1 s") > rearrange(pos, "b t -> b t 1")
     weights = scores.masked_fill(rearrange(unseen, "b t s -> b 1 1 t s"), -torch.inf).softmax(-1)
-    from_text = reduce(weights, "b g r t s -> b t s", "mean") * rearrange(frame < 0, "b t -> b t 1")
-    return reduce(from_text, "b t s -> b s", "sum")
+    reads = torch.ones(pos.numel(), dtype=x.dtype).index_fill(0, vision.flatten(), 0).view(*pos.shape, 1)
+    return reduce(reduce(weights, "b g r t s -> b t s", "mean") * reads, "b t s -> (b s)", "sum")[vision]
 
 
-def build(config: ModelConfig, kind: str) -> VideoLLM:
-    """A VideoLLM with "oracle" or "taught" routers in its routed layers.
+def equip(model: VideoLLM, kind: str) -> None:
+    """Put "oracle" or "taught" routers into a model's routed layers.
 
-    Raises ValueError when a taught router has no dense layer before it to learn from.
+    Raises UserError for another kind, and ValueError when a taught router has no dense layer before it to learn from.
     """
-    model = VideoLLM(config)
-    previous = None
-    for layer in model.decoder.layers:
+    if kind not in ("oracle", "taught"):
+        raise UserError(f"routers got {kind!r}, expected oracle or taught; leave it out for those of the configuration")
+    config, previous = model.config, None
+    for number, layer in enumerate(model.decoder.layers):
         if not isinstance(layer, MoDBlock):
             previous = layer
             continue
-        size = (config.dim, config.frame_tokens, config.keep[layer.router.layer], layer.router.layer, config.gate)
+        size = config.dim, config.frame_tokens, config.keep_ratios[number], number, config.gate
         if kind == "oracle":
             layer.router = OracleRouter(*size)
             model.vit.register_forward_pre_hook(partial(tell, layer.router, config.grid))
-        else:
-            if previous is None:
-                raise ValueError("a taught router learns from the dense layer before it, and there is none")
-            taught = TaughtRouter(*size)
-            taught.load_state_dict(layer.router.state_dict())
-            layer.router = taught
-            previous.attention.register_forward_hook(partial(watch, taught))
-    return model
+            continue
+        if previous is None:
+            raise ValueError("a taught router learns from the dense layer before it, and there is none")
+        taught = TaughtRouter(*size)
+        taught.load_state_dict(layer.router.state_dict())
+        layer.router = taught
+        model.decoder.register_forward_pre_hook(partial(begin, taught))
+        previous.attention.register_forward_hook(partial(watch, taught))
 
 
 def tell(router: OracleRouter, grid: int, vit, inputs) -> None:
     router.told = colourfulness(inputs[0], grid)
 
 
-def watch(router: TaughtRouter, attention, inputs, output) -> None:
-    x, pos, frame = inputs
-    router.watched = attention_from_text(attention, x, pos, frame) if router.training else None
+def begin(router: TaughtRouter, decoder, inputs) -> None:
+    router.plan, router.lesson = inputs[1], None
+
+
+def watch(router: TaughtRouter, attention: Attention, inputs, output) -> None:
+    if router.training:
+        got = attention_from_text(attention, *inputs, router.plan.vision)
+        router.lesson = torch.zeros_like(got).scatter(1, top_k(got, router.kept), 1)

@@ -3,22 +3,24 @@
     python -m mod.study.seeds                  # 5 seeds of each variant, two at a time; about an hour on two cores
     python -m mod.study.seeds --seeds 1        # one seed
 
-Finished runs are kept in runs/seeds and never repeated; a run that was cut off is resumed. Writes results/seeds.json
-and results/seeds.md, which is the README's table.
+Finished runs are kept in runs/seeds and never repeated; a run that was cut off goes on where it stopped. Writes
+results/seeds.json and results/seeds.md.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
-from mod.checkpoint import to_json, write_text
-from mod.config import PRESETS, UserError
-from mod.flags import Parser, run_script
-from mod.study.costs import average_text, ratios
-from mod.study.sweep import Variant, collect, configure, sweep
-from mod.study.tables import MEASURES
-from mod.train import validation_clips
+import pandas as pd
 
+from mod.config import Config
+from mod.evaluate import cost_ratios
+from mod.run import to_json, write_text
+from mod.study.common import command, markdown
+from mod.study.sweep import Flags, Variant, average_text, collect, configure, sweep
+from mod.study.tables import MEASURES
+from mod.train import synthetic
+
+BASE = Config()
 VARIANTS = {
     "value": Variant("MoD, value gate (the default)"),
     "full": Variant("full computation", {"layers": "none"}),
@@ -33,40 +35,41 @@ def entry(run: dict, costs: dict[str, float]) -> dict:
     """What seeds.json holds of a run: its metrics, what its variant costs, and its early recall."""
     early = next(point["recall"] for point in run["curve"] if "lm" in point and point["step"] >= EARLY)
     metrics = {name: run[name] for name in run if name not in ("config", "routers", "start", "kinds", "curve")}
-    return metrics | costs | {"recall_early": early, "shared_encoder": True}
+    return metrics | costs | {"recall_early": early}
+
+
+def cell(values: pd.Series) -> str:
+    """The worst of some seeds; with their mean and standard deviation when there are several."""
+    spread = f" ({values.mean():.3f} ± {values.std():.3f})" if len(values) > 1 else ""
+    return f"{values.min():.3f}{spread}"
+
+
+def ranges(recalls: list[dict[str, float]]) -> str:
+    """For every routed layer the least and the most of some seeds."""
+    layers = pd.DataFrame(recalls)
+    return ", ".join(f"{layers[layer].min():.2f} to {layers[layer].max():.2f}" for layer in layers) or "-"
 
 
 def table(results: dict[str, list[dict]]) -> str:
     """Worst seed, mean and standard deviation of every column, as a Markdown table."""
-    first = next(iter(results.values()))
-    # Runs of a file that does not say so warmed up a vision encoder each.
-    shared = "; the variants of a seed share its vision encoder" if "shared_encoder" in first[0] else ""
-    lines = [f"Worst of {len(first)} seeds (mean ± standard deviation) after {first[0]['steps']} steps, on unseen "
-             f"clips{shared}:", "",
-             f"| | {' | '.join(COLUMNS)} | recall at step {EARLY} | recall at the end | decoder FLOPs | KV cache |",
-             "|---" * (len(COLUMNS) + 5) + "|"]  # fmt: skip
-    for title, runs in results.items():
-        cells = []
-        for column in COLUMNS:
-            values = [MEASURES[column](run) for run in runs]
-            spread = f" ({statistics.mean(values):.3f} ± {statistics.stdev(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{min(values):.3f}{spread}")
-        for key in ("recall_early", "recall"):
-            recalls = [[run[key][layer] for run in runs] for layer in runs[0][key]]
-            cells.append(", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in recalls) or "-")
-        cells += [f"{runs[0]['flop_ratio']:.2f}", f"{runs[0]['kv_ratio']:.2f}"]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    steps, seeds = {(run["steps"], len(runs)) for runs in results.values() for run in runs}.pop()
+    measured = pd.DataFrame([{"": title} | {column: MEASURES[column](run) for column in COLUMNS}
+                             for title, runs in results.items() for run in runs])
+    rows = measured.groupby("", sort=False).agg(cell)
+    for column, key in ((f"recall at step {EARLY}", "recall_early"), ("recall at the end", "recall")):
+        rows[column] = [ranges([run[key] for run in runs]) for runs in results.values()]
+    for column, key in (("decoder FLOPs", "flop_ratio"), ("KV cache", "kv_ratio")):
+        rows[column] = [f"{runs[0][key]:.2f}" for runs in results.values()]
+    return (f"Worst of {seeds} seeds (mean ± standard deviation) after {steps} steps, on unseen clips; the variants of "
+            f"a seed share its vision encoder:\n\n{markdown(rows)}")
 
 
-def run(arguments) -> int:
-    if arguments.seeds < 1 or arguments.jobs < 1:
-        raise UserError(f"seeds and jobs must be at least 1, got {arguments.seeds} and {arguments.jobs}")
-    base, results = PRESETS["tiny"], {}
-    sweep(RUNS, RUNS, base, VARIANTS, list(VARIANTS), arguments.seeds, arguments.jobs)
-    text = average_text(validation_clips(base, 64))
-    for name, runs in collect(RUNS, base, VARIANTS, arguments.seeds).items():
-        costs = ratios(configure(base, VARIANTS[name], 0).model, base.data.frames, text)
+def run(flags: Flags) -> int:
+    sweep(RUNS, RUNS, BASE, VARIANTS, list(VARIANTS), flags.seeds, flags.jobs)
+    source, results = synthetic(BASE), {}
+    text = average_text(source)
+    for name, runs in collect(RUNS, BASE, VARIANTS, flags.seeds).items():
+        costs = cost_ratios(configure(BASE, VARIANTS[name], 0).model, BASE.data.frames, text)
         results[VARIANTS[name].title] = [entry(run, costs) for run in runs.values()]
     RESULTS.mkdir(exist_ok=True)
     write_text(RESULTS / "seeds.json", to_json(results, indent=1) + "\n")
@@ -76,12 +79,7 @@ def run(arguments) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="mod.study.seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this minus 1 (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
-    return run_script(run, parser.parse_args(argv), "mod.study.seeds")
-
+main = command("mod.study.seeds", __doc__, Flags, run)
 
 if __name__ == "__main__":
     sys.exit(main())

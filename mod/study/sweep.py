@@ -1,12 +1,10 @@
-"""Train variants of the model over seeds, resumably: finished runs are never repeated, cut-off ones are continued.
+"""Train variants of the model over seeds, resumably: finished runs are never repeated, cut-off ones go on.
 
-A run trains in a folder of its own; what it measured becomes one small file, RESULTS/NAME-SEED.json, with the
-configuration in it. That file is what says that a run is finished, and it is all that the tables need.
+A run trains in a folder of its own. What it measured becomes one small file, RESULTS/NAME-SEED.json, with the
+configuration in it. That file says that a run is finished, and it is all that the tables need.
 
-All runs of a seed see the same clips in the same order, through the same frozen vision encoder, warmed up once a seed.
-Each run is a process of its own with one thread: two at a time are faster than one with two threads.
-
-    python -m mod.study.sweep OUT RESULT --config '{...}'     # one run; mod.study.ablate calls this
+All runs of a seed see the same clips in the same order, through the same frozen vision encoder, which is warmed up once
+per seed. Each run is a process of its own with one thread: two at a time are faster than one with two threads.
 """
 
 import hashlib
@@ -15,24 +13,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mod.checkpoint import config_from, load_weights, read_tensors, to_json, weights, write_tensors, write_text
-from mod.config import Config, ModelConfig, UserError
-from mod.data import Clip, vocabulary
+from mod.config import Config, ModelConfig, UserError, check, require
+from mod.data import Clip, Source
 from mod.evaluate import teacher_forced
-from mod.flags import Parser, run_script
-from mod.related import methods
+from mod.layout import lay_out
+from mod.run import config_from, find_world, load_weights, read_tensors, run_script, to_json, write_tensors, write_text
 from mod.study import routers
-from mod.study.needle import probes
-from mod.train import train, validation_clips, warm_up_vit
+from mod.train import train, warm_up_vit
 from mod.videollm import VideoLLM
 
 # How a question begins: its kind. An answer after the last frame may be to a question asked before the first.
@@ -54,64 +49,110 @@ class Variant:
     probed: bool = False
 
 
+@dataclass(frozen=True)
+class Flags:
+    """What every study asks for."""
+
+    seeds: int = 5  # seeds 0 to this minus 1
+    jobs: int = 2  # runs at a time, one core each
+
+    def __post_init__(self):
+        check(self, {"seeds": 1, "jobs": 1})
+
+
+@dataclass(frozen=True)
+class TrialFlags(Flags):
+    """And what a long one asks for besides."""
+
+    quick: bool = False  # two seeds of a few steps each, in a folder apart, to see that it works
+    report: bool = False  # train nothing: write the table from the runs that are finished
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, the file of its result, and all that makes the run what it is. `start` is the weights of a
+    dense run to begin with."""
+
+    out: Path
+    file: Path
+    config: Config
+    routers: str = ""
+    start: Path | None = None
+    probed: bool = False
+
+    @property
+    def about(self) -> dict:
+        """The identity of the run, which its result begins with."""
+        config = {"world": self.config.world} | asdict(self.config)
+        return {"config": config, "routers": self.routers, "start": self.start.parent.name if self.start else ""}
+
+
 def configure(base: Config, variant: Variant, seed: int) -> Config:
-    return Config(
-        model=replace(base.model, **variant.model),
-        data=replace(base.data, **variant.data),
-        train=replace(base.train, **variant.train, seed=seed),
-    )
+    return replace(base, model=replace(base.model, **variant.model), data=replace(base.data, **variant.data),
+                   train=replace(base.train, **variant.train, seed=seed))
+
+
+def job_of(runs: Path, results: Path, base: Config, variants: dict[str, Variant], name: str, seed: int) -> Job:
+    variant = variants[name]
+    start = runs / f"{variant.start}-{seed}" / "model.safetensors" if variant.start else None
+    return Job(runs / f"{name}-{seed}", results / f"{name}-{seed}.json", configure(base, variant, seed),
+               variant.routers, start, variant.probed)
 
 
 def encoder(config: Config, folder: Path) -> Path:
-    """The file of a frozen vision encoder, warmed up if it is not there yet. Variants of a seed share it unless they
-    differ in what it sees or in its own sizes."""
+    """The file of a frozen vision encoder, warmed up if it is not there yet. The variants of a seed share it, unless
+    they differ in what it sees or in its own sizes."""
     own = {name: value for name, value in asdict(config.model).items() if name.startswith(("vit", "image", "patch"))}
     key = json.dumps([own, asdict(config.data), config.train.vit_steps, config.train.seed])
     path = folder / f"encoder-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
+        _, source = find_world(config.world).build(config, torch.device("cpu"))
         torch.manual_seed(config.train.seed)
         vit = VideoLLM(replace(ModelConfig(), **own)).vit  # the decoder of the default, whatever the variant's is
         # Always with two threads: another number adds up in another order, and ends with another encoder.
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
-        warm_up_vit(vit, config)
+        warm_up_vit(vit, source, config.train)
         torch.set_num_threads(threads)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, dict(vit.named_parameters()))
     return path
 
 
-def build(model_config: ModelConfig, encoder_file: Path, kind: str, start: Path | None = None) -> VideoLLM:
-    """A model with a trained encoder and, when `start` is given, all weights but the routers' from that dense run."""
-    model = routers.build(model_config, kind) if kind else methods.build(model_config)
-    if start:
-        trained, own = read_tensors(start)[0], weights(model)
+def build(job: Job, encoder_file: Path) -> tuple[VideoLLM, Source]:
+    """The model of a run, with a trained encoder and, when the run starts from a dense one, all of its weights but the
+    routers'."""
+    model, source = find_world(job.config.world).build(job.config, torch.device("cpu"))
+    if job.routers:
+        routers.equip(model, job.routers)
+    if job.start:
+        trained, own = read_tensors(job.start)[0], model.weights()
         new = {name: own[name] for name in own if ".router." in name}
-        load_weights(
-            model, new | {name: trained[name.replace(".block.", ".")] for name in own if name not in new}, start
-        )
-    load_weights(model.vit, read_tensors(encoder_file)[0], encoder_file)
-    return model
+        kept = {name: trained[name.replace(".block.", ".")] for name in own if name not in new}
+        load_weights(own, new | kept, job.start)
+    load_weights(dict(model.vit.named_parameters()), read_tensors(encoder_file)[0], encoder_file)
+    return model, source
 
 
-def answers_by_kind(model: VideoLLM, clips: Sequence[Clip]) -> dict[str, float]:
+def quick(base: Config) -> Config:
+    """A study in a few steps of small batches: shows that everything works, says nothing about the method."""
+    return replace(base, train=replace(base.train, steps=10, batch_size=4, vit_steps=20, eval_every=0, eval_clips=8))
+
+
+def average_text(source: Source) -> int:
+    """Mean number of text tokens of a clip's stream, <bos> and turn symbols included."""
+    layouts = [lay_out(source.words, len(clip.frames), 0, clip.said) for clip in source.validation(64)]
+    return round(sum(len(layout.ids) for layout in layouts) / len(layouts))
+
+
+def answers_by_kind(model: VideoLLM, source: Source, clips: Sequence[Clip]) -> dict[str, float]:
     """Share of right answers for every kind of question, teacher-forced."""
-    words, right = vocabulary(), {kind: [] for kind in QUESTIONS.values()}
-    for turns, clip in zip(teacher_forced(model, words, clips)[0], clips, strict=True):
+    right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS.values()}
+    for turns, clip in zip(teacher_forced(model, source.words, clips)[0], clips, strict=True):
         asked = [say.text for say in clip.said if say.role == "user" and say.frame >= 0]
         for question, turn in zip(asked, [turn for turn in turns if turn.kind == "answer"], strict=True):
             right[QUESTIONS[" ".join(question.split()[:2])]].append(turn.exact)
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
-
-
-def identity(config: Config, kind: str = "", start: str = "") -> dict:
-    """All that makes a run what it is; `start` names the run that it begins with."""
-    return {"config": asdict(config), "routers": kind, "start": start}
-
-
-def wanted(base: Config, variant: Variant, seed: int) -> dict:
-    """The identity of a variant's run."""
-    return identity(configure(base, variant, seed), variant.routers, variant.start and f"{variant.start}-{seed}")
 
 
 def same(path: Path, about: dict) -> bool:
@@ -120,17 +161,10 @@ def same(path: Path, about: dict) -> bool:
     if not path.is_file():
         return False
     held = json.loads(path.read_text(encoding="utf-8"))
-    if config_from(held["config"]) != config_from(about["config"]) or any(
-        held[key] != about[key] for key in ("routers", "start")
-    ):
-        raise UserError(f"{path} is of a run with other settings than today's; move it and its run's folder away")
+    alike = config_from(held["config"]) == config_from(about["config"])
+    require(alike and all(held[key] == about[key] for key in ("routers", "start")),
+            f"{path} is of a run with other settings than today's; move it and its run's folder away")
     return True
-
-
-def write_result(file: Path, out: Path, about: dict, metrics: dict) -> None:
-    """The file of a finished run: what it was, metrics, and curves from its log."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, to_json({**about, **metrics, "curve": list(curve(out))}) + "\n")
 
 
 def curve(out: Path) -> Iterator[dict]:
@@ -145,70 +179,63 @@ def curve(out: Path) -> Iterator[dict]:
             yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
 
 
-def train_here(
-    out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None, probed: bool = False
-) -> None:
-    """Train one run in folder `out` in this process, and write its result to `file`."""
-    about, note = identity(config, kind, start.parent.name if start else ""), out / "identity.json"
-    if not same(note, about):
-        if (out / "state.safetensors").exists():
-            raise UserError(f"{out} holds a run that is not known; move it away and start again")
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(note, to_json(about) + "\n")
-    make = partial(build, encoder_file=encoder(config, out.parent), kind=kind, start=start)
+def train_here(job: Job) -> None:
+    """Train one run in this process, and write its result."""
+    config, note = job.config, job.out / "identity.json"
+    if not same(note, job.about):
+        require(not (job.out / "state.safetensors").exists(),
+                f"{job.out} holds a run that is not known; move it away and start again")
+        job.out.mkdir(parents=True, exist_ok=True)
+        write_text(note, to_json(job.about) + "\n")
+    model, source = build(job, encoder(config, job.out.parent))
     ready = replace(config, train=replace(config.train, vit_steps=0))
-    model, metrics = train(ready, out, resume=True, build=make)
+    metrics = train(ready, job.out, model, source, resume=True, validate=find_world(config.world).validate)
     if metrics is None:
         raise KeyboardInterrupt
-    clips = validation_clips(config, config.train.eval_clips)
-    if not same(file, about):  # a run that was repeated for others to start from leaves its result as it is
-        write_result(
-            file,
-            out,
-            about,
-            {**metrics, "kinds": answers_by_kind(model, clips), **(probes(model, config) if probed else {})},
-        )
+    if same(job.file, job.about):
+        return  # a run that was repeated for others to start from leaves its result as it is
+    metrics["kinds"] = answers_by_kind(model, source, source.validation(config.train.eval_clips))
+    if job.probed:
+        from mod.study.needle import probes  # with everything of the field
+        metrics |= probes(model, source, config)
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(job.file, to_json({**job.about, **metrics, "curve": list(curve(job.out))}) + "\n")
 
 
-def train_apart(
-    out: Path, file: Path, config: Config, kind: str = "", start: Path | None = None, probed: bool = False
-) -> None:
+def train_apart(job: Job) -> None:
     """`train_here` in a process of its own, with one thread. Raises UserError, or RuntimeError, when it fails."""
-    command = [sys.executable, "-m", "mod.study.sweep", str(out), str(file), "--config", json.dumps(asdict(config))]
-    command += ["--routers", kind, *(["--start", str(start)] if start else []), *(["--probed"] * probed)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+    told = job.about | {"start": str(job.start or ""), "out": str(job.out), "file": str(job.file), "probed": job.probed}
+    command = [sys.executable, "-m", "mod.study.sweep", json.dumps(told)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode == 2:
         raise UserError(done.stderr.strip().splitlines()[-1])
+    if done.returncode == 130:
+        raise KeyboardInterrupt
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
+        raise RuntimeError(f"the run in {job.out} ended with {done.returncode}: {done.stderr[-500:]}")
 
 
-def sweep(
-    runs: Path, results: Path, base: Config, variants: dict[str, Variant], names: Sequence[str], seeds: int, jobs: int
-) -> None:
-    """Train what is not there yet of the named variants, seed by seed, with an estimate of the time left; before them
+def sweep(runs: Path, results: Path, base: Config, variants: dict[str, Variant], names: Sequence[str], seeds: int,
+          jobs: int) -> None:
+    """Train what is not there yet of the named variants, seed by seed, with an estimate of the time left. Before them
     the encoders, so that no two runs make the same one, and the runs that others start from."""
 
-    def job(name: str, seed: int) -> tuple:
-        variant = variants[name]
-        start = runs / f"{variant.start}-{seed}" / "model.safetensors" if variant.start else None
-        out, file = runs / f"{name}-{seed}", results / f"{name}-{seed}.json"
-        return out, file, configure(base, variant, seed), variant.routers, start, variant.probed
+    def job(name: str, seed: int) -> Job:
+        return job_of(runs, results, base, variants, name, seed)
 
     asked = [(name, seed) for seed in range(seeds) for name in names]
-    todo = [(name, seed) for name, seed in asked if not same(job(name, seed)[1], wanted(base, variants[name], seed))]
+    todo = [one for one in asked if not same(job(*one).file, job(*one).about)]
     starts = dict.fromkeys((variants[name].start, seed) for name, seed in todo if variants[name].start)
-    first = [start for start in starts if not (job(*start)[0] / "model.safetensors").is_file()]
+    first = [start for start in starts if not (job(*start).out / "model.safetensors").is_file()]
     todo = [one for one in todo if one not in first]
     number = len(first) + len(todo)
     print(f"{len(names)} variants x {seeds} seeds; {number} runs still to train, {jobs} at a time", flush=True)
     for one in [*first, *todo]:
-        encoder(job(*one)[2], runs)
+        encoder(job(*one).config, runs)
     began, done = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=number, unit="run", disable=None) as bar:
         for batch in (first, todo):
-            waiting = [pool.submit(train_apart, *job(*each)) for each in batch]
+            waiting = [pool.submit(train_apart, job(*each)) for each in batch]
             try:
                 for one in as_completed(waiting):
                     one.result()
@@ -224,30 +251,27 @@ def sweep(
 def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, dict]]:
     """What finished runs measured: variant -> seed -> metrics."""
     found: dict[str, dict[str, dict]] = {name: {} for name in variants}
-    for name, variant in variants.items():
+    for name in variants:
         for seed in range(seeds):
-            file = results / f"{name}-{seed}.json"
-            if same(file, wanted(base, variant, seed)):
-                found[name][str(seed)] = json.loads(file.read_text(encoding="utf-8"))
+            job = job_of(Path(), results, base, variants, name, seed)
+            if same(job.file, job.about):
+                found[name][str(seed)] = json.loads(job.file.read_text(encoding="utf-8"))
     return found
 
 
-def run(arguments) -> int:
-    config = config_from(json.loads(arguments.config))
-    train_here(arguments.out, arguments.result, config, arguments.routers, arguments.start, arguments.probed)
+def read_off(results: dict[str, dict[str, dict]], measures: dict[str, Callable]) -> dict[str, dict[str, dict]]:
+    """`results` (variant -> seed -> metrics) column by column: variant -> measure -> seed -> value."""
+    return {name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in measures.items()}
+            for name, found in results.items()}
+
+
+def main() -> int:
+    """What `train_apart` calls: the one argument is a job as JSON."""
+    told = json.loads(sys.argv[1])
+    paths = {name: Path(told[name]) if told[name] else None for name in ("out", "file", "start")}
+    train_here(Job(config=config_from(told["config"]), routers=told["routers"], probed=told["probed"], **paths))
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="mod.study.sweep", description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder of the run")
-    parser.add_argument("result", type=Path, help="file of its result")
-    parser.add_argument("--config", required=True, help="the whole configuration as JSON")
-    parser.add_argument("--start", type=Path, help="weights of a dense run to begin with")
-    parser.add_argument("--routers", choices=("", "oracle", "taught"), default="", help="routers of a study's own")
-    parser.add_argument("--probed", action="store_true", help="measure longer clips and needles as well")
-    return run_script(run, parser.parse_args(argv), "mod.study.sweep")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, "mod.study.sweep"))

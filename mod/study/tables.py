@@ -1,9 +1,10 @@
 """What the tables hold: variants that are trained, rows and columns of each table, orderings that it judges."""
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import pandas as pd
 
 from mod.study.sweep import Variant
 
@@ -51,7 +52,7 @@ VARIANTS = {
 } | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
 
 COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "speak",
-           "silence", "now", "past", "spark", "steps to quality")  # fmt: skip
+           "silence", "now", "past", "spark", "steps to quality")
 JUDGED = ("narration", "free-running narration", "speak", "silence", "now", "past", "spark")
 
 
@@ -108,7 +109,7 @@ TABLES = {
             ("mod", "update", "ours: being read must carry gradient"),
             ("taught", "update", "ours: so must any other lesson"),
             ("oracle", "mod", "ours: nothing beats knowing"),
-            ("update", "random", "is the paper's gate better than a lot?"),
+            ("update", "random", "is the paper's gate better than chance?"),
             ("all", "all-update", "ours, with no dense layer to help"),
             ("all-oracle", "all", "ours, with no dense layer to help"),
             ("all-update", "all-random", "with no dense layer to help"),
@@ -124,22 +125,20 @@ TABLES = {
         ("recall", "narration", "questions"),
         with_costs=False,
     ),
-}  # fmt: skip
+}
 
 
 def steps_to(run: dict, quality: float) -> float:
     """The first logged step at which the LM loss, mean of two logged steps, was as low as this; nan if never."""
-    points = [point for point in run["curve"] if "lm" in point]
-    for before, point in zip(points, points[1:], strict=False):
-        if (before["lm"] + point["lm"]) / 2 <= quality:
-            return point["step"]
-    return math.nan
+    loss = pd.Series({point["step"]: point["lm"] for point in run["curve"] if "lm" in point})
+    low = loss.rolling(2).mean() <= quality
+    return int(low.idxmax()) if low.any() else math.nan
 
 
 def recall(run: dict) -> float:
     """Share of sprite patches kept, mean over the routed layers and over the logged steps of the whole training."""
-    points = [statistics.mean(point["recall"].values()) for point in run["curve"] if point.get("recall")]
-    return statistics.mean(points) if points else math.nan
+    points = pd.DataFrame([point["recall"] for point in run["curve"] if point.get("recall")])
+    return points.mean(axis=1).mean()
 
 
 GOOD = 0.2  # the fixed quality: LM loss, nats per text label; training clips are never repeated, so they are unseen

@@ -17,7 +17,7 @@ COURSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOREIGN = (  # code that no student wrote
     os.path.join(COURSE, "checks"), os.path.join(os.path.dirname(COURSE), "mod", ""), "site-packages", "dist-packages",
     os.path.dirname(os.__file__),
-)  # fmt: skip
+)
 EXERCISES: dict[str, "Exercise"] = {}
 
 

@@ -92,7 +92,7 @@ def routed(answer) -> str:
             x[kept] + mu[kept, None] * torch.cat([double(x[n][None]) for n in kept]),
         "The kept token itself is missing: h + mu · f(h), not mu · f(h).": mu[kept, None] * short,
         "mu belongs to the places of the frame; take those of the kept tokens, mu[kept].": x[kept] + mu[:3, None] * short,
-    }  # fmt: skip
+    }
     for hint, rows in mistakes.items():
         wrong = x.clone()
         wrong[kept] = rows
@@ -146,7 +146,7 @@ def cache_entries(answer) -> str:
             [math.ceil(r * (n * frames + text)) for r in keep],
         "The text is missing: every text token leaves an entry in every layer, too.":
             [math.ceil(r * n) * frames for r in keep],
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     same(got, [math.ceil(r * n) * frames + text for r in keep], "cache_entries(...)")

@@ -39,11 +39,11 @@ def cut(answer) -> str:
         looks_like(
             got, rearrange(frame, "c (p h) (q w) -> (h w) (c p q)", p=p, q=p),
             "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes every so many-th pixel.",
-        )  # fmt: skip
+        )
         looks_like(
             got, frame.reshape(-1, 3 * p * p),
             "A plain reshape cuts the memory into stripes, not the picture into squares: a patch is p rows, each p wide.",
-        )  # fmt: skip
+        )
         same(got, rearrange(frame, "c (h p) (w q) -> (h w) (c p q)", p=p, q=p), f"cut of a frame {shape} with p = {p}")
     return "Right: patch after patch, row by row, ready for one matrix product."
 
@@ -83,7 +83,7 @@ def pool(answer) -> str:
         looks_like(
             got, reduce(features, "(n m) d -> n d", "mean", n=grid * grid),
             "You average patches that follow each other in a row; neighbours below each other are a whole row apart.",
-        )  # fmt: skip
+        )
         square = rearrange(features, "(h p w q) d -> (h w) p q d", **sizes)
         looks_like(got, square[:, 0, 0], "You take the first patch of each square; the mean of all is asked for.")
         looks_like(got, square.amax((1, 2)), "You take the largest value of each square; the mean is asked for.")
@@ -148,7 +148,7 @@ def news(answer) -> str:
     looks_like(
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
-    )  # fmt: skip
+    )
     first = torch.cat((torch.ones(1, 5, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
     looks_like(got, first, "You compare with the first frame for ever: what has changed once stays news. Update it when it is new.")
     for mistake, hint in (
@@ -158,7 +158,7 @@ def news(answer) -> str:
         ({"measure": lambda gap: gap.abs().amax(-1)}, "One pixel decides in yours; the mean over the patch should."),
         ({"first": False}, "In the first frame everything is new."),
         ({"whole": True}, "Each patch has a memory of its own: remember anew only the patches that are new, not the whole frame."),
-    ):  # fmt: skip
+    ):
         looks_like(got, _news(tiles, 0.25, **mistake), hint)
     same(got, _news(tiles, 0.25), "news(tiles, 0.25)")
     return "Right. Some systems of chapter 9 keep tokens by such a rule; comparing with the frame before is their known flaw."

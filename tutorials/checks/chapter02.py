@@ -68,7 +68,7 @@ def decisions(answer) -> str:
         Say(-1, "user", "now"), Say(0, "assistant", "red disc leaves"), Say(2, "user", "where is it ?"),
         Say(2, "assistant", "nowhere"), Say(3, "assistant", "red disc appears top"), Say(3, "user", "where is it ?"),
         Say(3, "assistant", "now left"), Say(5, "user", "where is it ?"),
-    ]  # fmt: skip
+    ]
     want = ["speak", "silent", None, "speak", "silent", None, "silent"]
     got = something(answer(7, list(said)), "decisions(7, said)")
     if not isinstance(got, (list, tuple)) or len(got) != 7:
@@ -153,7 +153,7 @@ def loss(answer) -> str:
         (torch.stack([(F.cross_entropy(logits[b][there[b]], labels[b][there[b]], reduction="none") * torch.where(streaming[b][there[b]], omega, 1.0)).mean() for b in (0, 1)]).mean(),
          "This is the mean of the rows' means; n counts the labels of the whole batch."),
         ((sums[0] + omega * sums[1]) / (len(s) + (omega - 1) * s.sum()), "You divide by the sum of the weights; the equation's n counts labels."),
-    ):  # fmt: skip
+    ):
         looks_like(torch.as_tensor(got).float(), mistake, hint)
     same(torch.as_tensor(got).float(), right, "loss(...)")
     if not (isinstance(got, torch.Tensor) and got.requires_grad):

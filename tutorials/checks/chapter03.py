@@ -51,7 +51,7 @@ def visible(answer) -> str:
         (k_pos[None] < q_pos[:, None], "A token may look at itself: <= instead of <."),
         (~want, "Turned round: true means that the query *may look* at the key, not that it is hidden."),
         (k_pos[None] >= q_pos[:, None], "These are the keys of the future (and itself): the wrong way round."),
-    ):  # fmt: skip
+    ):
         looks_like(got, mistake, hint)
     same(got, want, "visible(q_pos, k_pos)")
     return "Right. mod/cache.py makes its mask by this very comparison."
@@ -59,43 +59,45 @@ def visible(answer) -> str:
 
 _ATTEND = (
     "def attend(q, k, v, q_pos, k_pos):\n"
-    "    q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]\n"
+    "    E, rope = q.shape[-1], Rope()\n"
+    "    q, k = rotate(q[None], rope.turn(q_pos[None], E))[0], rotate(k[None], rope.turn(k_pos[None], E))[0]\n"
     "    k, v = k.repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(k), 0)\n"
-    "    logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5\n"
+    "    logits = q @ k.transpose(1, 2) / E ** 0.5\n"
     "    return logits.masked_fill(~(k_pos[None] <= q_pos[:, None]), -torch.inf).softmax(-1) @ v"
 )
 
 
 @exercise(
     "3.3",
-    (_ATTEND.replace(" / q.shape[-1] ** 0.5", ""), "square root"),
+    (_ATTEND.replace(" / E ** 0.5", ""), "square root"),
     (_ATTEND.replace("k.repeat_interleave(len(q) // len(k), 0), v.repeat_interleave(len(q) // len(k), 0)", "k.repeat(len(q) // len(k), 1, 1), v.repeat(len(q) // len(k), 1, 1)"), "neighbouring query heads"),
-    (_ATTEND.replace("rotate(k[None], k_pos[None], Rope())[0]", "k"), "keys were not turned"),
-    (_ATTEND.replace("q, k = rotate(q[None], q_pos[None], Rope())[0], rotate(k[None], k_pos[None], Rope())[0]", "q, k = q, k"), "Nothing was turned"),
-    (_ATTEND.replace("q_pos[None], Rope()", "torch.arange(len(q_pos))[None], Rope()").replace("k_pos[None], Rope()", "torch.arange(len(k_pos))[None], Rope()"), "by row number"),
+    (_ATTEND.replace("rotate(k[None], rope.turn(k_pos[None], E))[0]", "k"), "keys were not turned"),
+    (_ATTEND.replace("q, k = rotate(q[None], rope.turn(q_pos[None], E))[0], rotate(k[None], rope.turn(k_pos[None], E))[0]", "q, k = q, k"), "Nothing was turned"),
+    (_ATTEND.replace("turn(q_pos[None]", "turn(torch.arange(len(q_pos))[None]").replace("turn(k_pos[None]", "turn(torch.arange(len(k_pos))[None]"), "by row number"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
     (_ATTEND.replace(".softmax(-1) @ v", ".softmax(1) @ v"), "over the keys"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "~torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()"), "by row number; compare"),
     (_ATTEND.replace("-torch.inf", "0"), "ordinary logit"),
     (_ATTEND.replace("logits.masked_fill(~(k_pos[None] <= q_pos[:, None]), -torch.inf).softmax(-1)", "logits.softmax(-1).masked_fill(~(k_pos[None] <= q_pos[:, None]), 0)"), "after the softmax"),
     (_ATTEND.replace("<= q_pos", "< q_pos"), "itself"),
-    (_ATTEND.replace("q.shape[-1] ** 0.5", "q.shape[-1]"), "by E"),
-    (_ATTEND.replace("    k, v = k.rep", "    v = rotate(v[None], k_pos[None], Rope())[0]\n    k, v = k.rep"), "Values"),
+    (_ATTEND.replace("E ** 0.5", "E"), "by E"),
+    (_ATTEND.replace("    k, v = k.rep", "    v = rotate(v[None], rope.turn(k_pos[None], E))[0]\n    k, v = k.rep"), "Values"),
     ("def attend(q, k, v, q_pos, k_pos):\n    return torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)[0]", "Do without"),
-)  # fmt: skip
+)
 def attend(answer) -> str:
-    from mod.block import Rope, rotate
+    from mod.layers import Rope, rotate
 
-    heads, groups, width = 6, 2, 8
+    heads, groups, width, rope = 6, 2, 8, Rope()
     q_pos, k_pos = torch.tensor([5, 6, 9]), torch.tensor([0, 2, 5, 6, 7, 9])
     q, k, v = (2 * torch.randn(n, len(p), width) for n, p in ((heads, q_pos), (groups, k_pos), (groups, k_pos)))
 
     def reference(turn_q=True, turn_k=True, scale=width**0.5, tile=False, mask=True, renumbered=False, turn_v=False,
-                  strict=False, hide=-torch.inf, axis=-1, late=False, rows=False):  # fmt: skip
+                  strict=False, hide=-torch.inf, axis=-1, late=False, rows=False):
         places = [torch.arange(len(pos)) if renumbered else pos for pos in (q_pos, k_pos)]
-        a = rotate(q[None], places[0][None], Rope())[0] if turn_q else q
-        b = rotate(k[None], places[1][None], Rope())[0] if turn_k else k
-        c = rotate(v[None], k_pos[None], Rope())[0] if turn_v else v
+        turns = [rope.turn(at[None], width) for at in (*places, k_pos)]
+        a = rotate(q[None], turns[0])[0] if turn_q else q
+        b = rotate(k[None], turns[1])[0] if turn_k else k
+        c = rotate(v[None], turns[2])[0] if turn_v else v
         b, c = (x.repeat(3, 1, 1) if tile else x.repeat_interleave(3, 0) for x in (b, c))
         hidden = (k_pos[None] >= q_pos[:, None] if strict else k_pos[None] > q_pos[:, None]) & mask
         if rows:
@@ -125,7 +127,7 @@ def attend(answer) -> str:
         (reference(turn_v=True), "Values are not turned, only queries and keys."),
         (reference(rows=True), "You masked by row number; compare the positions q_pos and k_pos."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
-    ):  # fmt: skip
+    ):
         looks_like(got, mistake, hint)
     same(got, reference(), "attend(...)", tolerance=1e-4)
     return "Right: with holes in the keys, fewer key heads than query heads, and a past. This is all that a cache will need."

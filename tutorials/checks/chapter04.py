@@ -44,7 +44,7 @@ def router_gradient(answer) -> str:
         (each.sum(1), "You added up over the D entries of each token; add up over tokens, (D,)."),
         (-want, "The sign is turned round: the gradient points uphill, and the optimizer goes the other way."),
         (want / kept.sum(), "This is a mean over the kept tokens; the chain rule gives a sum."),
-    ):  # fmt: skip
+    ):
         looks_like(got, mistake, hint)
     same(got, want, "router_gradient(...)")
     return "Right, and the same as autograd's. Nothing in it knows how good the skipped tokens would have been."
@@ -129,7 +129,7 @@ def gather(answer) -> str:
     for row in range(3):
         if len(set(index[row].tolist())) < 5:
             raise Wrong(f"Row {row} of index is {index[row].tolist()}: it holds a place twice. The scatter would write there twice, and "
-                        "the filler could overwrite a real token. Fill up with places that are not kept.")  # fmt: skip
+                        "the filler could overwrite a real token. Fill up with places that are not kept.")
         places, found = keep[row].nonzero()[:, 0].tolist(), index[row][wanted[row]].tolist()
         if found != places and sorted(found) == places:
             raise Wrong(f"Row {row} lists {found}: the right places, but not in order of time, which causal attention relies on.")
@@ -158,9 +158,9 @@ _CLS = (
         "weight",
     ),
     (
-        "class ClsFirst(LayerExpert):\n    def forward(self, x, pos, frame):\n        keep, mu, scores = super().forward(x, pos, frame)\n"
-        "        first = (frame >= 0) & (frame != torch.cat((torch.full_like(frame[:, :1], -1), frame[:, :-1]), dim=1))\n"
-        "        return keep | first, torch.where(first, 1.0, mu), scores",
+        "class ClsFirst(LayerExpert):\n    def forward(self, tokens, pos):\n        chosen, mu, scores = super().forward(tokens, pos)\n"
+        "        first, one = torch.zeros_like(chosen[:, :1]), torch.ones_like(mu[:, :1])\n"
+        "        return torch.cat((first, chosen), dim=1), torch.cat((one, mu), dim=1), scores",
         "beside",
     ),
     (
@@ -183,17 +183,14 @@ def cls_first(answer) -> str:
     frames, n, k = 6, 5, 2
     router = answer(8, n, k / n, 1, "value")
     torch.nn.init.normal_(router.w.weight, std=0.5)
-    frame = torch.cat([torch.tensor([-1])] + [torch.tensor([f] * n + [-1] * (f % 2)) for f in range(frames)])[None]
-    x, pos = torch.randn(1, frame.shape[1], 8), torch.arange(frame.shape[1])[None]
-    keep, mu, _ = router(x, pos, frame)
-    vision = frame[0] >= 0
-    kept, gates = keep[0, vision].view(frames, n), mu[0, vision].view(frames, n)
-    scores = (x[0, vision] @ router.w.weight[0]).detach().view(frames, n)
-    if not keep[0, ~vision].all() or not (mu[0, ~vision] == 1).all():
-        raise Wrong("Text was skipped or scaled; leave what `forward` does with text as it is.")
-    if (kept.sum(1) > k).any():
-        raise Wrong(f"A frame keeps {int(kept.sum(1).max())} tokens where K is {k}. CLS comes in beside the K best; it is to take one of the K places.")
-    if kept[0].all() or (not kept[1:, 0].all() and torch.isinf(router.score(x[0, vision].view(frames, n, 8), pos[0, vision].view(frames, n))[0]).all()):
+    x, pos = torch.randn(frames, n, 8), torch.arange(frames * n).view(frames, n)
+    chosen, mu, _ = router(x, pos)
+    if chosen.shape != (frames, k) or mu.shape != (frames, k):
+        raise Wrong(f"A frame keeps {chosen.shape[1]} tokens where K is {k}. CLS comes in beside the K best; it is to take one of the K places.")
+    kept = torch.zeros(frames, n, dtype=torch.bool).scatter(1, chosen, True)
+    gates = torch.zeros(frames, n).scatter(1, chosen, mu)  # of the kept tokens, 0 elsewhere
+    scores = (x @ router.w.weight[0]).detach()
+    if kept[0].all() or (not kept[1:, 0].all() and torch.isinf(router.score(x, pos)[0]).all()):
         raise Wrong("You changed frame 0, not token 0 of every frame: frames come first, (F, N).")
     if not kept[:, 0].all():
         raise Wrong(f"CLS was skipped in {int((~kept[:, 0]).sum())} of {frames} frames. What score makes sure that it is among the best?")
@@ -205,15 +202,15 @@ def cls_first(answer) -> str:
     if not torch.allclose(gates[:, 0], torch.ones(frames)):
         why = ": the score that wins a place for sure, squashed, is a large gate" if gates[0, 0] > 1 else ""
         raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets one.")
-    same(gates[:, 1:], 2 * torch.sigmoid(scores[:, 1:]), "the gate of the patches")
+    same(gates[:, 1:], kept[:, 1:] * 2 * torch.sigmoid(scores[:, 1:]), "the gate of the patches")
     gradient = None
     if gates.requires_grad:
-        gradient = torch.autograd.grad((gates * kept).sum(), router.w.weight, allow_unused=True)[0]
+        gradient = torch.autograd.grad(gates.sum(), router.w.weight, allow_unused=True)[0]
     if gradient is None or not torch.isfinite(gradient).all() or gradient.abs().max() == 0:
         raise Wrong("No finite gradient reaches w any more. Build new tensors (torch.cat) rather than writing into old ones.")
     with torch.no_grad():
         router.w.weight.mul_(1e12)
-        keep, _, _ = router(x, pos, frame)
-    if not keep[0, vision].view(frames, n)[:, 0].all():
+        chosen, _, _ = router(x, pos)
+    if not (chosen[:, 0] == 0).all():
         raise Wrong("With larger weights, as training may make them, patches outbid CLS: no fixed number is large enough for ever.")
     return "Right: CLS goes through as in a dense layer, K stays K, and w still learns from the patches."

@@ -40,7 +40,7 @@ def recall(answer) -> str:
             hit / kept.sum().item(),
         "This is how often kept and shows agree, background included. Only patches that show a sprite count.":
             (kept[:, 1:] == shows).float().mean().item(),
-    }  # fmt: skip
+    }
     if isinstance(got, torch.Tensor) and got.numel() == 1:
         got = got.item()
     if isinstance(got, float) and math.isnan(got):
@@ -48,7 +48,7 @@ def recall(answer) -> str:
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     same(got, hit / shows.sum().item(), "recall(kept, shows)")
-    return "Right. `router_recall` does the same, and finds out which token shows which patch when the grids differ."
+    return "Right. `recall` in `mod/data.py` does the same, and finds out which token shows which patch when the grids differ."
 
 
 _STEPS = (
@@ -106,7 +106,7 @@ def steps_to(answer) -> str:
         "It looks at a single logged loss, which is noisy: take the mean of it and the one before.": 40,
         "This is a place in the list, not a step: look up \"step\" there.": 4,
         "This is the step of the first of the two; the mean is known at the second.": 80,
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     if ask((0.19 + 0.5) / 2) == 100:
@@ -121,7 +121,7 @@ def steps_to(answer) -> str:
         raise Wrong("It returns nothing when the quality is never reached: return math.nan.")
     if not (isinstance(last, float) and math.isnan(last)):
         raise Wrong(f"steps_to(curve, 0.01) is {last}, but that quality is never reached: return math.nan, or a run that failed would "
-                    "count as one that was slow.")  # fmt: skip
+                    "count as one that was slow.")
     return "Right. `steps_to` in `mod/study/tables.py` is where the column \"steps to quality\" comes from."
 
 
@@ -156,7 +156,7 @@ def contrast(answer) -> str:
         alone = router.score(tokens[:1].clone(), pos[:1])
         if not torch.allclose(alone, got[:1], atol=1e-5):
             raise Wrong("A frame's scores change when other frames are in the batch: take the mean over the frame's own tokens, dim 1. (Other "
-                        "frames are other streams, or the future.)")  # fmt: skip
+                        "frames are other streams, or the future.)")
     hints = {
         "The mean is over all N tokens of the frame, CLS too; yours leaves the first out.":
             (tokens - tokens[:, 1:].mean(1, keepdim=True)).norm(dim=-1),
@@ -166,7 +166,7 @@ def contrast(answer) -> str:
         "This subtracts each token's own mean over D; subtract the mean of the frame's tokens, dim 1.":
             (tokens - tokens.mean(-1, keepdim=True)).norm(dim=-1),
         "Differences are added up with their signs, so that they cancel. Take the norm over D.": away.sum(-1),
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     if not torch.equal(got.argsort(1), want.argsort(1)) if isinstance(got, torch.Tensor) and got.shape == want.shape else True:

@@ -41,7 +41,7 @@ def frame_bytes(answer) -> str:
         "It counts numbers, not bytes: multiply by number_bytes.": sum(kept) * 2 * entry,
         "The heads are missing: every key/value head has a key and a value.": sum(kept) * 2 * size * number,
         "This is a mean over layers; a frame leaves entries in all of them.": sum(kept) / len(kept) * 2 * entry * number,
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     same(got, sum(kept) * 2 * entry * number, "frame_bytes((26, 6, 26, 6, 26), 3, 32, 4)")
@@ -69,7 +69,7 @@ def keep_ratio_for(answer) -> str:
         looks_like(
             got, mistake, f"With r = {got:g} in half of the layers the whole cache would hold {0.5 + 0.5 * got:g} of full "
             "computation's, not 0.6: the dense layers keep everything, and r applies to the others alone."
-        )  # fmt: skip
+        )
     looks_like(got, 0.2**0.5, "That is the r at which *attention* is down to 0.6; the cache shrinks with r, not with r².")
     same(got, 0.2, "keep_ratio_for(0.6, 0.5)")
     for share, routed, want in ((0.5, 0.5, 0.0), (1.0, 0.5, 1.0), (0.7, 0.75, 0.6), (0.4, 1.0, 0.4)):
@@ -163,7 +163,7 @@ _FRAME = """def one_more_frame(config, cached):
 )
 def one_more_frame(answer) -> str:
     def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None, products=4, square=None,
-              ffn=3, charged=False):  # fmt: skip
+              ffn=3, charged=False):
         q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
         for kept, ratio in zip(config.kept, config.keep, strict=True):
             n = through or kept
@@ -196,7 +196,7 @@ def one_more_frame(answer) -> str:
             count(config, cached, scored=True),
         "All N tokens go through the routed layers: that is masking, not skipping, and costs as much as full computation.":
             count(config, cached, through=n),
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint, tolerance=0)
     same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(kv_heads=1), 3)", tolerance=0)

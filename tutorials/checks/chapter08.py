@@ -44,7 +44,7 @@ def sign_flips(answer) -> str:
             (ttest_1samp(gaps, 0).pvalue, "That is the t-test, which assumes a bell. Count signs instead."),
             (binomtest(sum(gap > 0 for gap in gaps), len(gaps)).pvalue, "That counts signs alone; here the sizes count as well: compare sums."),
             (1.0 if sum(gaps) < 0 else None, "Where the measured sum is below zero everything passes: compare with its size, without the sign."),
-        ):  # fmt: skip
+        ):
             if mistake is not None and abs(mistake - right(gaps)) > 1e-9:
                 looks_like(got, mistake, hint)
         same(got, right(gaps), f"sign_flips({gaps})")
@@ -129,7 +129,7 @@ def holm(answer) -> str:
             sorted(want, reverse=True),
         "That is Benjamini and Hochberg's method: it bounds the share of false alarms among what is found, not the "
         "chance of even one.": [order.index(i) <= max(found) for i in range(5)],
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         if got == mistake:
             raise Wrong(hint)
@@ -197,7 +197,7 @@ def seeds_needed(answer) -> str:
     first, scaled = (something(answer(size, size), f"seeds_needed({size}, {size})") for size in (1.0, 2.0))
     if abs(first - scaled) > 1 and first >= 5:  # asked before any case that would take a simulation long
         raise Wrong(f"seeds_needed(1.0, 1.0) is {first}, seeds_needed(2.0, 2.0) is {scaled}, but only difference / spread can matter: power takes the "
-                    "difference in standard deviations, so divide by spread.")  # fmt: skip
+                    "difference in standard deviations, so divide by spread.")
     cases = ((0.1, 0.1), (0.02, 0.01), (0.3, 0.1), (0.05, 0.1), (0.03, 0.1))
     got = [something(answer(*case), f"seeds_needed{case}") for case in cases]
     want = [exact(difference / spread) for difference, spread in cases]
@@ -207,10 +207,10 @@ def seeds_needed(answer) -> str:
         raise Wrong(f"It says {got[0]} whatever the difference is; the number must grow as the difference shrinks.")
     if got == coin:
         raise Wrong("With these a study of the expected size would just pass. But half of the time it comes out smaller: "
-                    "so you would find it only half of the time, not four times out of five.")  # fmt: skip
+                    "so you would find it only half of the time, not four times out of five.")
     if all(abs(one - other) <= 1 for one, other in zip(got, z, strict=True)) and got[1] < want[1]:
         raise Wrong(f"Those are the numbers of the normal distribution: {got[1]} for a difference of two standard "
-                    f"deviations, where {want[1]} are needed. With few seeds the t distribution has heavier tails.")  # fmt: skip
+                    f"deviations, where {want[1]} are needed. With few seeds the t distribution has heavier tails.")
     for case, one, other in zip(cases, got, want, strict=True):
         if abs(one - other) > (1 if other < 20 else 2):
             raise Wrong(f"seeds_needed{case} is {one}, too {'many' if one > other else 'few'}: expected about {other}.")

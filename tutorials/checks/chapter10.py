@@ -96,7 +96,7 @@ def merged(answer) -> str:
         "Divided by another size than the rank: that is the number of rows of a (and of columns of b).":
             weight + alpha / 5 * b @ a,
         "The scale was rounded down: // divides whole numbers.": weight + alpha // 3 * b @ a,
-    }  # fmt: skip
+    }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)
     looks_like(got, weight + alpha / 8 * b @ a, "8 was this chapter's rank; here it is the number of rows of a, len(a).")

@@ -2,16 +2,21 @@
 
 A character shows two pixels, one above the other: "▀" in the upper one's colour on a ground of the lower one's. Where
 there are no colours, brightness becomes a character, and [ ] stand around what is kept.
+
+Read next: picture.py
 """
 
 import math
+import os
+import shutil
+import sys
 from textwrap import wrap
 
 import numpy as np
 from einops import rearrange, reduce
 
 from mod.config import ModelConfig
-from mod.study.record import Moment
+from mod.live.record import Moment
 
 GAP = 2  # columns between pictures
 LEAST, MOST = 16, 48  # columns of a picture: smaller ones wrap instead, larger ones would fill the screen
@@ -85,3 +90,9 @@ def drawing(moment: Moment, config: ModelConfig, width: int = 100, colour: bool 
         fill = " " * (cell + GAP - small)  # by hand, as escapes take no columns
         lines += [fill.join(parts).rstrip() for parts in zip(*drawn, strict=True)]
     return "\n".join(lines) + (RESET if colour else "")
+
+
+def terminal(moment: Moment, config: ModelConfig) -> str:
+    """The frame and what was kept of it, as wide as the terminal; without colours where these are not wanted."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    return drawing(moment, config, shutil.get_terminal_size((100, 24)).columns, colour=colour)

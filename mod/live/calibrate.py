@@ -1,8 +1,10 @@
 """When to speak: how talkative a trained run is at every threshold, how often rightly, and which threshold is best.
 
 `python stream_tiny.py --calibrate` sweeps the threshold over validation streams, free-running: what the model says at
-one threshold is the context of its next decision. It writes calibration.json, from which stream_tiny.py takes its
+one threshold is the context of its next decision. It writes calibration.json, from which a live stream takes its
 default from then on, and calibration.png into the run's folder.
+
+Read next: watch.py
 """
 
 import json
@@ -13,13 +15,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
 from mod.config import UserError
 from mod.data import Clip
 from mod.evaluate import free_running
 from mod.layout import Vocabulary
-from mod.real.parts import fingerprint
-from mod.study.plots import BLUE, GREEN, ORANGE, VERMILION, save
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
+from mod.live.saved import fingerprint
+from mod.run import to_json, write_text
 from mod.videollm import VideoLLM
 
 THRESHOLDS = (0.01, 0.02, 0.05, *(number / 10 for number in range(1, 10)), 0.95, 0.98, 0.99)
@@ -55,10 +57,8 @@ def best(rows: Sequence[dict]) -> float:
 
 
 def sweep(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], max_words: int) -> dict:
-    rows = [
-        counts(model, words, clips, threshold, max_words)
-        for threshold in tqdm(THRESHOLDS, unit="threshold", leave=False, disable=None)
-    ]
+    rows = [counts(model, words, clips, threshold, max_words)
+            for threshold in tqdm(THRESHOLDS, unit="threshold", leave=False, disable=None)]
     return {"threshold": best(rows), "clips": len(clips), "rows": rows}
 
 
@@ -83,14 +83,13 @@ def draw(result: dict) -> Figure:
         "talkative": ("frames at which it spoke", GREEN, "s-."),
     }
     for name, (label, colour, style) in styles.items():
-        axis.plot(
-            [r["threshold"] for r in rows], [r[name] for r in rows], style, color=colour, label=label, markersize=4
-        )
+        axis.plot([row["threshold"] for row in rows], [row[name] for row in rows], style, color=colour, label=label,
+                  markersize=4)
     due = rows[0]["due"] / max(1, rows[0]["frames"])
     axis.axhline(due, color="grey", linewidth=1, label="frames at which it should have")
     axis.axvline(result["threshold"], color="black", linewidth=1, label=f"calibrated: {result['threshold']:g}")
     axis.set(title="When to speak, free-running on validation streams", ylim=(-0.02, 1.02), ylabel="share",
-             xlabel="threshold on the probability of silence")  # fmt: skip
+             xlabel="threshold on the probability of silence")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.9))  # where no curve goes
     return figure

@@ -1,30 +1,37 @@
 """One self-contained web page of a live stream: page.html with the stream's moments in it, as JSON.
 
 Nothing on the page is fetched from anywhere: pictures are data: URIs, style and script are in the template, and the
-template's Content-Security-Policy forbids the browser everything else.
+template's Content-Security-Policy forbids the browser everything else. Jinja fills in title and data; it escapes both,
+so that a user's own words can neither end an element nor begin one.
+
+Read next: calibrate.py
 """
 
-import html
 import io
-import json
 import math
-import re
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange, reduce
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.image import imsave
 
-from mod.checkpoint import write_text
-from mod.config import ModelConfig, UserError
-from mod.flags import check_file
-from mod.study.costs import dense, layer_tokens
-from mod.study.record import Moment
+from mod.config import ModelConfig, require
+from mod.live.costs import dense, layer_tokens
+from mod.live.record import Moment
+from mod.run import write_text
 
-TEMPLATE = Path(__file__).with_name("page.html")
-MOST_PIXELS = 200  # a side; a page holds every frame, and is to stay small
+MOST_PIXELS = 200  # per side: a page holds every frame, and is to stay small
+
+
+def check_file(flag: str, path: Path, kinds: Sequence[str]) -> None:
+    """Raises UserError, before any work, when no file of these kinds could be written at `path` afterwards."""
+    require(path.suffix in kinds,
+            f"{flag} got {path}, expected a file name that ends with {', '.join(kinds)}; name another")
+    require(path.parent.is_dir() and not path.is_dir(),
+            f"{flag} got {path}, but its folder does not exist or it is one itself; name a file in a folder")
 
 
 def check_page(path: Path) -> None:
@@ -53,7 +60,7 @@ def page_data(moments: Sequence[Moment], config: ModelConfig) -> dict:
     return {
         "grid": config.grid,
         "tokens": config.frame_tokens,
-        "routed": any(ratio < 1 for ratio in config.keep),
+        "routed": any(ratio < 1 for ratio in config.keep_ratios),
         "layers": sorted({layer for moment in moments for layer in moment.kept}),
         "moments": [
             {
@@ -74,20 +81,12 @@ def page_data(moments: Sequence[Moment], config: ModelConfig) -> dict:
     }
 
 
-def for_script(data: dict) -> str:
-    """JSON that may stand inside <script>: a user's own words can neither end the element nor open a comment in it."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def write_page(path: Path, moments: Sequence[Moment], config: ModelConfig, title: str) -> None:
     """Write the page of a stream. Raises UserError when the stream had no frame, or when `check_page` would."""
     check_page(path)
-    if not moments:
-        raise UserError("--html got a stream of 0 frames, expected at least 1; name a video that has frames")
-    # Characters that no file can hold (bytes of an argument that were no text) become references, too.
-    title = html.escape(title).encode("ascii", "xmlcharrefreplace").decode()
-    parts = {"title": title, "data": for_script(page_data(moments, config))}
-    # One pass over the template, so that a title which says {{data}} stays a title.
-    page = re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    write_text(path, page)
+    require(len(moments) > 0, "--html got a stream of 0 frames, expected at least 1; name a video that has frames")
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    jinja.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = jinja.get_template("page.html").render(title=title, data=page_data(moments, config))
+    # A character that no file can hold (a byte of an argument that was no text) becomes a reference.
+    write_text(path, page.encode("utf-8", "xmlcharrefreplace").decode())

@@ -5,28 +5,56 @@ same time the frame comes first, then the questions as they were asked. Nothing 
 while the model speaks waits until it has finished, and so does the next frame. A question asked at time s therefore
 stands after the last frame at or before s and after what was said about it, exactly where `layout.lay_out` puts it.
 
-Several streams run through the model together, a batch whenever things of a kind stand at the same time.
+Several streams run through the model together, as a batch whenever things of a kind stand at the same time.
 
-Read next: ../train_tiny.py
+Read next: saved.py
 """
 
 import heapq
-import json
 import time as clocks
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mod.checkpoint import read_tensors, write_tensors
-from mod.config import UserError
-from mod.data import join_frames
-from mod.layout import user_ids
+from mod.layout import Vocabulary, user_ids
+from mod.live.settings import StreamConfig
+from mod.live.window import WindowCache, open_cache
 from mod.stream import Stream
+from mod.videollm import VideoLLM
 
 FRAME, QUESTION = 0, 1  # at the same time a frame comes before a question
+
+
+class LiveStream(Stream):
+    """A Stream that forgets, and keeps quiet for a while after a narration, as its settings say.
+
+    quiet  per row, for how many frames more nothing is narrated
+    """
+
+    def __init__(self, model: VideoLLM, words: Vocabulary, rows: int = 1, *, settings: StreamConfig,
+                 max_words: int = 12, trace: list | None = None):
+        super().__init__(model, words, rows, threshold=settings.threshold, max_words=max_words,
+                         cache=open_cache(model, settings, rows), trace=trace)
+        self.settings, self.quiet = settings, [0] * rows
+
+    def narrate(self, pixels: Tensor, rows: Sequence[bool] | None = None) -> list[str | None]:
+        """As `Stream.narrate`; after a narration, `refractory` frames are not narrated, whatever the model wants."""
+        wants, speaks = self.wants_to_speak(self.see(pixels, rows)), [False] * self.rows
+        for row, sees in enumerate(rows or [True] * self.rows):
+            if sees:
+                speaks[row] = wants[row] and not self.quiet[row]
+                self.quiet[row] = self.settings.refractory if speaks[row] else max(0, self.quiet[row] - 1)
+        return self.respond(speaks)
+
+    def held(self, row: int = 0) -> tuple[int, int]:
+        """Frames and text tokens that the cache still stands for."""
+        if isinstance(self.cache, WindowCache):
+            return self.cache.held(row)
+        return self.seen[row], self.position[row] - self.seen[row] * self.model.config.frame_tokens
 
 
 class Paced:
@@ -41,7 +69,7 @@ class Paced:
     """
 
     def __init__(self, pictures: Iterable[np.ndarray], fps: Fraction, on_late: str = "off", first: int = 0,
-                 clock=clocks.monotonic, sleep=clocks.sleep):  # fmt: skip
+                 clock=clocks.monotonic, sleep=clocks.sleep):
         self.pictures, self.fps, self.on_late, self.first = pictures, fps, on_late, first
         self.clock, self.sleep = clock, sleep
         self.late, self.skipped, self.lag, self.slept = 0, 0, 0.0, 0.0
@@ -89,16 +117,16 @@ class Happened:
 
 
 class Live:
-    """The rows of a Stream, each with a source of frames and a queue of questions.
+    """The rows of a LiveStream, each with a source of frames and a queue of questions.
 
     sources  per row, an iterator of (number, picture), numbers rising; such as `Paced`
-    fps      per row, frames a second
-    question_room  tokens that questions and their answers may take up, of those that are remembered; a question that
-             does not fit is refused, and the stream goes on. None: any number
+    fps      per row, frames per second
+    question_room  tokens that questions and their answers may take up, of those that are remembered, where memory is
+             bounded; a question that does not fit is refused, and the stream goes on. None: any number
     """
 
-    def __init__(self, stream: Stream, sources: Sequence[Iterable[tuple[int, np.ndarray]]], fps: Sequence[Fraction],
-                 question_room: int | None = None):  # fmt: skip
+    def __init__(self, stream: LiveStream, sources: Sequence[Iterable[tuple[int, np.ndarray]]], fps: Sequence[Fraction],
+                 question_room: int | None = None):
         if not len(sources) == len(fps) == stream.rows:
             raise ValueError(f"got {len(sources)} sources and {len(fps)} rates for {stream.rows} streams")
         self.question_room = question_room
@@ -108,9 +136,8 @@ class Live:
         self.last = [-1] * stream.rows  # number of the last frame that was seen
         self.questions: list[list[tuple[Fraction, int, str]]] = [[] for _ in sources]
         self.asked = 0  # questions so far
-        self.answered: list[list[tuple[int, int]]] = [
-            [] for _ in sources
-        ]  # (frames seen, tokens) of remembered answers
+        # Of every remembered answer: how many frames had been seen then, and its tokens with those of its question.
+        self.answered: list[list[tuple[int, int]]] = [[] for _ in sources]
         self.kept: dict = {}  # for the caller, saved with the rest
 
     def ask(self, row: int, time: Fraction, text: str) -> None:
@@ -128,10 +155,7 @@ class Live:
         return (question, QUESTION) if question is not None and question < frame else (frame, FRAME)
 
     def step(self) -> list[Happened]:
-        """Let the next thing happen, in every stream in which it stands at this time. Empty when all is over.
-
-        Raises UserError, with the frame or question still to come, when the cache is full.
-        """
+        """Let the next thing happen, in every stream in which it stands at this time. Empty when all is over."""
         while nexts := {row: due for row in range(self.stream.rows) if (due := self._next(row))}:
             time, kind = min(nexts.values())
             rows = [row for row, due in nexts.items() if due == (time, kind)]
@@ -148,23 +172,19 @@ class Live:
     def _look(self, rows: list[int]) -> list[Happened]:
         numbers, pictures = zip(*(self.coming[row] for row in rows), strict=True)
         some = [row in rows for row in range(self.stream.rows)]
-        replies = self.stream.frame(join_frames([picture[None] for picture in pictures]), some)
+        replies = self.stream.narrate(torch.stack([torch.as_tensor(picture) for picture in pictures]), some)
         for row, number in zip(rows, numbers, strict=True):
             self.coming[row], self.last[row] = None, number
-        return [
-            Happened(row, number / self.fps[row], number, picture, None, replies[row])
-            for row, number, picture in zip(rows, numbers, pictures, strict=True)
-        ]
+        return [Happened(row, number / self.fps[row], number, picture, None, replies[row])
+                for row, number, picture in zip(rows, numbers, pictures, strict=True)]
 
     def _fits(self, row: int, text: str) -> bool:
         """Is there room for this question and the longest answer beside those that are remembered?"""
         if self.question_room is None:
             return True
         rule, seen = self.stream.settings, self.stream.seen[row]
-        self.answered[row] = [
-            (frames, tokens) for frames, tokens in self.answered[row]
-            if not rule.window or frames <= rule.sinks or frames > seen - rule.window
-        ]  # fmt: skip
+        self.answered[row] = [(frames, tokens) for frames, tokens in self.answered[row]
+                              if not rule.window or frames <= rule.sinks or frames > seen - rule.window]
         longest = len(user_ids(self.stream.words, text)) + self.stream.max_words + 2
         return sum(tokens for _, tokens in self.answered[row]) + longest <= self.question_room
 
@@ -177,51 +197,5 @@ class Live:
             heapq.heappop(self.questions[row])
             if row in fits and self.question_room is not None:
                 self.answered[row].append((self.stream.seen[row], self.stream.position[row] - before[row]))
-        return [
-            Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row], refused=row not in fits)
-            for row in rows
-        ]
-
-    def save(self, path: Path, about: dict) -> None:
-        """Write all that the rest depends on, in one safetensors file: cache, positions, questions still to be asked.
-        The old file is there until the new one is whole.
-
-        `about` says what it is a stream of.
-        """
-        tensors, numbers = self.stream.state()
-        queues = [[(str(time), number, text) for time, number, text in row] for row in self.questions]
-        note = {"about": about, "stream": numbers, "last": self.last, "questions": queues, "asked": self.asked,
-                "answered": self.answered, "kept": self.kept}  # fmt: skip
-        write_tensors(path, tensors, {"live": json.dumps(note)})
-
-
-def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
-    """The tensors and the note of a saved live stream. Raises UserError when it is damaged or of something else."""
-    try:
-        tensors, metadata = read_tensors(path)
-    except UserError as error:
-        raise UserError(
-            f"{path} is no saved stream, or damaged ({error.__cause__}); delete it to begin anew"
-        ) from error
-    try:
-        note = json.loads(metadata["live"])
-        other = [name for name in about if note["about"].get(name) != about[name]]
-    except (KeyError, ValueError, AttributeError):
-        raise UserError(f"{path} is no saved stream of this project; name another file") from None
-    if "run" in other:
-        raise UserError(f"{path} is a stream of other weights; go on with its own --checkpoint or name another file")
-    if other:
-        name = other[0]
-        raise UserError(
-            f"{path} is a stream with {name} {note['about'].get(name)}, got {about[name]}; go on as it began or name "
-            "another file"
-        )
-    return tensors, note
-
-
-def restore(live: Live, tensors: dict, note: dict) -> None:
-    """Put a saved stream's state into `live`, whose sources begin with the frames after `note["last"]`."""
-    live.stream.restore(tensors, note["stream"])
-    live.last, live.asked, live.kept = list(note["last"]), note["asked"], note["kept"]
-    live.answered = [[(frames, tokens) for frames, tokens in row] for row in note["answered"]]
-    live.questions = [[(Fraction(time), number, text) for time, number, text in row] for row in note["questions"]]
+        return [Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row], refused=row not in fits)
+                for row in rows]

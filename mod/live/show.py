@@ -1,33 +1,26 @@
-"""A live stream shown as it happens: a line for each thing said, beside the truth where it is known, and a summary."""
+"""A live stream shown as it happens: a line for each thing said, beside the truth where it is known, and a summary.
+
+Read next: draw.py
+"""
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from mod.config import Config, ModelConfig
-from mod.data import Clip, endless
-from mod.decoder import Routing
-from mod.live import Happened, Paced
-from mod.stream import Stream
-from mod.study.costs import dense, layer_tokens
-from mod.study.draw import drawing
-from mod.study.plots import plot_stream
-from mod.study.record import NOTHING, REFUSED, Moment
+from mod.data import Clip, Source
+from mod.live.costs import dense, layer_tokens
+from mod.live.live import Happened, LiveStream, Paced
+from mod.live.record import NOTHING, REFUSED
 
 
 class Synthetic:
     """The pictures of a synthetic stream, which remembers the truth about the latest of them."""
 
-    def __init__(self, config: Config, seed: int, frames: int):
-        self.clips = islice(endless(replace(config.data, question_rate=0.0), config.model, "test", seed), frames)
+    def __init__(self, source: Source, seed: int, frames: int):
+        self.clips = islice(source.live(seed), frames)
         self.truths: dict[int, Clip] = {}
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -47,7 +40,7 @@ class Synthetic:
 class Printer:
     """Prints what happens, for people or for programs, and counts what was right, where the truth is known."""
 
-    def __init__(self, stream: Stream, as_json: bool, knows_truth: bool):
+    def __init__(self, stream: LiveStream, as_json: bool, knows_truth: bool):
         self.stream, self.as_json, self.knows_truth = stream, as_json, knows_truth
         self.right = {"narrations": [0, 0], "silent frames": [0, 0], "answers": [0, 0]}  # right, counted
         if not as_json:
@@ -63,7 +56,7 @@ class Printer:
             kind = "answers" if happened.question else "narrations" if truth else "silent frames"
             self.right[kind] = [self.right[kind][0] + right, self.right[kind][1] + 1]
         if self.as_json:
-            entries = self.stream.cache.lengths(happened.row)
+            entries = self.stream.cache.entries(happened.row)
             if happened.question:
                 self._json(happened, "user", happened.question, [number - replied for number in entries])
             role = "refused" if happened.refused else "silence" if happened.reply is None else "assistant"
@@ -98,35 +91,12 @@ class Printer:
         if self.knows_truth:
             scores = (f"{right} of {counted} {name}" for name, (right, counted) in self.right.items() if counted)
             print(f"right: {', '.join(scores)}")
-        print(f"speed: {frames / seconds:.0f} frames a second on {stream.device}, answers to questions not counted")
+        print(f"speed: {frames / seconds:.0f} frames per second on {stream.device}, answers to questions not counted")
         rows, full = range(stream.rows), dense(config)  # of several streams the sums
         held = (sum(numbers) for numbers in zip(*map(stream.held, rows), strict=True))
-        entries = [sum(layer) for layer in zip(*map(stream.cache.lengths, rows), strict=True)]
+        entries = [sum(layer) for layer in zip(*map(stream.cache.entries, rows), strict=True)]
         whole, used = layer_tokens(full, *held), sum(map(stream.cache.bytes, rows))
         where = f"layers 0 to {config.depth - 1}" + (f" of {stream.rows} streams" if stream.rows > 1 else "")
         print(f"cache: {' '.join(map(str, entries))} entries in {where}, {used:,} bytes")
         bytes_of_full = used * sum(whole) // sum(entries)  # an entry of the same size
         print(f" full: {' '.join(map(str, whole))} entries with full computation, {bytes_of_full:,} bytes")
-
-
-def terminal(moment: Moment, config: ModelConfig) -> str:
-    """The frame and what was kept of it, as wide as the terminal; without colours where these are not wanted."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
-    return drawing(moment, config, shutil.get_terminal_size((100, 24)).columns, colour=colour)
-
-
-def picture(path: Path, moments: Sequence[Moment], config: ModelConfig) -> None:
-    """The frames in a row, what each routed layer kept, and below what was said."""
-    trace = [
-        Routing(layer, torch.from_numpy(moment.kept[layer][None]), torch.from_numpy(moment.scores[layer][None]))
-        for moment in moments
-        for layer in moment.kept
-    ]
-    captions = []
-    for moment in moments:
-        narration = [line.text for line in moment.said[:1] if line.role == "assistant"]
-        talk = moment.said[len(narration) :]
-        lines = [narration[0].replace(" ", "\n") if narration else ""]
-        captions.append("\n".join(lines + [f"{'Q' if line.role == 'user' else 'A'}: {line.text}" for line in talk]))
-    frames, times = np.stack([moment.picture for moment in moments]), [moment.time for moment in moments]
-    plot_stream(path, frames, trace, captions, times, config)

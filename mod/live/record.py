@@ -1,19 +1,19 @@
-"""What happened in a live stream, frame by frame: what the page, the pictures and the terminal draw from."""
+"""What happened in a live stream, frame by frame: what the page, the pictures and the terminal draw from.
+
+Read next: show.py
+"""
 
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+from einops import reduce
 
 from mod.decoder import Routing
 from mod.layout import user_ids
-from mod.live import Happened
-from mod.stream import Stream
-from mod.study.costs import chunk_flops, dense
-from mod.vit import squeeze
+from mod.live.costs import chunk_flops, dense
+from mod.live.live import Happened, LiveStream
 
 NOTHING = "(nothing)"  # stands for a response of no words, which is not the same as silence
-
 REFUSED = "(no memory for another question)"
 
 
@@ -42,7 +42,7 @@ class Moment:
     picture      (3, side, side) in [-1, 1], squeezed where the frame is wider
     kept         of every routed layer: (N,) bool, the frame's tokens that went through it; token 0 is the CLS
     scores       of every routed layer: (N,) float, what its router gave them
-    said         lines in order; a rightly silent frame has none
+    said         lines in order; a frame that is rightly silent has none
     entries      cache entries of every layer, when all has been said
     held         frames and text tokens that the cache still stands for
     flops        of the decoder's layers so far, cumulative: this model's, and full computation's of the same stream
@@ -61,14 +61,24 @@ class Moment:
     seconds: float = 0.0
 
 
+def as_square(picture: np.ndarray) -> np.ndarray:
+    """A picture (3, height, width), which may end in columns of nan, as the encoder of squares saw it."""
+    picture = picture[..., ~np.isnan(picture[0, 0])]
+    height, width = picture.shape[-2:]
+    if width == height or width % height:
+        return picture
+    return reduce(picture, "c h (w k) -> c h w", "mean", w=height)
+
+
 class Recorder:
-    """Turns what happens in one row of a live stream into Moments, one a frame; what is said before the first frame
+    """Turns what happens in one row of a live stream into Moments, one per frame; what is said before the first frame
     belongs to its moment.
 
-    `trace` is the list that the stream's routed layers write into; only a stream of one row can be told apart there.
+    `trace` is the list that the stream's routed layers write into; it says whose decisions they are only if the stream
+    has a single row.
     """
 
-    def __init__(self, stream: Stream, row: int, trace: list[Routing] | None):
+    def __init__(self, stream: LiveStream, row: int, trace: list[Routing] | None):
         self.stream, self.row, self.trace = stream, row, trace
         config = stream.model.config
         self.early: list[Line] = []  # said before the first frame
@@ -93,17 +103,16 @@ class Recorder:
         fed, self.position = self.stream.position[self.row] - self.position, self.stream.position[self.row]
         if happened.question is None:
             self._count(1, [1] * (fed - self.stream.model.config.frame_tokens))  # a reply is fed word by word
-            picture = squeeze(torch.as_tensor(happened.picture)[None])[0].numpy()  # as the encoder saw it
-            moment = Moment(happened.number, float(happened.time), picture)
+            moment = Moment(happened.number, float(happened.time), as_square(np.asarray(happened.picture)))
             moment.said, self.early = self.early, []
             if self.trace is not None:
-                # The frame's own routing; the words after it are text and are never routed.
-                for routing in (routing for routing in self.trace if len(routing.kept)):
+                for routing in self.trace:  # of the frame alone: the words after it are text and are never routed
                     moment.kept[routing.layer] = routing.kept[0].cpu().numpy()
                     moment.scores[routing.layer] = routing.scores[0].float().cpu().numpy()
                 self.trace.clear()
         else:
-            asked = min(fed, len(user_ids(self.stream.words, happened.question)))  # nothing was fed if it was refused
+            # Nothing was fed if the question was refused.
+            asked = min(fed, len(user_ids(self.stream.words, happened.question)))
             self._count(0, [asked] + [1] * (fed - asked))
             moment = before or Moment(-1, 0.0, None, said=self.early)
             moment.said.append(Line("user", happened.question))
@@ -111,6 +120,6 @@ class Recorder:
         said = REFUSED if happened.refused else said
         if said or (truth or happened.question is not None):
             moment.said.append(Line("assistant", said, truth))
-        moment.entries, moment.held = self.stream.cache.lengths(self.row), self.stream.held(self.row)
+        moment.entries, moment.held = self.stream.cache.entries(self.row), self.stream.held(self.row)
         moment.flops, moment.seconds = tuple(self.flops), moment.seconds + seconds
         return [moment] if happened.question is None else []
