@@ -181,6 +181,8 @@ def train_run(world: World, config: Config, arguments, engine: Engine) -> int:
           f"{metrics['seconds']:.0f} seconds")
     where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"
     watch = f"now watch it: python stream_tiny.py{where}" if source.live else "it shows no synthetic stream"
+    if "free_running" not in metrics:
+        watch = "it cannot be streamed: it must know all frames"
     print(f"\nwrote {out}; {watch}; figures: python -m mod.study.plots{where}")
     return 0
 

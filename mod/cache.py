@@ -8,7 +8,6 @@ holds one, so many streams share a model. This cache grows and never forgets.
 Read next: videollm.py
 """
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -85,9 +84,9 @@ class KVCache:
             layer.longest = max(2, *layer.lengths)  # one key alone would be compiled as a case of its own
             layer.grow(layer.longest + 1)
             if layer.kept not in slots:
-                step, nobody = np.arange(max(counts)), layer.pos.shape[1] - 1
-                own = np.where(step < np.array(counts)[:, None], np.array(before)[:, None] + step, nobody)
-                slots[layer.kept] = torch.from_numpy(own)
+                nobody, most = layer.pos.shape[1] - 1, max(counts)
+                own = [[*range(at, at + new), *[nobody] * (most - new)] for at, new in zip(before, counts, strict=True)]
+                slots[layer.kept] = torch.tensor(own)
         carried = dict(zip(slots, together(list(slots.values()), plan.pos.device), strict=True))
         for layer in self.layers:
             layer.slots = carried[layer.kept]

@@ -91,7 +91,7 @@ class MoDBlock(nn.Module):
             mu = route.real.flatten().to(x.dtype).scatter(0, slots, mu.flatten()).view_as(route.real)
         pos = None
         if past is not None:  # original positions, never renumbered
-            pos = take(plan.pos, index) if alone else take(plan.pos, index).where(route.real, PAD)
+            pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
         loudness = mu if self.router.gate == "value" else None
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 

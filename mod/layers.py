@@ -93,13 +93,14 @@ class Attention(nn.Module):
         value_gate  (B, T) factor on each token's value, i.e. on how loudly it is read
         """
         source = x if context is None else context
-        q = self.q_norm(rearrange(self.q(x), "b t (h e) -> b h t e", e=self.head_dim))
-        k = self.k_norm(rearrange(self.k(source), "b s (g e) -> b g s e", e=self.head_dim))
+        # The norms want whole rows in memory, so they come before the heads move to the front.
+        q = self.q_norm(rearrange(self.q(x), "b t (h e) -> b t h e", e=self.head_dim)).transpose(1, 2)
+        k = self.k_norm(rearrange(self.k(source), "b s (g e) -> b s g e", e=self.head_dim)).transpose(1, 2)
         v = rearrange(self.v(source), "b s (g e) -> b g s e", e=self.head_dim)
         if value_gate is not None:
             v = v * value_gate[:, None, :, None].to(v.dtype)
         if turn is not None:
-            q, k = rotate(torch.cat((q, k), dim=1), turn).split((q.shape[1], k.shape[1]), dim=1)
+            q, k = rotate(q, turn), rotate(k, turn)
 
         # Square and in order of time: the mask "not after me" is the lower triangle, which SDPA need not be given.
         # With a past it is not square, and is_causal would align it wrongly: the past makes a mask from positions.

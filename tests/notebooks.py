@@ -116,9 +116,8 @@ class Kernel:
     @contextmanager
     def running(self) -> Iterator["Kernel"]:
         # A student's notebook talks about nothing but the lesson; one thread, since small tensors need no more.
-        settings = {
-            "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
-        }  # fmt: skip
+        settings = {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1",
+                    "MPLBACKEND": "agg"}
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])  # nbclient puts each cell in there
@@ -129,7 +128,7 @@ class Kernel:
                 self.client = NotebookClient(
                     scratch, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
                     resources={"metadata": {"path": str(COURSE)}}, config=Config({"AsyncKernelManager": ipc}),
-                )  # fmt: skip
+                )
                 with self.client.setup_kernel():
                     yield self
         finally:
@@ -153,7 +152,7 @@ class Kernel:
 
 def run(path: Path, wrong: dict[str, tuple[tuple[str, str], ...]] | None = None, again: bool = False) -> Run:
     """Execute a chapter, then its exercises: `wrong` maps an exercise to (code, part of the hint) pairs. With `again`
-    each cell that is not slow is run twice, as students do, which must go well."""
+    each quick cell is run twice, as students do, which must go well."""
     notebook = read(path)
     result, kernel, count, repeated = Run(notebook), Kernel(), 0, 0.0
     begun = time.perf_counter()

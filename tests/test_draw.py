@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mod.config import ModelConfig
 from mod.live.draw import GAP, RESET, drawing
-from mod.live.record import Moment
+from mod.live.picture import draw_stream
+from mod.live.record import Line, Moment, as_square
 
 ESCAPE = re.compile(r"\x1b\[([0-9;]*)m|(.)")
 
@@ -151,3 +152,34 @@ def test_without_colours_kept_patches_stand_in_brackets():
             cell = drawn[4 * patch : 4 * patch + 4]
             bright = "[@@]" if token == 1 else "[..]"
             assert cell == (bright if now.kept[2][token] else "    "), (y, patch)
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+def test_a_picture_shows_frames_what_is_kept_and_what_was_said(frames):
+    config = ModelConfig(image_size=20, patch_size=4)
+    moments = [moment(config, (1, 3), seed) for seed in range(frames)]
+    moments[0].said = [Line("assistant", "red disc appears"), Line("user", "where ?"), Line("assistant", "top")]
+    figure = draw_stream(moments, config)
+    axes = np.array(figure.axes).reshape(3, frames)
+    for t, now in enumerate(moments):
+        shown = [axis.images[0].get_array() for axis in axes[:, t]]
+        assert np.allclose(shown[0], (now.picture.transpose(1, 2, 0) + 1) / 2)
+        for layer, picture, axis in zip((1, 3), shown[1:], axes[1:, t], strict=True):
+            for token in range(1, 26):
+                rows, columns = (slice(4 * place, 4 * place + 4) for place in divmod(token - 1, 5))
+                share = 1 if now.kept[layer][token] else 0.25
+                assert np.allclose(picture[rows, columns], share * shown[0][rows, columns])
+            assert len(axis.patches) == now.kept[layer][1:].sum()
+    assert axes[2, 0].get_xlabel() == "red\ndisc\nappears\nQ: where ?\nA: top"
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["what it sees", "layer 1 keeps", "layer 3 keeps"]
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width, "the title fits"
+    assert ("framed patches" in figure._suptitle.get_text().replace("\n", " ")) == (frames > 4)
+
+
+def test_a_wide_picture_is_shown_as_the_encoder_of_squares_saw_it():
+    square, wide = np.random.default_rng(0).random((3, 4, 4)), np.random.default_rng(1).random((3, 4, 8))
+    assert np.array_equal(as_square(square), square)
+    assert np.array_equal(as_square(np.pad(square, ((0, 0), (0, 0), (0, 4)), constant_values=np.nan)), square)
+    assert np.allclose(as_square(wide), wide.reshape(3, 4, 4, 2).mean(-1))

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import PRESETS
 from mod.related.methods import METHODS, build, configure
-from mod.study import ablate, field
+from mod.related.world import WORLD
+from mod.study import field
 from mod.study.sweep import collect
 
 ROOT = Path(__file__).parent.parent
-FIELD = PRESETS["field"]
+FIELD = WORLD.presets["field"]
 
 numbers = st.integers(0, 4).map(float)
 
@@ -107,10 +107,12 @@ def test_a_stream_that_is_timed_stands_where_it_stood(tmp_path):
 
 
 def test_the_command_refuses_in_one_sentence(capsys):
-    assert ablate.main(["--table", "field", "--seeds", "0"]) == 2
+    for flag in ("--seeds", "--jobs"):
+        assert field.main([flag, "0"]) == 2
+        assert f"{flag[2:]} must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
-        ablate.main(["--table", "fields"])
-    assert exit.value.code == 2 and "field" in capsys.readouterr().err
+        field.main(["--seed", "1"])
+    assert exit.value.code == 2 and "did you mean --seeds?" in capsys.readouterr().err
 
 
 PUBLISHED = ROOT / "results/field.json"
@@ -118,11 +120,10 @@ PUBLISHED = ROOT / "results/field.json"
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the field has not been run yet")
 def test_the_published_table_is_what_the_runs_measured():
-    """results/field.md is results/field.json, which is results/field/*.json; the README shows it; every method has three
+    """results/field.md is results/field.json, which is results/field/*.json; every method has three
     seeds, and learns: narration and answers clearly above what listening alone achieves."""
-    data, readme = json.loads(PUBLISHED.read_text()), (ROOT / "README.md").read_text()
+    data, readme = json.loads(PUBLISHED.read_text()), (ROOT / "results/README.md").read_text()
     assert (ROOT / "results/field.md").read_text() == field.report(data)
-    assert readme.split("<!-- results/field.md -->\n")[1].split("<!-- end -->")[0] == field.report(data)
     found = collect(ROOT / "results/field", FIELD, field.variants(FIELD), 3)
     assert set(data["values"]) == set(METHODS)
     for name, runs in found.items():

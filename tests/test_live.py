@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mod.config import UserError
-from mod.layout import TEXT, Say, lay_out
+from mod.layout import Say, lay_out
 from mod.live.live import Live, LiveStream, Paced
 from mod.live.saved import read_saved, restore, save, stream_state
 from mod.live.settings import StreamConfig

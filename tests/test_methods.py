@@ -2,7 +2,7 @@
 it can stream and is refused in one sentence where it cannot, and what it costs is counted right."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,23 +11,34 @@ from hypothesis import strategies as st
 
 import stream_tiny
 import train_tiny
-from mod.config import PRESETS, ModelConfig, StreamConfig, UserError
-from mod.data import clip_batch, clip_pixels, make_clip, vocabulary
-from mod.layout import NO_LABEL
+from mod.config import ModelConfig, UserError
+from mod.data import clip_batch, clip_pixels
+from mod.evaluate import cost_ratios
+from mod.layout import NO_LABEL, Vocabulary, lay_out
+from mod.live.live import LiveStream
+from mod.live.saved import cache_state, restore_cache, restore_stream, stream_state
+from mod.live.settings import StreamConfig
 from mod.related.base import ONLINE, Reducer
 from mod.related.costs import counted, frame_bytes
-from mod.related.methods import METHODS, build, configure, listing, own_fields
+from mod.related.data import HARDER_WORDS, make_clip
+from mod.related.methods import METHODS, FieldModel, build, configure, listing, own_fields
 from mod.related.models import Deeper, Reduced
+from mod.related.world import PRESETS, WORLD, RelatedRun, settle
+from mod.run import config_from
 from mod.stream import Stream
-from mod.study.costs import forward_flops, kv_bytes
-from mod.study.needle import QUESTION, needle_clip
-from mod.videollm import stream_loss
+#STUDY from mod.study.costs import forward_flops, kv_bytes
+#STUDY from mod.study.needle import SPARK_QUESTION, needle_clip
+from mod.videollm import VideoLLM
+from tests.helpers import frame_of, labels_of, plan_of
 
-SMALL = ModelConfig(vit_dim=16, vit_hidden=24, vit_heads=2, dim=24, heads=2, kv_heads=1, head_dim=12, ffn_hidden=32)
+WORDS = Vocabulary(HARDER_WORDS)
+SMALL = FieldModel(vit_dim=16, vit_hidden=24, vit_heads=2, dim=24, heads=2, kv_heads=1, head_dim=12, ffn_hidden=32)
 DATA = replace(PRESETS["field"].data, frames=5)
 FIELD = replace(PRESETS["field"], model=SMALL, data=DATA)
 OFFLINE = {"fastv", "p-mod", "free-video", "vts"}
 OTHER_CHOICE = {"sequence-mod", "gamma-mod"}  # training chooses among all tokens, all else by each token alone
+NO_WINDOW = {"voco", "visual-rope"}
+LOOKS_BACK = {"mod", "p-mod-frame", "gamma-mod", "sequence-mod"}  # what a frame keeps depends on what is remembered
 
 
 def model_of(name: str, seed: int = 0):
@@ -44,22 +55,29 @@ def some_clips(number: int, first: int = 0, **data):
 
 
 def hidden_of(model, clips, cache=None):
-    batch = clip_batch(vocabulary(), clips, model.config.frame_tokens)
-    return model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels.double()), cache=cache), batch
+    batch = clip_batch(WORDS, clips, model.config)
+    return model.hidden(batch.ids, model.see(batch.pixels.double()), batch.plan, cache), batch
+
+
+def loss_of(model, clips):
+    """The mean over all labels, and the batch."""
+    batch = clip_batch(WORDS, clips, model.config)
+    text, stream = model(replace(batch, pixels=batch.pixels.double()))
+    return (text + stream) / sum(batch.counts), batch
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_learns(name):
     """One step forward and back: a finite loss, and a gradient for all that the method has."""
     model = model_of(name).train()
-    hidden, batch = hidden_of(model, some_clips(3, wide=0.5))
-    stream_loss(model, hidden, batch)[0].backward()
+    loss, batch = loss_of(model, some_clips(3, wide=0.5))
+    loss.backward()
     without = {part for part, value in model.named_parameters() if value.grad is None and value.requires_grad}
     if name == "no-vision":
         assert without == {part for part, _ in model.named_parameters() if part.startswith("vit.")}
     else:
         assert not without
-    assert torch.isfinite(hidden[batch.labels != NO_LABEL]).all()
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -70,7 +88,7 @@ def test_a_stream_alone_is_what_it_is_in_a_batch(name):
         together, batch = hidden_of(model, clips)
         for row, clip in enumerate(clips):
             alone, single = hidden_of(model, [clip])
-            looked_at = single.labels[0] != NO_LABEL
+            looked_at = labels_of(single)[0] != NO_LABEL
             torch.testing.assert_close(alone[0, looked_at], together[row, : len(looked_at)][looked_at], rtol=0, atol=1e-9)
 
 
@@ -87,13 +105,13 @@ def pieces(frame: list[int], sizes: list[int]) -> list[range]:
 
 def streamed(model, batch, sizes):
     """The hidden states of one stream fed in pieces, and the cache that it leaves."""
-    cache, outs, seen = model.open_cache(1, int(batch.frame.max()) + 1, batch.ids.shape[1]), [], 0
-    for part in pieces(batch.frame[0].tolist(), sizes):
-        frames = len({f for f in batch.frame[0, part].tolist() if f >= 0})
-        vision = batch.pixels.new_zeros(0, model.config.frame_tokens, model.config.dim, dtype=torch.double)
-        if frames:
-            vision = model.see(batch.pixels[seen : seen + frames].double())
-        outs.append(model(batch.ids[:, part], batch.frame[:, part], batch.pos[:, part], vision, cache=cache))
+    cache, outs, seen, frame = model.new_cache(), [], 0, frame_of(batch)
+    for part in pieces(frame[0].tolist(), sizes):
+        own, part = frame[:, part], slice(part.start, part.stop)
+        frames = len({f for f in own[0].tolist() if f >= 0})
+        vision = model.see(batch.pixels[seen : seen + frames].double()) if frames else None
+        plan = plan_of(model.config, own, [part.start])
+        outs.append(model.hidden(batch.ids[:, part], vision, plan, cache))
         seen += frames
     return torch.cat(outs, dim=1), cache
 
@@ -107,10 +125,10 @@ def test_streaming_is_offline(name, sizes, index, wide):
     with torch.no_grad():
         offline, batch = hidden_of(model, [clip])
         online, cache = streamed(model, batch, sizes)
-    looked_at = batch.labels[0] != NO_LABEL
+    looked_at = labels_of(batch)[0] != NO_LABEL
     torch.testing.assert_close(online[0, looked_at], offline[0, looked_at], rtol=0, atol=1e-8)
-    counts = counted(model, vocabulary(), [clip])
-    assert sum(cache.lengths()) == pytest.approx(counts["entries"] * len(clip.frames) + counts["text"])
+    counts = counted(model, WORDS, [clip])
+    assert sum(cache.entries()) == pytest.approx(counts["entries"] * len(clip.frames) + counts["text"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -122,7 +140,7 @@ def test_the_future_changes_nothing_in_what_runs_online(name):
     other.frames[3:] = some_clips(1, 4, wide=0.0)[0].frames[3:]
     with torch.no_grad():
         (one, batch), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
-    before = (batch.labels[0] != NO_LABEL) & (batch.frame[0].cummax(0).values < 3)
+    before = (labels_of(batch)[0] != NO_LABEL) & (frame_of(batch)[0].cummax(0).values < 3)
     same = torch.allclose(one[0, before], two[0, before], rtol=0, atol=1e-9)
     if name not in OFFLINE:
         assert same
@@ -140,7 +158,7 @@ def test_what_must_know_all_frames_is_not_streamed(name):
     model = model_of(name)
     assert not model.online
     with pytest.raises(UserError, match="must know all frames"):
-        Stream(model, vocabulary(), frames=3, text=50)
+        Stream(model, WORDS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -152,7 +170,7 @@ def test_what_decides_to_speak_has_seen_the_frame(name):
     other.frames[2] = some_clips(1, 7, wide=0.0)[0].frames[2]
     with torch.no_grad():
         (one, batch), (two, _) = hidden_of(model, [clip]), hidden_of(model, [other])
-    last = int((batch.frame[0] == 2).nonzero()[-1])
+    last = int((frame_of(batch)[0] == 2).nonzero()[-1])
     assert torch.equal(one[0, last], two[0, last]) == (name == "no-vision")
 
 
@@ -167,9 +185,9 @@ def test_online_is_what_the_scope_says():
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
 def test_rows_that_see_at_different_times_are_what_they_are_alone(name):
     """Two streams through one batch, a question before one of them, frames in turns and together."""
-    words, model = vocabulary(), model_of(name).float()
+    words, model = WORDS, model_of(name).float()
     videos = [clip_pixels(some_clips(1, index, frames=3, wide=0.0)).float() for index in (1, 2)]
-    both, alone = Stream(model, words, 2, frames=3, text=60), [Stream(model, words, frames=3, text=60) for _ in videos]
+    both, alone = Stream(model, words, 2), [Stream(model, words) for _ in videos]
     both.hear([None, "where is it ?"])
     alone[1].hear(["where is it ?"])
     for rows, numbers in (((0, 1), (0, 0)), ((0,), (1, 0)), ((1,), (1, 1)), ((0, 1), (2, 2))):
@@ -178,44 +196,91 @@ def test_rows_that_see_at_different_times_are_what_they_are_alone(name):
         for row in rows:
             mine = alone[row].see(videos[row][numbers[row]][None])
             torch.testing.assert_close(together[row], mine[0], rtol=0, atol=2e-4)
-    assert [both.cache.lengths(row) for row in (0, 1)] == [one.cache.lengths() for one in alone]
+    assert [both.cache.entries(row) for row in (0, 1)] == [one.cache.entries() for one in alone]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
 def test_a_saved_stream_goes_on_bit_for_bit(name):
     """With what its method remembers beside keys and values."""
-    words, clip = vocabulary(), some_clips(1, 2, wide=0.0)[0]
+    words, clip = WORDS, some_clips(1, 2, wide=0.0)[0]
     model = model_of(name).float()
     pixels = clip_pixels([clip]).float()
 
     def stream():
-        return Stream(model, words, frames=len(pixels), text=300)
+        return LiveStream(model, words, settings=StreamConfig())
 
     whole, first, second = stream(), stream(), stream()
     for one in (whole, first):
         for picture in pixels[:3]:
             one.see(picture[None])
-    second.restore(*first.state())
+    restore_stream(second, *stream_state(first))
     for picture in pixels[3:]:
         assert torch.equal(second.see(picture[None]), whole.see(picture[None]))
 
 
-@pytest.mark.parametrize("name", ["setok", "prumerge", "progressive", "vts-stream", "q-former"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
 def test_windows_forget_whole_frames_of_any_number_of_tokens(name):
-    """With a window that is longer than the stream nothing changes; with a shorter one the cache stops growing."""
-    model, words = model_of(name).float(), vocabulary()
-    with pytest.raises(UserError, match="forget got vision"):
-        Stream(model, words, frames=3, text=9, settings=StreamConfig(window=2, forget="vision"))
-    clip = make_clip(replace(DATA, frames=12), SMALL, "train", 0, 1)
+    """With a window that is longer than the stream nothing changes; with a shorter one the cache stops growing, and
+    holds the same frames in every layer. Some methods cannot forget frames, and say so."""
+    model, words = model_of(name).float(), WORDS
+
+    def stream(**rule):
+        return LiveStream(model, words, settings=StreamConfig(**rule))
+
+    if name in NO_WINDOW:
+        with pytest.raises(UserError, match="a window got 2 frames, but .*; leave it out"):
+            stream(window=2)
+        return
+    clip = make_clip(replace(DATA, frames=9), SMALL, "train", 0, 1)
     pixels = clip_pixels([clip]).float()
-    plain, wide, narrow = (Stream(model, words, frames=12, text=300, settings=StreamConfig(window=w)) for w in (0, 50, 2))
-    for picture in pixels:
+    plain, wide, narrow = stream(), stream(window=50), stream(window=2)
+    for number, picture in enumerate(pixels):
         a, b = plain.see(picture[None]), wide.see(picture[None])
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
         narrow.see(picture[None])
-    held = narrow.cache.layers[0].frame[0, : narrow.cache.lengths()[0]]
-    assert set(held[held >= 0].tolist()) == {10, 11} and narrow.held() == (2, 1)
-    assert plain.held() == (12, 1)
+        if number == 4:
+            for one in (plain, wide, narrow):
+                one.hear(["where is it ?"])
+    size = model.config.frame_tokens
+    before = 1 + 5 * size + 5  # <bos>, five frames, a question of five tokens
+    for layer, all_of_it in zip(narrow.cache.layers, plain.cache.layers, strict=True):
+        held, pos = layer.pos[0, : layer.lengths[0]], all_of_it.pos[0, : all_of_it.lengths[0]]
+        stays = (pos == 0) | (pos >= before + 2 * size)  # <bos>, and frames 7 and 8
+        if name in LOOKS_BACK:
+            assert held[held > 0].min() >= before + 2 * size
+            assert name in OTHER_CHOICE or (held[0] == 0 and len(held) == stays.sum())
+        else:
+            assert held.tolist() == pos[stays].tolist()
+    assert narrow.held() == (2, 1) and plain.held() == (9, 6)
+
+
+@pytest.mark.parametrize("name", ["full", "setok", "prumerge", "q-former", "adaptvision", "longva"])
+def test_what_a_window_has_forgotten_has_never_been(name):
+    """In a decoder of one layer an entry knows of no other, and positions close the gap: after six frames a stream that
+    remembers two is one that has had no others."""
+    model = build(configure(replace(SMALL, depth=1), name)).eval()
+    whole, short = LiveStream(model, WORDS, settings=StreamConfig(window=2)), Stream(model, WORDS)
+    pixels = clip_pixels(some_clips(1, 1, frames=6, wide=0.0)).float()
+    for number, picture in enumerate(pixels):
+        seen = whole.see(picture[None])
+        if number >= 4:
+            alone = short.see(picture[None])
+    torch.testing.assert_close(seen, alone, rtol=0, atol=1e-5)
+    assert whole.cache.entries() == short.cache.entries()
+
+
+@pytest.mark.parametrize("name", ["setok", "p-mod-frame", "gamma-mod"])
+def test_a_window_may_forget_frames_and_not_their_text(name):
+    """Of the frames that are gone only the question is left."""
+    stream = LiveStream(model_of(name).float(), WORDS, settings=StreamConfig(window=2, forget="vision"))
+    for number, picture in enumerate(clip_pixels(some_clips(1, 1, frames=5, wide=0.0)).float()):
+        stream.see(picture[None])
+        if number == 1:
+            stream.hear(["where is it ?"])
+    size = stream.model.config.frame_tokens
+    for layer in stream.cache.layers:
+        held = layer.pos[0, : layer.lengths[0]].tolist()
+        assert held[:6] == [0, *range(1 + 2 * size, 6 + 2 * size)] and min(held[6:], default=9e9) >= 6 + 3 * size
 
 
 def test_counts_are_the_formulas():
@@ -223,8 +288,8 @@ def test_counts_are_the_formulas():
     clips = some_clips(2, wide=0.0)
     for name in ("mod", "full", "early-exit", "layer-skip"):
         model = model_of(name).float()
-        counts = counted(model, vocabulary(), clips)
-        texts = [clip_batch(vocabulary(), [clip], 1).frame.lt(0).sum().item() for clip in clips]
+        counts = counted(model, WORDS, clips)
+        texts = [len(lay_out(WORDS, 5, 0, clip.said).ids) for clip in clips]
         flops = [forward_flops(model.config, 5, text, logits=0) for text in texts]
         assert counts["flops"] == sum(sum(one.values()) for one in flops) / 2
         assert counts["encoder"] == flops[0]["vit"] and counts["tokens"] == 26
@@ -235,26 +300,27 @@ def test_counts_are_the_formulas():
 def test_a_frame_leaves_what_its_method_says():
     """Tokens into the decoder and entries in the cache, of methods whose numbers are fixed."""
     expected = {"no-vision": (1, 4), "q-former": (6, 24), "perceiver": (6, 24), "longva": (10, 40), "voco": (28, 8),
-                "fastv": (26, 26 * 3), "early-exit": (26, 52), "visual-rope": (26, 104)}  # fmt: skip
+                "fastv": (26, 26 * 3), "early-exit": (26, 52), "visual-rope": (26, 104)}
     for name, numbers in expected.items():
-        counts = counted(model_of(name).float(), vocabulary(), [make_clip(replace(DATA, frames=4), SMALL, "train", 0, 1)])
+        counts = counted(model_of(name).float(), WORDS, [make_clip(replace(DATA, frames=4), SMALL, "train", 0, 1)])
         assert (counts["tokens"], counts["entries"]) == numbers, name
     square, wide = (
-        counted(model_of("adaptvision").float(), vocabulary(), some_clips(1, wide=w))["tokens"] for w in (0.0, 1.0)
+        counted(model_of("adaptvision").float(), WORDS, some_clips(1, wide=w))["tokens"] for w in (0.0, 1.0)
     )
     assert (square, wide) == (1 + 25 + 6, 1 + 25 + 2 * 6)
 
 
 def test_auxiliary_losses_reach_their_parameters_and_nobody_else():
     """The predictor of Mixture-of-Depths learns; what it learns from does not notice."""
-    clips = some_clips(2)
+    clips, losses = some_clips(2), []
 
     def gradients(with_loss: bool):
         model = model_of("sequence-mod").train()
         if not with_loss:
             model.forward = super(Deeper, model).forward
-        hidden, batch = hidden_of(model, clips)
-        stream_loss(model, hidden, batch)[0].backward()
+        loss, _ = loss_of(model, clips)
+        loss.backward()
+        losses.append(loss.item())
         return {name: value.grad for name, value in model.named_parameters()}
 
     with_loss, without = gradients(True), gradients(False)
@@ -263,18 +329,48 @@ def test_auxiliary_losses_reach_their_parameters_and_nobody_else():
             assert without[name] is None and gradient.abs().sum() > 0
         else:
             torch.testing.assert_close(gradient, without[name])
+    assert losses[0] == losses[1], "the logged loss is that of the words"
+
+
+@pytest.mark.parametrize("name", ["sequence-mod", "gamma-mod"])
+def test_auxiliary_losses_weigh_as_much_as_the_mean_over_labels(name):
+    """The gradient is that of the main loss and the auxiliary losses, written out."""
+    model, clips = model_of(name).train(), some_clips(2)
+    loss, _ = loss_of(model, clips)
+    loss.backward()
+    gradients = {part: value.grad.clone() for part, value in model.named_parameters()}
+    model.zero_grad()
+    hidden, batch = hidden_of(model, clips)
+    logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
+    auxiliary = [layer.auxiliary for layer in model.decoder.layers if hasattr(layer, "auxiliary")]
+    assert len(auxiliary) == 2
+    (torch.nn.functional.cross_entropy(logits, batch.labels) + sum(auxiliary)).backward()
+    for part, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, gradients[part])
 
 
 def test_longer_streams_turn_more_slowly_and_others_as_they_were():
     model = model_of("visual-rope").train()
     hidden_of(model, some_clips(2))
     model.eval()
-    plain = model.decoder.layers[0].attention.rope
+    plain = model.decoder.rope
     assert model.longest.item() == 5 and model.rope(5) == plain and model.rope(20).factor == 4
     assert model.rope(20).context == 5 * 26
     with torch.no_grad():
         hidden_of(model, some_clips(1, frames=20))
-    assert model.decoder.layers[0].attention.rope == plain, "a forward pass leaves the model as it was"
+    assert model.decoder.rope == plain and model.longest.item() == 5, "a forward pass leaves the model as it was"
+
+
+def test_a_stream_that_was_announced_turns_as_one_pass_does():
+    """Online the number of frames is said before the first; otherwise it turns as in training."""
+    model, clip = model_of("visual-rope"), some_clips(1, 2, frames=6, wide=0.0)[0]
+    model.longest.data.fill_(2.0)
+    with torch.no_grad():
+        offline, batch = hidden_of(model, [clip])
+        for frames in (6, 0):
+            cache = model.new_cache(1, frames=frames)
+            online, _ = hidden_of(model, [clip], cache)
+            assert torch.allclose(online, offline, rtol=0, atol=1e-9) == (frames == 6)
 
 
 def test_rows_of_different_lengths_turn_each_at_its_own_speed_and_a_stream_goes_on_at_its_own():
@@ -285,11 +381,11 @@ def test_rows_of_different_lengths_turn_each_at_its_own_speed_and_a_stream_goes_
         together, _ = hidden_of(model, clips)
         for row, clip in enumerate(clips):
             alone, batch = hidden_of(model, [clip])
-            looked_at = batch.labels[0] != NO_LABEL
+            looked_at = labels_of(batch)[0] != NO_LABEL
             torch.testing.assert_close(alone[0, looked_at], together[row, : len(looked_at)][looked_at], rtol=0, atol=1e-9)
-    short, long = (Stream(model, vocabulary(), frames=frames, text=10) for frames in (5, 9))
+    short, long = (model.new_cache(1, frames=frames) for frames in (5, 9))
     with pytest.raises(UserError, match="opened for 9 frames, got 5"):
-        short.restore(*long.state())
+        restore_cache(short, cache_state(long))
 
 
 def test_fastv_does_not_look_at_the_answer():
@@ -300,24 +396,35 @@ def test_fastv_does_not_look_at_the_answer():
         said = [replace(say, text=wrong) if number == last else say for number, say in enumerate(clip.said)]
         with torch.no_grad():
             (one, batch), (two, other) = hidden_of(model, [clip]), hidden_of(model, [replace(clip, said=said)])
-        begins = int((batch.ids[0] == vocabulary().assistant).nonzero()[-1])
-        same = (batch.frame[0, : begins + 1] >= 0) | (batch.ids[0, : begins + 1] == other.ids[0, : begins + 1])
+        begins = int((batch.ids[0] == WORDS.assistant).nonzero()[-1])
+        same = (frame_of(batch)[0, : begins + 1] >= 0) | (batch.ids[0, : begins + 1] == other.ids[0, : begins + 1])
         assert same.all()
         torch.testing.assert_close(one[0, : begins + 1], two[0, : begins + 1], rtol=0, atol=1e-9)
 
 
-def test_a_full_cache_leaves_the_key_frame_as_it_was():
-    model, pixels = model_of("vts-stream").float(), clip_pixels(some_clips(1, 2, wide=0.0)).float()
-    stream = Stream(model, vocabulary(), frames=2, text=5)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OFFLINE])
+def test_a_stream_comes_back_to_where_it_stood(name):
+    """After `rewind` the next frame is what it was the first time, with all that a method remembers."""
+    model, pixels = model_of(name).float(), clip_pixels(some_clips(1, 2, wide=0.0)).float()
+    stream = Stream(model, WORDS)
     for picture in pixels[:2]:
         stream.see(picture[None])
-    before = stream.state()[0]
-    with pytest.raises(UserError, match="cache is full"):
-        for picture in pixels[2:]:
-            stream.see(picture[None])
-            before = stream.state()[0]
-    after = stream.state()[0]
-    assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
+    mark, position, logits = stream.cache.mark(), list(stream.position), []
+    for picture in (pixels[2], pixels[3], pixels[2]):
+        logits.append(stream.see(picture[None]))
+        stream.cache.rewind(mark)
+        stream.position = list(position)
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[1]) == (name == "no-vision")
+
+
+def test_a_key_frame_is_remembered_and_saved():
+    stream = Stream(model_of("vts-stream").float(), WORDS, 2)
+    assert not stream.cache.remembered
+    picture = clip_pixels(some_clips(1, 2, wide=0.0))[:1]
+    stream.see(picture, [False, True])
+    assert list(stream.cache.remembered) == [1] and stream.cache.frames == [0, 1]
+    assert set(stream.cache.more()) == {"frames", "remembered.1"}
 
 
 def test_a_reducer_may_not_hand_on_more_than_its_places():
@@ -329,14 +436,14 @@ def test_a_reducer_may_not_hand_on_more_than_its_places():
 def test_configuring():
     """A method sets what it decides, forgets what another had set, and unknown ones are refused."""
     for name in METHODS:
-        config = configure(configure(ModelConfig(), "voco"), name)
-        assert config == configure(ModelConfig(layers="none"), name)
+        config = configure(configure(FieldModel(), "voco"), name)
+        assert config == configure(FieldModel(layers="none"), name)
         assert config.method == name and own_fields(config) <= set(vars(config))
-    assert configure(ModelConfig(), "mod") == ModelConfig()
+    assert configure(FieldModel(), "mod") == FieldModel()
     with pytest.raises(UserError, match="--method got 'all', expected one of mod, full"):
-        configure(ModelConfig(), "all")
+        configure(FieldModel(), "all")
     with pytest.raises(UserError, match="this run's method is 'gone'"):
-        build(replace(ModelConfig(), method="gone"))
+        build(replace(FieldModel(), method="gone"))
     lines = listing().splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS) and all(line.count("Streaming needs:") == 1 for line in lines)
 
@@ -344,20 +451,18 @@ def test_configuring():
 @pytest.mark.parametrize("depth", [0.0, 0.67, 1.0])
 def test_a_needle_is_in_one_frame_and_asked_for_at_the_end(depth):
     clip = needle_clip(FIELD, 3, 10, depth)
-    sparks = clip.patch_labels[..., 5].max(1)
+    sparks = clip.patch_labels[..., -1].max(1)
     assert [t for t, spark in enumerate(sparks) if spark] == [round(depth * 9)]
-    assert [(say.frame, say.text) for say in clip.said if say.role == "user"] == [(9, QUESTION)]
+    assert [(say.frame, say.text) for say in clip.said if say.role == "user"] == [(9, SPARK_QUESTION)]
     assert clip.said[-1].text.startswith("spark ")
 
 
 QUICK = ["--steps", "1", "--batch-size", "2", "--vit-steps", "1", "--frames", "3", "--eval-clips", "2", "--eval-every", "0",
-         "--curriculum", "0:3", "--preset", "field", "--device", "cpu", "--max-words", "3"]  # fmt: skip
+         "--preset", "field", "--device", "cpu", "--max-words", "3"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_tiny, "estimate_seconds", lambda *_: 1.0)  # not what this is about
-    monkeypatch.setattr(train_tiny, "plot_curve", lambda *_: None)
+def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_tiny.main([*QUICK, "--method", name, "--out", str(out)]) == 0
     told, config = capsys.readouterr().out, json.loads((out / "config.json").read_text())
@@ -386,10 +491,7 @@ def test_the_scripts_refuse_what_a_method_cannot_do(tmp_path, capsys):
     refused(train_tiny.main, [*QUICK, "--method", "prunemerge", "--out", str(out)], "got 'prunemerge'", "prumerge")
     refused(train_tiny.main, [*QUICK, "--method", "setok", "--layers", "all", "--out", str(out)], "--layers does nothing", "setok")
     refused(train_tiny.main, [*QUICK, "--method", "longva", "--rope-base", "5", "--out", str(out)], "--rope-base does nothing")
-    sizes = train_tiny.build_parser().parse_args(["--method", "setok", "--image-size", "56", "--grid", "7"])
-    assert train_tiny.merge(PRESETS["tiny"], sizes).model.frame_tokens == 50
-    depth = train_tiny.build_parser().parse_args(["--method", "early-exit", "--depth", "6"])
-    assert train_tiny.merge(PRESETS["tiny"], depth).model.keep == (1, 1, 1, 0, 0, 0)
+    refused(train_tiny.main, [*QUICK, "--method", "p-mod", "--compile", "--out", str(out)], "compile got True", "p-mod")
     refused(train_tiny.main, [*QUICK, "--method", "voco", "--gate", "update", "--out", str(out)], "--gate does nothing")
     assert not out.exists()
     assert train_tiny.main([*QUICK, "--method", "voco", "--out", str(out)]) == 0
@@ -401,3 +503,66 @@ def test_the_scripts_refuse_what_a_method_cannot_do(tmp_path, capsys):
     refused(stream_tiny.main, [*stream, "--memory-mb", "2"], "--memory-mb", "voco")
     assert train_tiny.main(["--method", "list"]) == 0
     assert capsys.readouterr().out.strip() == listing()
+
+
+def settled(**sizes):
+    return settle(RelatedRun(model=replace(FieldModel(), **sizes)), set(sizes))
+
+
+def test_a_method_depends_on_the_other_sizes():
+    assert settled(method="setok", image_size=56, grid=7).model.frame_tokens == 50
+    assert settled(method="early-exit", depth=6).model.keep_ratios == (1, 1, 1, 0, 0, 0)
+    again = settled(method="voco")
+    assert settle(again, set()) == again, "a run that goes on"
+
+
+def test_the_world_of_the_field():
+    """Its default is the tiny model on the core's data; a run is read back as it was written; an unwritten `tokens` is no
+    flag; MoD costs what the formulas say."""
+    assert next(iter(WORLD.presets.values())) == RelatedRun()
+    run = settled(method="voco")
+    assert config_from({"world": run.world, **json.loads(json.dumps(asdict(run)))}) == run
+    with pytest.raises(SystemExit):
+        train_tiny.main(["--tokens", "3"])
+    model, source = WORLD.build(PRESETS["study"], torch.device("cpu"))
+    assert type(model).__mro__[1] is VideoLLM and model.online and source.live
+    assert WORLD.costs(PRESETS["study"], 8, 40, model) == cost_ratios(ModelConfig(), 8, 40)
+    torch.manual_seed(PRESETS["study"].train.seed)
+    core = VideoLLM(ModelConfig())
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), core.parameters(), strict=True))
+
+
+def test_costs_are_shares_of_full_computation_and_leave_the_dice_alone():
+    for name, share in (("full", 1.0), ("layer-skip", 0.5)):
+        run = replace(FIELD, model=configure(SMALL, name))
+        model, _ = WORLD.build(run, torch.device("cpu"))
+        before = torch.get_rng_state()
+        costs = WORLD.costs(run, 5, 40, model)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert costs["kv_ratio"] == share and (costs["flop_ratio"] == 1) == (name == "full") and costs["flop_ratio"] <= 1
+
+
+def test_a_method_is_refused_what_it_cannot_do():
+    for name, changes, why in (("p-mod", {"compile": True}, "compile got True"),
+                               ("setok", {"fsdp": True, "optimizer": "adamw"}, "fsdp got True")):
+        run = replace(FIELD, model=configure(SMALL, name), train=replace(FIELD.train, **changes))
+        with pytest.raises(UserError, match=why):
+            WORLD.build(run, torch.device("cpu"))
+    for name in ("sequence-mod", "fastv"):
+        model, _ = WORLD.build(replace(FIELD, model=configure(SMALL, name)), torch.device("cpu"))
+        with pytest.raises(UserError, match=f"compile got True, but how much {name} computes"):
+            model.decoder.compile(dynamic=True)
+
+
+def test_a_decoder_that_never_asks_the_data_compiles_to_one_graph():
+    """Also where it is given a plan of other tokens than the core's."""
+    name = "setok"
+    model = model_of(name)
+    assert model.static
+    model.decoder.compile(backend="eager")
+    clips = some_clips(2, wide=0.0)
+    with torch.no_grad():
+        compiled, batch = hidden_of(model, clips)
+        plain, _ = hidden_of(model_of(name), clips)
+    looked_at = labels_of(batch) != NO_LABEL
+    torch.testing.assert_close(compiled[looked_at], plain[looked_at])

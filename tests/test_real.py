@@ -92,7 +92,7 @@ class TestTraining:
         assert len(made) == 12
         assert train_tiny.main(flags(files, tmp_path / "again", "--steps", "1")) == 0
         assert {path: path.stat().st_mtime_ns for path in (files / "features").iterdir()} == made
-        config = small(files, features=str(files / "features"))
+        config = small(files, data=str(files / "videos" / "streams.jsonl"), features=str(files / "features"))
         video = files / "videos" / "clip-0000.mp4"
         assert features_file(video, config) in made
         assert features_file(video, replace(config, data=replace(config.data, fps=1.0))) not in made
@@ -406,7 +406,8 @@ def test_the_first_bytes_of_features_are_readable_alone(trained, files):
 
 def test_the_readme_commands_run_as_they_are_written(files, tmp_path, monkeypatch, capsys):
     """The section's commands, in order, in a folder where its names are those of the small files."""
-    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Bring your own weights and videos")[1].split("\n## ")[0]
+    readme = (Path(__file__).parents[1] / "mod" / "real" / "README.md").read_text()
+    section = readme.split("\n## Bring your own weights and videos")[1].split("\n## ")[0]
     commands = [shlex.split(line, comments=True) for line in section.split("```bash\n")[1].split("```")[0].splitlines()]
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)

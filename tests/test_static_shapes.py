@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,9 +66,8 @@ def test_the_guard_sees_what_waits(wait):
         wait(x)
 
 
-CASES = [{"layers": "none"}, {"layers": "keep:1,0,0.4,0.2"}, {"layers": "keep:0,1,1,0", "gate": "update"},
-         *({"layers": layers, "select": select, "gate": gate} for layers in ("interleaved", "all")
-           for select in ROUTERS for gate in ("value", "update"))]
+CASES = [{"layers": "none"}, *({"layers": "keep:0.2,1,0,0.4", "select": select, "gate": gate}
+                               for select in ROUTERS for gate in ("value", "update"))]
 
 
 def name_of(changes: dict) -> str:
@@ -77,6 +76,7 @@ def name_of(changes: dict) -> str:
 
 
 @pytest.mark.parametrize("changes", CASES, ids=name_of)
+@settings(max_examples=6)
 @given(st.lists(conversations(most_frames=3), min_size=1, max_size=3))
 def test_a_training_step_waits_for_nothing(changes, talks):
     """Forward, loss and backward of ragged batches."""
@@ -91,14 +91,15 @@ def test_a_training_step_waits_for_nothing(changes, talks):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", CASES, ids=name_of)
-def test_a_streamed_frame_and_a_streamed_word_wait_for_nothing(changes, rows):
+def test_a_streamed_frame_and_a_streamed_word_wait_for_nothing(changes, rows, monkeypatch):
     """With everything that changes between frames: some rows alone, texts of different lengths, a cache that grows and
-    forgets. Which word is likeliest is what a stream must ask for, outside of `see` and `feed`."""
+    rewinds. Which word is likeliest is what a stream must ask for, outside of `see` and `feed`."""
+    monkeypatch.setattr("mod.cache.FIRST", 16)
     model = small_model(dtype=torch.float32, **changes)
     pixels = random_pixels(rows, model.config, dtype=torch.float32)
     with Unwaiting():
         stream = Stream(model, WORDS_ALL, rows)
-        for t in range(FIRST // 5 + 3):
+        for t in range(4):
             stream.see(pixels)
             stream.feed([[5]] * rows)
             stream.feed([list(range(5, 6 + (row + t) % 3)) for row in range(rows)])
@@ -106,7 +107,7 @@ def test_a_streamed_frame_and_a_streamed_word_wait_for_nothing(changes, rows):
             stream.see(pixels[some.index(True)][None], some)
         stream.score(["red disc"] * rows)
         stream.hear(["where is it ?", *[None] * (rows - 1)])
-    assert max(stream.cache.entries()) > FIRST
+    assert max(stream.cache.entries()) > 16
 
 
 def a_run(**settings) -> tuple:
@@ -120,10 +121,10 @@ def a_run(**settings) -> tuple:
     return config, model, make_optimizers(trained, config.train.optimizer, 0.02, 1e-3), synthetic(config)
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"optimizer": "adamw"}], ids=name_of)
-def test_a_step_of_the_loop_waits_for_nothing_until_it_is_logged(settings, monkeypatch):
-    """AdamW's own foreach step is torch's; of ours nothing waits before `entry_of`."""
-    config, model, optimizers, source = a_run(**settings)
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"optimizer": "adamw"}], ids=name_of)
+def test_a_step_of_the_loop_waits_for_nothing_until_it_is_logged(changes, monkeypatch):
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)  # torch's own; it counts its steps on the host
+    config, model, optimizers, source = a_run(**changes)
     with Unwaiting():
         for step in range(2):
             fetched = train_step(model, optimizers, config, source, step, Engine())
@@ -141,12 +142,13 @@ def compiled(model) -> CompileCounter:
 
 @pytest.fixture
 def quiet():
-    """A warning is an error. And what compiling has changed for the whole process is put back."""
+    """Nothing warns. And what compiling has changed for the whole process is put back."""
     with torch.fx.experimental._config.patch(use_duck_shape=True), torch._dynamo.config.patch(recompile_limit=8), \
-            warnings.catch_warnings():
-        warnings.simplefilter("error")
+            warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         yield
     torch.compiler.reset()
+    assert not [str(warning.message) for warning in told]
 
 
 COMPILED = [{"layers": "none"}, {"layers": "interleaved"}, {"layers": "keep:1,0,0.4,1", "gate": "update"},
@@ -161,7 +163,7 @@ def test_ragged_batches_of_all_sizes_are_one_graph(changes, quiet):
     counter = compiled(model)
     narrated = Say(0, "assistant", "red disc moves")
     for talks in ([(2, [narrated]), (2, [])], [(4, []), (1, [Say(0, "user", "where is it ?")]), (2, [])], [(5, [narrated])] * 5,
-                  [(2, []), (1, [])]):
+                  [(2, []), (1, [narrated])]):
         batch = as_batch(model.config, talks, torch.float32)
         one, two = ([], [])
         losses = [sum(either(batch, trace)) for either, trace in ((model, one), (plain, two))]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import recall
-from mod.evaluate import cost_ratios, teacher_forced
+from mod.evaluate import teacher_forced
 from mod.layers import Rope
 from mod.related.data import SPARK_LABEL
 from mod.related.world import WORLD
@@ -287,7 +287,6 @@ class TestSeeds:
         mini = replace(Config(), train=MINI.train)
         for name, value in (("BASE", mini), ("RUNS", tmp_path / "runs"), ("RESULTS", tmp_path), ("EARLY", 2)):
             monkeypatch.setattr(seeds, name, value)
-        monkeypatch.setattr(sweep, "train_apart", train_here)
         assert seeds.main(["--seeds", "1", "--jobs", "1"]) == 0
         results, known = (json.loads((path / "seeds.json").read_text()) for path in (tmp_path, ROOT / "results"))
         shown = (tmp_path / "seeds.md").read_text()
@@ -307,4 +306,4 @@ class TestSeeds:
 
 def test_the_study_preset_is_harder_than_the_default():
     assert STUDY.model == replace(STUDY.model, **vars(ModelConfig())) and STUDY.data.drift and STUDY.data.sparks
-    assert seeds.BASE == Config() and Config().data == DataConfig()
+    assert Config() == seeds.BASE and Config().data == DataConfig()

@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mod.checkpoint import read_config, read_state, read_tensors, weights, write_state
 from mod.config import Config, DataConfig, TrainConfig
-from mod.data import clip_batch, make_clip, vocabulary
-from mod.evaluate import teacher_forced
-from mod.layout import NO_LABEL
-from mod.metrics import summarize
-from mod.optim import Muon, orthogonalize, schedule
-from mod.train import Lesson, Source, make_optimizers, set_up, step_clips, synthetic, train, train_step
-from mod.videollm import VideoLLM, stream_loss
-from tests.helpers import as_batch, small_config, small_model
+from mod.data import Source, clip_batch, make_clip, synthetic
+from mod.evaluate import summarize, teacher_forced
+from mod.layout import NO_LABEL, Say
+from mod.optim import Muon, make_optimizers, orthogonalize, schedule
+from mod.run import flag_of, read_config, read_tensors, remarks
+from mod.train import Engine, build, entry_of, read_state, train, train_step, write_state
+from mod.videollm import VideoLLM
+from tests.helpers import WORDS_ALL, as_batch, labels_of, offline, small_config, small_model
 
 ROOT = Path(__file__).parent.parent
 TINY = Config(
@@ -31,6 +30,11 @@ TINY = Config(
 )
 
 
+def train_tiny(config, folder, resume=False):
+    """As the script: build the model, then train it."""
+    return train(config, folder, *build(config, torch.device("cpu")), resume)
+
+
 def same(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -38,8 +42,7 @@ def same(one: dict, two: dict) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    model, metrics = train(TINY, folder)
-    return folder, metrics
+    return folder, train_tiny(TINY, folder)
 
 
 @pytest.mark.parametrize("stop", range(0, 6))
@@ -47,28 +50,28 @@ def test_killed_at_any_step_and_resumed_ends_bitwise_the_same(tmp_path, uninterr
     """Killed before step `stop` + 1: the last saved state, or the start, is where it goes on."""
     import mod.train as module
 
-    def dying(model, optimizers, config, words, step):
+    def dying(model, optimizers, config, source, step, engine):
         if step == stop:
             raise SystemExit("killed")
-        return train_step(model, optimizers, config, words, step)
+        return train_step(model, optimizers, config, source, step, engine)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", dying)
         with pytest.raises(SystemExit):
-            train(TINY, tmp_path)
+            train_tiny(TINY, tmp_path)
     torch.manual_seed(123)  # whatever the new process's random state is
-    train(read_config(tmp_path), tmp_path, resume=True)
+    train_tiny(read_config(tmp_path), tmp_path, resume=True)
     whole, _ = uninterrupted
     for name in ("model.safetensors", "state.safetensors"):
         assert same(read_tensors(tmp_path / name)[0], read_tensors(whole / name)[0])
-    strip = [{k: v for k, v in json.loads(line).items() if k != "right"} for line in (tmp_path / "log.jsonl").open()]
-    assert strip == [{k: v for k, v in json.loads(line).items() if k != "right"} for line in (whole / "log.jsonl").open()]
+    one, two = ([json.loads(line) | {"seconds": None} for line in (folder / "log.jsonl").open()] for folder in (tmp_path, whole))
+    assert one == two
 
 
 def test_sigkill_and_ctrl_c_in_a_real_process(tmp_path):
     """SIGKILL at whatever moment, resume, Ctrl-C, resume: bitwise the weights of the run that nobody disturbed."""
-    flags = [f"--{name.replace('_', '-')}={value}" for part in (TINY.model, TINY.data) for name, value in vars(part).items()
-             if not isinstance(value, bool) and name != "tokens"]  # fmt: skip
+    flags = [f"{flag_of(name)}={value}" for part in (TINY.model, TINY.data) for name, value in vars(part).items()
+             if not isinstance(value, bool) and name in remarks(type(part))]
     flags += ["--steps=60", "--batch-size=2", "--vit-steps=2", "--save-every=5", "--eval-every=0", "--eval-clips=2", "--device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -103,37 +106,49 @@ def test_sigkill_and_ctrl_c_in_a_real_process(tmp_path):
 
 
 def test_state_round_trip(tmp_path):
-    model = small_model(dtype=torch.float32)
+    model, engine = small_model(dtype=torch.float32), Engine()
     optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 1e-3)
-    batch = as_batch(model.config, [(2, [])], torch.float32)
-    stream_loss(model, model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels)), batch)[0].backward()
+    sum(model(as_batch(model.config, [(2, [])], torch.float32))).backward()
     for optimizer in optimizers:
         optimizer.step()
-    write_state(tmp_path, model, optimizers, 7)
+    write_state(tmp_path, model, optimizers, 7, 1.5, engine)
     other = small_model(1, dtype=torch.float32)
     fresh = make_optimizers(dict(other.named_parameters()), "muon", 0.02, 1e-3)
-    assert read_state(tmp_path, other, fresh) == (7, 0.0)
+    torch.manual_seed(99)
+    assert read_state(tmp_path, other, fresh, engine) == (7, 1.5)
+    drawn = torch.rand(3)
+    read_state(tmp_path, other, make_optimizers(dict(other.named_parameters()), "muon", 0.02, 1e-3), engine)
+    assert torch.equal(drawn, torch.rand(3)), "the random state comes back as well"
     with pytest.raises(ValueError, match="another optimizer"):
-        read_state(tmp_path, other, make_optimizers(dict(other.named_parameters()), "adamw", 0.02, 1e-3))
-    assert same(weights(model), weights(other))
+        read_state(tmp_path, other, make_optimizers(dict(other.named_parameters()), "adamw", 0.02, 1e-3), engine)
+    assert same(model.weights(), other.weights())
     for one, two in zip(optimizers, fresh, strict=True):
         assert len(one.state) == len(two.state) > 0
         for p, q in zip(one.param_groups[0]["params"], two.param_groups[0]["params"], strict=True):
             assert same(dict(one.state[p]), dict(two.state[q]))
 
 
-def test_accumulation_equals_one_large_batch():
+def loss_of(fetched: dict, weight: float = 1.0) -> float:
+    text, stream = fetched["sums"].tolist()
+    return (text + weight * stream) / sum(fetched["counts"])
+
+
+@pytest.mark.parametrize("layers", ["interleaved", "none"])
+def test_accumulation_equals_one_large_batch(layers):
     """Parts are weighted by their labels, so that how a batch is split changes nothing but rounding."""
     steps = []
     for accumulate in (1, 3):
-        config = replace(TINY, train=replace(TINY.train, batch_size=5, accumulate=accumulate, optimizer="adamw", clip=1e9))
+        settings = replace(TINY.train, batch_size=5, accumulate=accumulate, optimizer="adamw", clip=1e9)
+        config = replace(TINY, train=settings, model=replace(TINY.model, layers=layers))
         torch.manual_seed(0)
         model = VideoLLM(config.model).double()
         optimizers = [torch.optim.SGD(model.decoder.parameters(), lr=1.0)]
         optimizers[0].param_groups[0]["peak"] = 1.0
-        model.vit.forward = lambda pixels, old=model.vit.forward: old(pixels.double())
-        steps.append((train_step(Lesson(model, 1.0), optimizers, config, synthetic(config), 0), weights(model)))
-    assert steps[0][0]["loss"] == pytest.approx(steps[1][0]["loss"], rel=1e-6)
+        fetched = train_step(model, optimizers, config, synthetic(config), 0, Engine())
+        assert len(fetched["clips"]) == 5 and len(fetched["trace"]) == accumulate * 2 * (layers != "none")
+        steps.append((fetched, model.weights()))
+    assert loss_of(steps[0][0]) == pytest.approx(loss_of(steps[1][0]), rel=1e-6)
+    assert steps[0][0]["counts"] == steps[1][0]["counts"]
     for name, tensor in steps[0][1].items():
         torch.testing.assert_close(tensor, steps[1][1][name], rtol=1e-5, atol=1e-7)
 
@@ -151,47 +166,47 @@ def test_gradients_are_clipped_before_the_step(monkeypatch):
         norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
 
     monkeypatch.setattr(module, "optimizer_step", spy)
-    entry = train_step(Lesson(model, 1.0), optimizers, config, synthetic(config), 0)
-    assert norms == [pytest.approx(0.01, rel=1e-3)] and entry["gnorm"] > 0.01
-
-
-def test_recomputing_keeps_less_and_changes_no_gradient():
-    """Activation checkpointing: the same gradients, bit for bit, from a fraction of the saved bytes."""
-    seen = {}
-    for recompute in (False, True):
-        config = replace(TINY, train=replace(TINY.train, recompute=recompute))
-        torch.manual_seed(0)
-        model, saved = VideoLLM(config.model), {}
-        lesson, _ = set_up(model, config)
-        batch, trace = clip_batch(vocabulary(), step_clips(config, 0), config.model.frame_tokens), []
-
-        def note(tensor, saved=saved):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = lesson(batch, int((batch.labels != NO_LABEL).sum()), trace)[0]
-        loss.backward()
-        seen[recompute] = sum(saved.values()), {name: p.grad for name, p in model.decoder.named_parameters()}, len(trace)
-    assert seen[True][0] < 0.6 * seen[False][0] and seen[True][2] == seen[False][2]
-    for name, grad in seen[False][1].items():
-        assert torch.equal(grad, seen[True][1][name]), name
+    fetched = train_step(model, optimizers, config, synthetic(config), 0, Engine())
+    assert norms == [pytest.approx(0.01, rel=1e-3)] and fetched["gnorm"] > 0.01
 
 
 def test_loss_is_lm_plus_weighted_streaming_over_labels():
+    """The model's two sums, and the step's weighing of them, against cross-entropy written out over all places."""
     model = small_model()
-    batch = as_batch(model.config, [(3, []), (2, [])])
-    hidden = model(batch.ids, batch.frame, batch.pos, model.see(batch.pixels))
-    logits = model.decoder.logits(hidden).float()
-    picked = batch.labels != NO_LABEL
-    nll = -logits.log_softmax(-1)[picked].gather(-1, batch.labels[picked][:, None])[:, 0]
-    streaming = batch.streaming[picked]
-    for weight in (0.0, 1.0, 2.5):
-        total, text, stream = stream_loss(model, hidden, batch, weight)
-        expected = (nll[~streaming].sum() + weight * nll[streaming].sum()) / picked.sum()
-        torch.testing.assert_close(total.float(), expected)
-        torch.testing.assert_close(stream.float(), nll[streaming].sum())
-        torch.testing.assert_close(text.float(), nll[~streaming].sum())
+    batch = as_batch(model.config, [(3, [Say(1, "assistant", "red disc moves")]), (2, [Say(0, "user", "where is it ?")])])
+    labels = labels_of(batch)
+    nll = -offline(model, batch).float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    after_a_frame = torch.zeros(labels.numel(), dtype=torch.bool)
+    after_a_frame[batch.plan.vision[:, -1]] = True
+    streaming = after_a_frame.view_as(labels) & (labels != NO_LABEL)
+    text, stream = model(batch)
+    torch.testing.assert_close(stream.float(), nll[streaming].sum())
+    torch.testing.assert_close(text.float(), nll[(labels != NO_LABEL) & ~streaming].sum())
+    assert batch.counts == (int((labels != NO_LABEL).sum() - streaming.sum()), int(streaming.sum()))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_the_step_weighs_the_streaming_loss(weight):
+    config = replace(TINY, train=replace(TINY.train, stream_weight=weight, clip=1e9))
+    torch.manual_seed(0)
+    model, source = VideoLLM(config.model), synthetic(config)
+    before, batch = model.state_dict(keep_vars=False), clip_batch(source.words, source.training(0), config.model)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    optimizers = [torch.optim.SGD(model.decoder.parameters(), lr=1.0)]
+    optimizers[0].param_groups[0]["peak"] = 1.0
+    fetched = train_step(model, optimizers, config, source, 0, Engine())
+    entry = entry_of(fetched, config, source, 1, Engine())
+    plain = VideoLLM(config.model)
+    plain.load_state_dict(before)
+    text, stream = plain(batch)
+    loss = (text + weight * stream) / sum(batch.counts)
+    loss.backward()
+    assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert entry["lm"] == pytest.approx(text.item() / batch.counts[0], rel=1e-5)
+    assert entry["stream"] == pytest.approx(stream.item() / batch.counts[1], rel=1e-5)
+    factor = schedule(0, config.train.steps, config.train.warmup)
+    for p, q in zip(model.decoder.parameters(), plain.decoder.parameters(), strict=True):
+        torch.testing.assert_close(p, q - factor * q.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", ["interleaved", "none"])
@@ -199,12 +214,12 @@ def test_it_learns_four_clips_by_heart(layers):
     """The loss of a few clips seen again and again goes to nearly nothing, with and without MoD."""
     config = replace(TINY, model=replace(TINY.model, layers=layers))
     torch.manual_seed(0)
-    model, words = VideoLLM(config.model), vocabulary()
+    model, words = VideoLLM(config.model), WORDS_ALL
     optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 3e-3)
     unfrozen = replace(config, train=replace(config.train, steps=150, vit_lr=1.0, batch_size=4))
     clips = [make_clip(config.data, config.model, "train", 0, index) for index in range(4)]
-    source, lesson = Source(words, lambda step: clips, lambda number: clips), Lesson(model, 1.0)
-    losses = [train_step(lesson, optimizers, unfrozen, source, step)["loss"] for step in range(150)]
+    source = Source(words, lambda step: clips, lambda number: clips)
+    losses = [loss_of(train_step(model, optimizers, unfrozen, source, step, Engine())) for step in range(150)]
     assert losses[0] > 2.0 and losses[-1] < 0.05, (losses[0], losses[-1])
     turns, silent = teacher_forced(model, words, clips)
     summary = summarize(turns, silent, 2.0)
@@ -216,17 +231,20 @@ def test_frozen_encoder_does_not_move():
     model = VideoLLM(TINY.model)
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("vit.")}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    train_step(Lesson(model, 1.0), make_optimizers(trained, "muon", 0.02, 1e-3), TINY, synthetic(TINY), 0)
+    model.vit.requires_grad_(False)
+    train_step(model, make_optimizers(trained, "muon", 0.02, 1e-3), TINY, synthetic(TINY), 0, Engine())
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("vit."), name
 
 
 def test_clips_of_different_steps_never_meet():
-    config = replace(TINY, train=replace(TINY.train, curriculum="0:1,0.5:3"))
-    seen = [clip.frames[0].tobytes() for step in range(6) for clip in step_clips(config, step)]
-    assert len(seen) == len(set(seen))
-    assert [len(step_clips(config, step)) for step in (0, 5)] == [6, 2], "as many frames in every step"
-    assert [len(step_clips(config, step)[0].frames) for step in (0, 2, 3, 5)] == [1, 1, 3, 3]
+    source = synthetic(TINY)
+    seen = [clip.frames[0].tobytes() for step in range(6) for clip in source.training(step)]
+    seen += [clip.frames[0].tobytes() for clip in source.validation(4)]
+    seen += [clip.frames[0].tobytes() for step in range(2) for clip in source.warm_up(step)]
+    seen += [next(source.live(seed)).frames[0].tobytes() for seed in range(3)]
+    assert len(seen) == len(set(seen)) == 6 * 2 + 4 + 2 * 32 + 3
+    assert [clip.frames.tobytes() for clip in source.training(3)] == [clip.frames.tobytes() for clip in source.training(3)]
 
 
 def test_orthogonalize_pushes_singular_values_to_one():

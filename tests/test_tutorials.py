@@ -11,9 +11,13 @@ import re
 import shutil
 import sys
 import tokenize
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 from tests import notebooks
@@ -23,6 +27,7 @@ CHAPTERS = (
     "00_the_idea", "01_frames_to_tokens", "02_the_stream", "03_the_decoder", "04_the_router", "05_the_cache", "06_train_it",
     "07_what_it_costs", "08_the_tables", "09_drop_merge_or_skip", "10_your_own",
 )
+SLOW = ("06_train_it", "10_your_own")  # they train; the others run beside them
 each_chapter = pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
 
 
@@ -67,11 +72,22 @@ def test_the_course_is_complete():
     assert [path.stem for path in chapters()] == list(CHAPTERS)
 
 
+@pytest.fixture(scope="module")
+def runs(request) -> Iterator[dict[Path, Future]]:
+    """Every chapter that is to be tested, executed in processes of their own, two at a time."""
+    tested = test_a_chapter_runs_and_its_exercises_judge_rightly.__name__
+    asked = [item.callspec.params["path"] for item in request.session.items if item.originalname == tested]
+    asked.sort(key=lambda path: path.stem not in SLOW)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        yield {path: pool.submit(notebooks.run, path, wrong_answers(path), again=True) for path in asked}
+        pool.shutdown(cancel_futures=True)
+
+
 @each_chapter
-def test_a_chapter_runs_and_its_exercises_judge_rightly(path):
+def test_a_chapter_runs_and_its_exercises_judge_rightly(path, runs):
     """Top to bottom, unsolved, each quick cell twice; every check refuses the unsolved cell and wrong answers, with a hint, and takes the
     solution. The file's outputs are of this code: same kinds, same displayed source."""
-    result = notebooks.run(path, wrong_answers(path), again=True)
+    result = runs[path].result()
     assert notebooks.complaints(result) == []
     assert result.seconds < 90, f"{result.seconds:.0f} s of processor time"
     for now, stored in zip(code_cells_of(result.notebook), code_cells(path), strict=True):
@@ -294,6 +310,21 @@ def test_only_what_is_missing_is_installed(monkeypatch):
     assert all(re.search(rf"^{name}[=>]", lines, re.M) for name in course.NEEDS)
 
 
+def test_a_layout_is_told_as_a_table():
+    """Position, token, frame, label; the middle of a frame is folded, so every other token has a line."""
+    from mod.data import WORDS
+    from mod.layout import Say, Vocabulary, lay_out
+
+    words = Vocabulary(WORDS)
+    layout = lay_out(words, 2, 5, [Say(0, "assistant", "red disc leaves"), Say(1, "user", "where is it ?")])
+    lines = importlib.import_module("tutorials.course").row_of(layout, words).splitlines()
+    text = sum(frame < 0 for frame in layout.frame)
+    assert lines[0].split() == ["position", "token", "frame", "label"] and len(lines) == 1 + text + 2 * 3
+    assert lines[2].split() == ["1", "<v>", "0"] and lines[3].split() == ["..."]
+    assert lines[4].split(maxsplit=3) == ["5", "<v>", "0", "<assistant>   (streaming: speak)"]
+    assert lines[6].split() == ["7", "red", "disc"] and lines[-1].split() == [str(len(layout.ids) - 1), "?"]
+
+
 def test_scratch_folders_and_tables(capsys, monkeypatch):
     course = importlib.import_module("tutorials.course")
     folder = course.scratch()
@@ -317,7 +348,7 @@ def test_a_verdict_says_what_is_off():
     for got, hint in (
         (None, "Nothing here yet"), (want[0], r"shape \(2,\), expected \(2, 2\)"), ([1, 2], "is a list, expected a tensor"),
         (want + torch.tensor([[0.0, 0], [1, 0]]), r"at place \[1, 0\] is 4, expected 3 \(the first of 1 of 4"), (want > 0, "holds torch.bool"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(checks.Wrong, match=hint):
             checks.same(got, want)
     for got, wanted, hint in (("a", 1.0, "expected a number"), (2, 1, "is 2, expected 1"), ([1], [1, 2], "expected 2 entries"), ([1, 3], [1, 2], "entry 1, is 3"), ("a", "b", "'a', expected 'b'")):
@@ -335,12 +366,13 @@ def test_a_verdict_says_what_is_off():
 
     told = checks.verdict("1.1", lambda frame, p: einops.rearrange(frame, "c (h p) (w p) -> (h w) (c p p)", p=p))
     assert 'duplicate dimension "p"' in told and "(in <lambda>: told" in told, "the reason and the student's own line"
-    from tests.helpers import small_model
+    from mod.layout import make_plan
 
     def asks_the_package(x, kept, mu, f):
-        return small_model().decoder.layers[1].router(x, None, torch.tensor([[0, 0, 0]]))
+        return make_plan(np.zeros((1, 3)), [0], 5, [2])
 
-    assert "(in asks_the_package: return small_model()" in checks.verdict("0.2", asks_the_package), "not a line of mod/"
+    told = checks.verdict("0.2", asks_the_package)
+    assert "It stops with ValueError: got 3 vision tokens" in told and "(in asks_the_package: return make_plan(" in told, "not a line of mod/"
     state = torch.random.get_rng_state()
     assert checks.verdict("0.1", lambda r, n: 1 / 0).startswith("✗ 0.1  It stops with ZeroDivisionError: division by zero")
     assert torch.equal(state, torch.random.get_rng_state()), "checking leaves the notebook's random numbers alone"

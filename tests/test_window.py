@@ -17,7 +17,16 @@ from mod.live.live import LiveStream
 from mod.live.saved import restore_stream, stream_state
 from mod.live.settings import StreamConfig
 from mod.live.window import WindowCache, open_cache
-from tests.helpers import WORDS_ALL, as_batch, conversations, cut_into_chunks, frame_of, plan_of, random_pixels, small_model
+from tests.helpers import (
+    WORDS_ALL,
+    as_batch,
+    conversations,
+    cut_into_chunks,
+    frame_of,
+    plan_of,
+    random_pixels,
+    small_model,
+)
 
 LAYERS = st.sampled_from(["none", "interleaved", "all", "keep:1,0,0.4,1"])
 WINDOWS = st.builds(

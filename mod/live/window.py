@@ -170,4 +170,5 @@ def open_cache(model: VideoLLM, settings: StreamConfig, rows: int = 1) -> KVCach
     kind, weight = type(cache), model.decoder.embed.weight
     reason = getattr(kind, "no_window", "")
     require(not reason, f"a window got {settings.window} frames, but {reason}; leave it out")
-    return over(kind, WindowCache)(model.config, rows, weight.dtype, weight.device, settings=settings, rope=model.decoder.rope)
+    size = model.config, rows, weight.dtype, weight.device
+    return over(kind, WindowCache)(*size, settings=settings, rope=model.decoder.rope)

@@ -1,1 +1,1 @@
-"""Real checkpoints and videos. The method (mod/*.py) imports nothing from here."""
+"""Real checkpoints and videos. The core imports nothing from here."""

@@ -60,7 +60,7 @@ def features_file(video: Path, config: RealRun) -> Path:
 
 
 def video_frames(video: Path, config: RealRun) -> Iterator[np.ndarray]:
-    """Frames (3, side, side) in [-1, 1]; afterwards it is told how much of the video was damaged."""
+    """Frames (3, side, side) in [-1, 1]; then a line on stderr says how much of the video was damaged."""
     with Video(str(video), config.data.fps, config.model.image_size) as frames:
         yield from frames
         if frames.skipped:
@@ -81,7 +81,7 @@ def in_batches(frames: Iterator, size: int) -> Iterator[list]:
 
 
 def is_whole(path: Path) -> bool:
-    """Can the file be read? One that something has damaged is made again."""
+    """Can the file be read? A damaged one is made again."""
     try:
         with safe_open(path, framework="pt") as file:
             return "features" in file.keys()  # noqa: SIM118 (no dict)
@@ -135,7 +135,7 @@ def cut(conversations: list[Conversation], config: RealRun, frozen: bool) -> lis
 
 
 def check_words(talk: Conversation, config: RealRun, words: Vocabulary | TextTokenizer) -> None:
-    """Raises UserError for a turn that could not be said, or that would be taken for the end of one."""
+    """Raises UserError for a turn that is too long to be said, or that holds a symbol of the stream."""
     symbols = {words.bos, words.eos, words.user, words.assistant}
     for turn in talk.turns:
         ids = words.encode(turn.content)

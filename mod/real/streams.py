@@ -1,4 +1,4 @@
-"""Conversations about videos from a file: one JSON object a line, times in seconds.
+"""Conversations about videos from a file: one JSON object per line, times in seconds.
 
 {"video": "clips/a.mp4", "conversation": [{"time": 3.2, "role": "assistant", "content": "a red disc appears"}]}
 
@@ -36,11 +36,11 @@ class Conversation:
 
 
 def read_streams(path: Path) -> list[Conversation]:
-    """Every line of a streams.jsonl. Raises UserError naming the first line, from 1, that is wrong, and why."""
+    """Every line of a streams.jsonl. Raises UserError with the number, from 1, of the first wrong line and what is wrong."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside of strings
     except FileNotFoundError:
-        raise UserError(f"got no file {path}, expected one JSON object a line; check the name") from None
+        raise UserError(f"got no file {path}, expected one JSON object per line; check the name") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"got {path} ({error}), expected a text file in UTF-8; name another file") from error
     conversations = []
@@ -51,7 +51,7 @@ def read_streams(path: Path) -> list[Conversation]:
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
     if not conversations:
-        raise UserError(f"got {path} without a line, expected one JSON object a line; write at least one")
+        raise UserError(f"got {path} without a line, expected one JSON object per line; write at least one")
     return conversations
 
 

@@ -68,9 +68,9 @@ def open_source(source: str):
 
 
 class Video:
-    """The frames of a video, one after the other, (3, size, size) float32 in [-1, 1], frame k of time k / fps.
+    """The frames of a video, one after the other, (3, size, size) float32 in [-1, 1], frame k at time k / fps.
 
-    The longer side of a picture is scaled to `size` (bicubic), the rest is black; it stands as a player would show it,
+    The longer side of a picture is scaled to `size` (bicubic), the rest is black; it appears as a player would show it,
     turned by its metadata and with square pixels. Closes its source at the end of a `with`.
 
     skipped       packets and pictures that could not be decoded so far
@@ -82,7 +82,7 @@ class Video:
     def __init__(self, source: str, fps: float | Fraction, size: int):
         if not (0 < fps < math.inf and size >= 1):
             raise UserError(
-                f"got {fps} frames a second of {size} pixels, expected more than 0 of both; pass another --fps"
+                f"got {fps} frames per second of {size} pixels, expected more than 0 of both; pass another --fps"
             )
         self.fps = Fraction(str(fps))  # 29.97 itself, not the nearest binary number
         self.source, self.size, self.skipped = str(source), size, 0
@@ -99,7 +99,7 @@ class Video:
         self.frames = self._frames()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames  # one and the same: a video is gone through once
+        return self.frames  # always the same one: a video is read once
 
     def __enter__(self) -> "Video":
         return self
@@ -116,7 +116,7 @@ class Video:
             for _ in range(times):
                 yield pixels.copy()  # the reader may write into its frame
         if not decoded:
-            what = f"got {self.source}, of which no picture could be decoded ({self.skipped} skipped)"
+            what = f"got {self.source}, but no picture could be decoded ({self.skipped} skipped)"
             raise UserError(f"{what}, expected a video with pictures; check it in a player or name another file")
 
     def _timed(self) -> Iterator[tuple[object, Fraction, Fraction]]:

@@ -1,6 +1,6 @@
 """SigLIP and SigLIP 2 (fixed resolution) vision towers from Hugging Face folders, into our ViT.
 
-From vision-only files and from full ones, whose text half is left aside. The pooling head's output is the frame's CLS.
+From vision-only files and from full ones, whose text half is ignored. The pooling head's output is the frame's CLS.
 Positions are interpolated when frames have another size than the checkpoint's. Files list only what differs from the
 defaults, so the defaults stand here.
 """

@@ -83,7 +83,7 @@ def counted(model: FieldVideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> d
     with ExitStack() as hooks:
         hooks.callback(model.vit.register_forward_hook(encoding).remove)
         hooks.callback(model.decoder.layers[0].register_forward_pre_hook(entering).remove)
-        for layer in model.decoder.layers:
+        for layer in () if model.online else model.decoder.layers:
             hooks.callback(getattr(layer, "block", layer).attention.register_forward_pre_hook(cached).remove)
         for clip in clips:
             batch = clip_batch(words, [clip], model.config).to(device)

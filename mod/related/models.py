@@ -39,7 +39,7 @@ class FieldVideoLLM(VideoLLM):
     """A VideoLLM that takes frames of any shape, squeezed to squares.
 
     online  may frames be seen one by one? A method that must know all of them says no
-    static  does the decoder run without asking the data for a shape, so that it compiles to one graph?
+    static  does the decoder run without asking the data for a shape, so that it can be compiled to one graph?
     """
 
     online, static = True, True
@@ -228,7 +228,9 @@ class Deeper(FieldVideoLLM):
         They change the gradient, and not the loss that is logged."""
         text, stream = super().forward(batch)
         losses = [layer.auxiliary for layer in self.decoder.layers if getattr(layer, "auxiliary", None) is not None]
-        extra = sum(losses) * sum(batch.counts) if self.training and losses else text.new_zeros(())
+        if not (self.training and losses):
+            return text, stream
+        extra = sum(losses).to(text.dtype) * sum(batch.counts)
         return text + (extra - extra.detach()), stream
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from mod.config import Config, TrainConfig, require
+from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source
 from mod.evaluate import cost_ratios
 from mod.layout import Vocabulary
@@ -65,9 +65,15 @@ def build(config: RelatedRun, device: torch.device) -> tuple[FieldVideoLLM, Sour
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(device)
     method, train = config.model.method, config.train
-    require(model.static or not train.compile,
-            f"compile got True, but how much the decoder of {method} computes depends on the data; leave it out")
     require(method == "mod" or not train.fsdp, f"fsdp got True, but {method} is trained whole; leave it out")
+
+    def refuse(**options) -> None:
+        raise UserError(f"compile got True, but how much {method} computes depends on the data; leave it out")
+
+    if not model.static:
+        model.decoder.compile = refuse
+        if train.compile:
+            refuse()
     return model, source
 
 

@@ -39,7 +39,7 @@ BASE = WORLD.presets["study"]
 
 @dataclass(frozen=True)
 class Flags(TrialFlags):
-    table: Literal[1, 2, 3, 4, 5] = 1  # which table
+    table: Literal["1", "2", "3", "4", "5"] = "1"  # which table
 
 
 def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -105,7 +105,7 @@ def summary(table: Table, base: Config, variants: dict[str, Variant], results: d
 
 
 def run(flags: Flags) -> int:
-    number, base, variants, seeds = flags.table, BASE, VARIANTS, flags.seeds
+    number, base, variants, seeds = int(flags.table), BASE, VARIANTS, flags.seeds
     table, runs, out = TABLES[number], Path("runs/study"), Path("results")
     if flags.quick:
         base, variants = quick(base), {name: replace(one, train={}) for name, one in VARIANTS.items()}
