@@ -49,7 +49,7 @@ class LayerCache:
         sees = self.pos[:, None, : self.longest] <= pos[:, :, None]
         return self.k[:, :, : self.longest], self.v[:, :, : self.longest], sees
 
-    @torch.inference_mode(False)  # or what is made here could be changed in inference mode alone
+    @torch.inference_mode(False)  # otherwise tensors made here could only be modified in inference mode
     def grow(self, slots: int) -> None:
         """Have at least so many slots. Doubling makes growing rare."""
         have = self.pos.shape[1]
@@ -77,7 +77,7 @@ class KVCache:
 
     def begin(self, plan: Plan) -> None:
         """The tokens of `plan` come next: count them, have room for them, and say where they go."""
-        slots: dict[int, Tensor] = {}  # layers that keep as many of a frame hold as much, at the same places
+        slots: dict[int, Tensor] = {}  # layers with the same k have the same lengths, hence the same slots
         for layer in self.layers:
             before, counts = layer.lengths, plan.counts[layer.kept]
             layer.lengths = [length + count for length, count in zip(before, counts, strict=True)]

@@ -109,7 +109,7 @@ def routed_layers(pattern: str, depth: int) -> tuple[int, ...]:
 
     "Every other" means the odd layers, so that a dense layer comes before each routed one.
     """
-    # DEVIATION: the paper names the deep patterns; where "deep" begins we could not check and take the second half.
+    # DEVIATION: the paper names the deep patterns; we could not check where deep begins and take the second half.
     first = depth // 2 if pattern.endswith("deep") else 0
     every = range(first, depth) if pattern != "none" else ()
     return tuple(layer for layer in every if pattern.startswith("all") or layer % 2 == 1)

@@ -3,7 +3,7 @@
 A coloured sprite appears, moves, turns another colour, leaves, on a textured background with grey distractors and
 noise; in the one frame in which it moves it leaves a trail, as a camera's exposure would. Each change is narrated,
 nothing is said while nothing happens. On which *side* of the frame the sprite is, is never narrated, so a question
-about it (now, or where it first appeared) cannot be answered from what was said before: chance is one in five.
+about it (now, or where it first appeared) cannot be answered from the narrations: there are five sides.
 
 With several sprites "it" is the one last spoken of; the others are asked for by name.
 
@@ -286,7 +286,7 @@ class Source:
     probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # routers' recall
     warm_up: Callable[[int], list[Clip]] | None = None  # step -> clips whose patch labels teach a new vision encoder
     label_sizes: tuple[int, ...] = LABEL_SIZES
-    summary_labels: int = len(LABEL_SIZES)  # so many of them, the first, the CLS token should know
+    summary_labels: int = len(LABEL_SIZES)  # the CLS token learns the first this many of them
 
 
 def synthetic(config: Config) -> Source:

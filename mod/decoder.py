@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from mod.config import ModelConfig
@@ -124,9 +123,9 @@ class Decoder(nn.Module):
 
     def compile(self, **options) -> None:
         """torch.compile it: one graph for batches and chunks of all sizes."""
-        # Or two sizes that happen to be equal the first time would have to stay equal.
+        # Otherwise sizes that are equal at the first call are assumed to be equal for ever.
         torch.fx.experimental._config.use_duck_shape = False
-        # Only a size of one, a frame, a text, training and evaluation each have a graph of their own.
+        # Training, evaluation, frames, text and rows of one each have a graph of their own.
         torch._dynamo.config.recompile_limit = 64
         super().compile(fullgraph=True, dynamic=True, **options)
 

@@ -11,9 +11,9 @@ belong to the response; c is the length of its longest correct prefix. Averaged 
 Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed
 back, frame by frame through a Stream, as in real use; errors may pile up. Only the context differs between the two.
 
-DEVIATION: a question is asked by the user, so its turn has no timing of its own, and that an answer begins is no
-achievement: neither counts. Late speech is looked for to the end of the stream, never speaking counts as later than
-that, and only frames that were decided rightly are credited; mod/study/paper_metrics.py has the base paper's own form.
+DEVIATION: a question comes from the user, so its turn is not timed, and starting to answer earns nothing. Late speech is
+looked for to the end of the stream, never speaking counts as later than that, and only frames that were decided rightly
+are credited; mod/study/paper_metrics.py has the base paper's own form.
 
 Read next: optim.py
 """
@@ -21,16 +21,16 @@ Read next: optim.py
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 import torch
 from einops import rearrange
 
 from mod.config import ModelConfig
-from mod.data import Clip, clip_batch, clip_pixels
+from mod.data import Clip, clip_batch
 from mod.decoder import Routing
-from mod.layout import Vocabulary, assistant_ids, collate, lay_out
+from mod.layout import Vocabulary, assistant_ids
 from mod.stream import Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
@@ -143,12 +143,9 @@ class Book:
 @torch.inference_mode()
 def speaks_later(model: VideoLLM, words: Vocabulary, clip: Clip, frame: int, threshold: float) -> list[bool]:
     """Would the model speak at each frame after `frame`, if nobody had spoken from its end on?"""
-    sizes, device = model.config, model.decoder.embed.weight.device
-    layout = lay_out(words, len(clip.frames), sizes.frame_tokens, [say for say in clip.said if say.frame < frame])
-    batch = collate([layout], clip_pixels([clip]), sizes.frame_tokens, sizes.keep_counts).to(device)
-    hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan)
-    logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
-    decisions = decides_to_speak(logits, words, threshold).tolist()
+    silent = replace(clip, said=[say for say in clip.said if say.frame < frame])
+    batch = clip_batch(words, [silent], model.config).to(model.decoder.embed.weight.device)
+    decisions = decides_to_speak(model.predict(batch), words, threshold).tolist()
     return decisions[len(decisions) - (len(clip.frames) - 1 - frame) :]
 
 
@@ -161,21 +158,21 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
     for start in range(0, len(clips), rows):
         some = clips[start : start + rows]
         batch = clip_batch(words, some, model.config).to(model.decoder.embed.weight.device)
-        hidden = model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace)
-        logits = model.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
+        logits = model.predict(batch, trace)
         logp = logits.float().log_softmax(-1)
         speaks = decides_to_speak(logits, words, threshold).tolist()
         right = (logp.argmax(-1) == batch.labels).tolist()
-        nats = rearrange(logp.gather(-1, batch.labels[:, None]), "l 1 -> l").tolist()
-        rated = zip(speaks, right, nats, strict=True)  # of every labelled token, in the order of `lay_out`
+        likely = rearrange(logp.gather(-1, batch.labels[:, None]), "l 1 -> l").tolist()
+        rated = zip(speaks, right, likely, strict=True)  # of every labelled token, in the order of `lay_out`
         for clip in some:
             book = Book()
             for t in range(-1, len(clip.frames)):
-                roles = ["nobody", *(say.role for say in clip.said if say.frame == t)]
+                says = [say for say in clip.said if say.frame == t]
+                roles = ["nobody", *(say.role for say in says)]
                 if t >= 0:
                     asked = roles[1:2] == ["user"]
                     book.decide(t, False if asked else next(rated)[0], None if asked else len(roles) > 1)
-                for before, say in zip(roles, (say for say in clip.said if say.frame == t), strict=False):
+                for before, say in zip(roles, says, strict=False):
                     if say.role == "assistant":
                         if before == "user":
                             next(rated)  # the end of a question: that an answer follows is no achievement
@@ -232,7 +229,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
             while any(row and row[0].frame == t for row in left):
                 questions = due(t, "user")
                 if not any(questions):
-                    raise ValueError(f"two responses after frame {t} without a question between; join them")
+                    raise ValueError(f"a response after frame {t} follows neither the frame nor a question; join them")
                 stream.hear(questions)
                 answers = [row if asked is not None else deque() for row, asked in zip(left, questions, strict=True)]
                 truths = due(t, "assistant", answers)

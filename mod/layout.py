@@ -6,7 +6,7 @@ Labels are built from token ids, one position early: the label of position i is 
 
     last token of a frame, nobody speaks   -> <eos>, "stay silent"                  streaming loss
     last token of a frame, assistant next  -> <assistant>, the response's first     streaming loss
-    last token of a frame, user next       -> none: when users speak is theirs to decide
+    last token of a frame, user next       -> none: users decide when they speak
     question's end, answer words           -> the next token, <eos> last            LM loss
     everything else                        -> none
 

@@ -18,7 +18,6 @@ Read next: decoder.py
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from mod.config import ModelConfig, UserError, keep_count

@@ -65,7 +65,7 @@ class Stream:
         never[len(words) :] = True  # rows of the embedding that stand for no word
         never[words.eos] = False  # which some tokenizers begin a text with, too
         self.never = never.to(self.device)
-        self.feed([[words.bos]] * rows)
+        self.advance([[words.bos]] * rows, [False] * rows)
 
     @torch.inference_mode()
     def advance(self, texts: Sequence[Sequence[int]], frames: Sequence[bool], seen: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Stream:
 
     @torch.inference_mode()
     def see(self, pixels: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
-        """Feed one frame of every row, as `VideoLLM.see` takes them, (B, ...); with `rows`, of those rows alone.
+        """Feed one frame of every row, as `VideoLLM.see` takes them, (F, ...); with `rows`, of those rows alone.
         Returns logits (B, V) after its last token, which mean nothing in other rows."""
         rows = list(rows or [True] * self.rows)
         if len(pixels) != sum(rows):
@@ -130,7 +130,7 @@ class Stream:
                 else:
                     spoken[row].append(token)
         if any(speaking):
-            self.feed(texts)  # the <eos> of the rows that finished last
+            self.advance(texts, [False] * self.rows)  # the <eos> of the rows that finished last
         return [self.words.decode(text) if speaks else None for text, speaks in zip(spoken, speaking, strict=True)]
 
     def narrate(self, pixels: Tensor, rows: Sequence[bool] | None = None) -> list[str | None]:

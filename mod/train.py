@@ -1,7 +1,8 @@
 """The training loop: warm up the vision encoder, then train the stream, step by step, so that any crash can be resumed.
 
-A step depends on nothing but the weights, the optimizers' memory and its own number (clips are made from their number),
-so a run that is killed and resumed ends with the same weights, bit for bit (same machine, same number of threads).
+A step depends on nothing but the weights, the optimizers' memory, the random state and its own number, from which its
+clips are made. So a run that is killed and resumed ends with the same weights, bit for bit, on the same machine with the
+same number of threads.
 Nothing waits for the device between two lines of the log.
 
 Read next: ../train_tiny.py
@@ -50,7 +51,7 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
         patches = vit.patches(clip_pixels(clips).to(device))
         tokens = {"patch": patches, "cls": vit.head(patches)}
-        # A frame's CLS should know what is in the frame: of its one sprite (of several, a mixture) the largest labels.
+        # The CLS token predicts its frame's labels: the maximum over patches, of several sprites a mixture.
         truths = {"patch": truth, "cls": truth.amax(1, keepdim=True)}
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
@@ -58,7 +59,7 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
             for number, logits in enumerate(head(tokens[name]).split(known[name], dim=-1)):
                 label, weight = truths[name][..., number], torch.ones(logits.shape[-1], device=device)
                 weight[0] = BACKGROUND if name == "patch" else 1.0
-                loss = loss + F.cross_entropy(rearrange(logits, "f p v -> (f p) v"), label.flatten(), weight=weight)
+                loss = loss + F.cross_entropy(rearrange(logits, "f p c -> (f p) c"), label.flatten(), weight=weight)
                 all_right = all_right & (logits.argmax(-1) == label)
             correct.append(all_right.sum() / there.sum())
         loss.backward()
@@ -130,12 +131,12 @@ def train_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], config
 
 def entry_of(fetched: dict, config: Config, source: Source, step: int, engine: Engine) -> dict:
     """The log's entry of a step. Here the process waits for the device. Recall is that of this process's own clips."""
-    (text, stream), (words, decisions) = engine.total(fetched["sums"].tolist()), fetched["counts"]
+    (text, stream), (texts, decisions) = engine.total(fetched["sums"].tolist()), fetched["counts"]
     settings, weight = config.train, config.train.stream_weight
     peak = settings.lr if settings.optimizer == "muon" else settings.adam_lr
     return {
-        "kind": "train", "step": step, "loss": (text + weight * stream) / (words + decisions),
-        "lm": text / max(1, words), "stream": stream / max(1, decisions), "lr": fetched["factor"] * peak,
+        "kind": "train", "step": step, "loss": (text + weight * stream) / (texts + decisions),
+        "lm": text / max(1, texts), "stream": stream / max(1, decisions), "lr": fetched["factor"] * peak,
         "gnorm": float(engine.whole(fetched["gnorm"])), "recall": source.probe(fetched["trace"], fetched["clips"]),
     }
 
@@ -282,6 +283,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
         require(step <= settings.steps,
                 f"the run in {out} is at step {step} already, got --steps {settings.steps}; ask for more")
         started -= before
+        for stale in ("model.safetensors", "metrics.json") if step < settings.steps and engine.rank == 0 else ():
+            (out / stale).unlink(missing_ok=True)  # of a run that was finished, and now goes on
         tqdm.write(f"resumed at step {step} of {settings.steps}")
 
     def log(entry: dict) -> None:

@@ -54,18 +54,21 @@ class VideoLLM(nn.Module):
             x = x.flatten(0, 1).index_copy(0, plan.vision.flatten(), vectors).view_as(x)
         if cache is not None:
             cache.begin(plan)
-        decided: list | None = None if trace is None else []  # a list of another length would be compiled anew
+        decided: list | None = None if trace is None else []  # fresh, as compiled code is bound to its length
         hidden = self.decoder(x, plan, cache, decided)
         if trace is not None:
             trace += decided
         return hidden
 
+    def predict(self, batch: Batch, trace: list | None = None) -> Tensor:
+        """Logits (L, V) of a batch at its labelled tokens alone: with a real vocabulary the rest would cost more than
+        the decoder."""
+        hidden = self.hidden(batch.ids, self.see(batch.pixels), batch.plan, trace=trace)
+        return self.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
+
     def forward(self, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of a batch, in nats: the sum over its text labels and the sum over its streaming labels."""
-        hidden = self.hidden(batch.ids, self.see(batch.pixels), batch.plan, trace=trace)
-        # Logits only where there is a label: with a real vocabulary the rest would cost more than the decoder.
-        logits = self.decoder.logits(hidden.flatten(0, 1)[batch.labelled])
-        losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        losses = F.cross_entropy(self.predict(batch, trace).float(), batch.labels, reduction="none")
         return losses.where(~batch.streaming, 0).sum(), losses.where(batch.streaming, 0).sum()
 
 

@@ -12,7 +12,7 @@ def seen_of(frames: int = 4, side: int = 5, width: int = 12, streams: int = 1, s
     return Seen(
         torch.randn(frames, 1 + side * side, width), attention, torch.randn(frames, side * side, 6),
         torch.arange(frames) * streams // frames, torch.randn(streams, width) if query else None,
-    )  # fmt: skip
+    )
 
 
 def some_frames(seen: Seen, which) -> Seen:

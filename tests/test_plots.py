@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import train_tiny
-from mod.config import Config, ModelConfig
-from mod.data import make_clip, vocabulary
+from mod.config import Config, ModelConfig, UserError
+from mod.data import make_clip, recall, synthetic
 from mod.decoder import Routing
-from mod.evaluate import router_recall, teacher_forced
+from mod.evaluate import teacher_forced
+from mod.live.costs import dense
 from mod.real.lora import add_lora
 from mod.study import looks, plots
-from mod.study.costs import decoder_flops, dense, kv_bytes
+from mod.study.costs import decoder_flops, kv_bytes
 from mod.study.looks import FULL, THIS, Costs, Kept, Look, sprite_tokens, text_tokens
 from mod.study.machine import Machine
 from mod.videollm import VideoLLM
@@ -24,7 +25,7 @@ from tests.helpers import loud
 from tests.test_scripts import QUICK, refused
 
 MINI = {"image_size": 20, "patch_size": 4, "vit_dim": 16, "vit_depth": 1, "vit_heads": 2, "vit_hidden": 24, "dim": 24, "head_dim": 6,
-        "ffn_hidden": 40}  # fmt: skip
+        "ffn_hidden": 40}
 LAYOUTS = ["interleaved", "none", "keep:1,0.2,0,0.5"]
 NAMES = {"curve", "keeps", "scores", "cost", "latency"}
 
@@ -53,7 +54,7 @@ def make_look(layers: str = "interleaved", clips: int = 6, **changes) -> Look:
     model = loud(VideoLLM(config.model)).eval()
     models = {FULL: model} if layers == "none" else {THIS: model, FULL: VideoLLM(dense(config.model)).eval()}
     some = [make_clip(config.data, config.model, "test", 0, index, 4) for index in range(clips)]
-    return Look(config, vocabulary(), models, some, Machine())
+    return Look(config, synthetic(config), models, some, Machine())
 
 
 def panels(figure) -> dict:
@@ -75,7 +76,7 @@ def test_the_command_draws_everything_into_out_alone(run, tmp_path, capsys):
     out = tmp_path / "new" / "pictures"
     assert plots.main(["--checkpoint", str(run), "--out", str(out), "--frames", "5", "--device", "cpu"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "6 clips" in said[0] and "5 frames" in said[0] and " s on cpu" in said[0], "first of all, and how long"
+    assert "6 clips" in said[0] and "5 frames" in said[0] and "on cpu" in said[0], "first of all"
     assert said[1:] == [f"wrote {out / name}.png" for name in ("curve", "keeps", "scores", "cost", "latency")]
     assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in NAMES}
     assert all(path.stat().st_size > 10_000 for path in out.iterdir())
@@ -95,7 +96,8 @@ def test_bad_input_is_one_sentence(run, tmp_path, capsys):
     bad([*this, "--frames", "0"], ["--frames got 0", "at least 1"])
     bad([*this, "--frames", "few"], ["invalid int value: 'few'"])
     bad([*this, "--dtype", "bfloat16"], ["needs a CUDA GPU"])
-    bad([*this, "--frame", "3", "--chekpoint", "x"], ["did you mean --checkpoint"])
+    bad([*this, "--frame", "3"], ["did you mean --frames"])
+    bad(["--chekpoint", "x"], ["did you mean --checkpoint"])
     (tmp_path / "file").write_text("precious")
     bad(this, ["file"], out=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
@@ -129,24 +131,24 @@ def test_an_untrained_run_has_a_curve_without_losses(run):
 def test_keeps_by_layer_is_the_evaluations_recall(layers):
     look = make_look(layers)
     kept, trace = look.kept(), []
-    teacher_forced(look.model, look.words, look.clips, trace=trace)
-    expected = router_recall(trace, look.clips, 5)
+    teacher_forced(look.model, look.source.words, look.clips, trace=trace)
+    expected = {int(layer): share for layer, share in recall(5, trace, look.clips).items()}
     figure = looks.keeps([], look.config.model, kept)
     axis = panels(figure)["When trained"]
-    recall, precision = ([bar.get_height() for bar in bars] for bars in axis.containers)
-    assert recall == pytest.approx(list(expected.values())) and len(expected) == (2 if layers == "interleaved" else 3)
-    chance, lot = ([segment[0, 1] if segment.ndim == 2 else math.nan for segment in each.get_segments()] for each in axis.collections)
-    assert chance == [look.config.model.kept[layer] / 26 for layer in expected]
+    found, precision = ([bar.get_height() for bar in bars] for bars in axis.containers)
+    assert found == pytest.approx(list(expected.values())) and len(expected) == (2 if layers == "interleaved" else 3)
+    kept_by_chance, sprites = ([segment[0, 1] if segment.ndim == 2 else math.nan for segment in each.get_segments()] for each in axis.collections)
+    assert kept_by_chance == [look.config.model.keep_counts[layer] / 26 for layer in expected]
     labels = np.concatenate([clip.patch_labels[..., 0] for clip in look.clips]) > 0
     most = line(axis, "the most that is possible, sprites being few").get_ydata()
     for number, layer in enumerate(expected):
         joined = torch.cat([routing.kept for routing in trace if routing.layer == layer]).numpy()[:, 1:]
-        if look.config.model.kept[layer] == 0:
+        if look.config.model.keep_counts[layer] == 0:
             assert math.isnan(precision[number]) and math.isnan(most[number])
             continue
         hits = [labels[f, p] for f in range(len(joined)) for p in range(25) if joined[f, p]]
         assert precision[number] == pytest.approx(sum(hits) / len(hits))
-        assert lot[number] == pytest.approx(labels.mean())
+        assert sprites[number] == pytest.approx(labels.mean())
         ideal = sum(min(joined[f].sum(), labels[f].sum()) for f in range(len(joined)))
         assert most[number] == pytest.approx(ideal / joined.sum()) and most[number] >= precision[number]
 
@@ -156,7 +158,7 @@ def test_keeps_by_step_is_the_log_beside_chance():
     log = [{"kind": "warm-up", "step": 0, "right": 1.0},
            {"kind": "train", "step": 20, "recall": {"1": 0.5, "2": 0.0, "3": 0.25}},
            {"kind": "train", "step": 40, "recall": {"1": None, "2": None, "3": None}},
-           {"kind": "eval", "step": 40, "recall": {"1": 0.75, "2": 0.0, "3": 1.0}}]  # fmt: skip
+           {"kind": "eval", "step": 40, "recall": {"1": 0.75, "2": 0.0, "3": 1.0}}]
     axis = panels(looks.keeps(log, look.config.model, look.kept()))["By training step"]
     drawn = {(tuple(each.get_xdata()), tuple(map(str, each.get_ydata()))) for each in axis.lines}
     assert ((20, 40), ("0.5", "nan")) in drawn and ((40,), ("0.75",)) in drawn and ((20, 40), ("0.25", "nan")) in drawn
@@ -172,16 +174,16 @@ def test_sprite_tokens_are_those_that_recall_counts(sizes):
     clip = make_clip(config.data, config.model, "test", 0, 1, 6)
     sprite = sprite_tokens(clip, config.model.grid)
     kept = torch.from_numpy(np.pad(sprite, ((0, 0), (1, 0))))
-    assert sprite.any() and router_recall([Routing(1, kept, kept)], [clip], config.model.grid) == {1: 1.0}
+    assert sprite.any() and recall(config.model.grid, [Routing(1, kept, kept)], [clip]) == {"1": 1.0}
     for place in kept.nonzero().tolist():
         fewer = kept.clone()
         fewer[tuple(place)] = False
-        assert router_recall([Routing(1, fewer, fewer)], [clip], config.model.grid)[1] < 1
+        assert recall(config.model.grid, [Routing(1, fewer, fewer)], [clip])["1"] < 1
 
 
 def test_histograms_are_densities_of_the_right_tokens():
     kept = Kept({2: np.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], bool)}, {2: np.array([[0.0, 9, 8, 1, 2], [7, 1, 2, 0, 10]])},
-                {2: 1.0}, np.array([[1, 0, 0, 0], [0, 0, 0, 1]], bool))  # fmt: skip
+                {2: 1.0}, np.array([[1, 0, 0, 0], [0, 0, 0, 1]], bool))
     [axis] = looks.scores(ModelConfig(), kept).axes
     assert "2 of 5 tokens" in axis.get_title()
     found = {}
@@ -198,7 +200,7 @@ def test_histograms_are_densities_of_the_right_tokens():
 def test_scores_that_mean_nothing_say_so(select):
     look = make_look(select=select)
     title = looks.scores(look.config.model, look.kept())._suptitle.get_text()
-    assert {"random": "by lot", "uniform": "spread evenly"}[select] in title
+    assert {"random": "by chance", "uniform": "spread evenly"}[select] in title
 
 
 @pytest.mark.parametrize("layers", LAYOUTS)
@@ -226,7 +228,7 @@ def test_low_rank_changes_are_merged_before_anything_is_counted():
     config = ModelConfig(**MINI)
     model = VideoLLM(config).eval()
     add_lora(model.decoder, 2, 4.0)
-    look = Look(Config(config), vocabulary(), {THIS: model, FULL: model}, make_look(clips=1).clips, Machine())
+    look = Look(Config(config), synthetic(Config(config)), {THIS: model, FULL: model}, make_look(clips=1).clips, Machine())
     assert look.count_flops([2])[THIS] == {2: decoder_flops(config, 2, text_tokens(look.text_per_frame, 2))}
 
 
@@ -252,12 +254,20 @@ def test_latency_is_relative_on_a_cpu_and_in_ms_on_a_gpu():
 @pytest.mark.parametrize("layers", LAYOUTS)
 def test_a_run_is_looked_at_beside_full_computation_on_clips_it_never_saw(layers, monkeypatch):
     it = make_look(layers)
-    monkeypatch.setattr("mod.study.looks.load_run", lambda *_: (it.model, it.words, it.config))
+    monkeypatch.setattr("mod.study.looks.load_run", lambda *_: (it.model, it.source, it.config))
     look = Look.at_run(None, torch.device("cpu"), "float32")
     assert look.model is it.model and set(look.models) == ({FULL} if layers == "none" else {THIS, FULL})
     assert look.models[FULL].config == dense(it.config.model) and not look.models[FULL].training
-    expected = [make_clip(it.config.data, it.config.model, "test", 0, index).frames for index in range(6)]
+    expected = [make_clip(it.config.data, it.config.model, "validation", 0, index).frames for index in range(6)]
     assert all(np.array_equal(clip.frames, frames) for clip, frames in zip(look.clips, expected, strict=True))
+
+
+def test_a_run_of_another_method_is_refused(monkeypatch):
+    it = make_look()
+    config = SimpleNamespace(model=SimpleNamespace(method="pool"))
+    monkeypatch.setattr("mod.study.looks.load_run", lambda *_: (it.model, it.source, config))
+    with pytest.raises(UserError, match="of the method pool"):
+        Look.at_run(None, torch.device("cpu"), "float32")
 
 
 def test_a_dense_run_has_nothing_routed_to_show():

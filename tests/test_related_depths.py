@@ -112,7 +112,7 @@ def test_exactly_so_many_are_kept_and_the_rest_is_as_the_rule_says(kind, talks, 
             "sequence": math.ceil(share * tokens - 1e-9), "p": math.floor(share * seen + 1e-9) + tokens - seen,
             "p per frame": math.ceil(share * 5 - 1e-9) * (seen // 5) + tokens - seen,
             "gamma": math.ceil(tokens - (1 - share) * seen - 1e-6),
-        }[kind]  # fmt: skip
+        }[kind]
         assert int(kept.sum()) == expected and not kept[~real].any()
         skipped = real & ~kept
         if kind.startswith("p"):

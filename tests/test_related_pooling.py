@@ -22,7 +22,7 @@ def test_unires_is_a_reducer_and_its_count_is_the_formulas(side, k, streams, see
 def test_a_hand_computed_case():
     """A 3×3 grid in 2×2 cells: four, two, two and one patch."""
     expected = torch.tensor([[1, 1, 0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1, 0, 0, 0],
-                             [0, 0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])  # fmt: skip
+                             [0, 0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
     torch.testing.assert_close(pooling_weights(3, 2), expected / expected.sum(1, keepdim=True))
 
 

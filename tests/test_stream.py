@@ -243,6 +243,15 @@ def test_a_frame_for_each_stream_is_asked_for():
     assert stream.cache.entries() == [1] * 4 and stream.seen == [0, 0]
 
 
+def test_rows_without_a_frame_say_nothing_about_it():
+    """However talkative the model is: only who sees speaks."""
+    model = small_model()
+    stream, pixels = Stream(model, WORDS_ALL, 3, threshold=1.0, max_words=2), random_pixels(2, model.config)
+    before, replies = stream.cache.entries(1), stream.narrate(pixels, [True, False, True])
+    assert replies[1] is None and None not in (replies[0], replies[2])
+    assert stream.cache.entries(1) == before and stream.seen == [1, 0, 1] and stream.position[1] == 1
+
+
 def test_threshold_decides():
     model = small_model()
     stream = Stream(model, WORDS_ALL, threshold=0.3)

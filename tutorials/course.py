@@ -18,9 +18,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = ("torch", "numpy", "einops", "matplotlib", "scipy", "safetensors", "tqdm")
+NEEDS = ("torch", "numpy", "einops", "matplotlib", "scipy", "pandas", "safetensors", "tqdm")
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Pair a colour with a marker, a line style or a hatch.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Pair a colour with a marker, a line or a hatch.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 GREY = "#BBBBBB"

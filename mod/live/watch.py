@@ -252,9 +252,9 @@ def check_flags(arguments) -> None:
 
 def check_method(arguments, settings: StreamConfig, config: Config) -> None:
     """Raises UserError for what is built for this project's own method alone."""
-    if config.world != "related":
+    method = getattr(config.model, "method", "mod")
+    if method == "mod":
         return
-    method = getattr(config.model, "method", config.world)
     require(not arguments.html,
             f"--html shows what routed layers keep, but this run's method is {method}; pass --save or --draw")
     require(not settings.memory_mb and (settings.forgets_text or not settings.window),
@@ -303,6 +303,8 @@ def watch(arguments, setting: Setting) -> int:
     trace: list | None = [] if shows else None
     stream = LiveStream(setting.model, setting.words, len(setting.sources), settings=setting.settings,
                         max_words=setting.config.train.max_words, trace=trace)
+    if hasattr(stream.cache, "announce") and setting.frames < math.inf:  # a method that must know the length before
+        stream.cache.announce(setting.frames)
     live, paced = begin(arguments, setting, stream)
     printer = Printer(stream, arguments.json, setting.knows_truth)
     recorder, moments = Recorder(stream, 0, trace), []

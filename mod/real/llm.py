@@ -234,7 +234,7 @@ def load_llm(folder: Path, config: RealModel, dtype: torch.dtype = torch.float32
     if missing := sorted(set(wanted) - set(files)):
         raise UserError(f"{folder} lacks the tensor {missing[0]}, which its config.json asks for; download it again")
     if extra := sorted(name for name in set(files) - set(wanted) if not name.endswith("rotary_emb.inv_freq")):
-        raise UserError(f"{folder} holds the tensor {extra[0]}, which our decoder has no place for; use another checkpoint")
+        raise UserError(f"{folder} holds the tensor {extra[0]}, for which our decoder has no place; use another folder")
     for path in sorted(set(files.values())):
         with open_tensors(path) as file:
             for theirs in file.keys():  # noqa: SIM118 (no dict)

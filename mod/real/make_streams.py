@@ -26,7 +26,7 @@ CODECS = (("libx264", "yuv444p", {"crf": "0"}), ("png", "rgb24", {}))
 
 
 def write_video(path: Path, frames: np.ndarray, rate: Fraction) -> None:
-    """frames (F, 3, side, side) in [-1, 1] as an mp4 of `rate` pictures per second; written under another name, then renamed."""
+    """frames (F, 3, side, side) in [-1, 1] as an mp4 of `rate` pictures per second, named only when it is whole."""
     av = import_av()
     codec, pixel_format, options = next(choice for choice in CODECS if choice[0] in av.codecs_available)
     pixels = rearrange(((frames + 1) * 127.5).round().astype(np.uint8), "f c h w -> f h w c", c=3)
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     parser.add_argument("--streams", type=int, default=20, help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="which clips")
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
-    parser.add_argument("--repeat", type=int, default=1, help="write each frame so many times, at so many times the rate")
+    parser.add_argument("--repeat", type=int, default=1, help="write each frame so often, at as many times the rate")
     return parser
 
 

@@ -36,7 +36,7 @@ class Conversation:
 
 
 def read_streams(path: Path) -> list[Conversation]:
-    """Every line of a streams.jsonl. Raises UserError with the number, from 1, of the first wrong line and what is wrong."""
+    """Every line of a streams.jsonl. Raises UserError that names the first wrong line, counted from 1, and why."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside of strings
     except FileNotFoundError:

@@ -1,4 +1,4 @@
 """The other systems of the field, each in a file of its own, by one interface (base.py). The method imports none.
 
-Each stands alone and is tested; they are not yet trained side by side.
+world.py puts a run of any of them together, on streams that may be harder than the core's (data.py).
 """

@@ -43,7 +43,7 @@ class Seen:
 
     @property
     def side(self) -> int:
-        """h = w, patches a side."""
+        """h = w, patches per side."""
         return round((self.tokens.shape[1] - 1) ** 0.5)
 
     @property

@@ -46,7 +46,7 @@ class FieldVideoLLM(VideoLLM):
     cache = KVCache  # its kind of memory
 
     def new_cache(self, rows: int = 1, **options) -> KVCache:
-        """See VideoLLM. Raises UserError when frames cannot come one by one."""
+        """As `VideoLLM.new_cache`. Raises UserError when frames cannot come one by one."""
         require(self.online,
                 f"{self.config.method} must know all frames before the first answer; it cannot be streamed")
         weight = self.decoder.embed.weight
@@ -291,12 +291,16 @@ class Compressed(FieldVideoLLM):
 
 
 class Announced(KVCache):
-    """A KVCache that knows how many frames its stream will have; 0: as many as in training."""
+    """A KVCache that is told how many frames its stream will have; 0: no more than in training."""
 
     no_window = "keys that turn more slowly cannot be moved"
 
-    def __init__(self, *size, frames: int = 0):
+    def __init__(self, *size):
         super().__init__(*size)
+        self.frames = 0
+
+    def announce(self, frames: int) -> None:
+        """So many frames will come. Say so before the first: <bos>, at position 0, is turned by nothing."""
         self.frames = frames
 
     def more(self) -> dict[str, Tensor]:
@@ -311,7 +315,7 @@ class Announced(KVCache):
 class Extended(FieldVideoLLM):
     """Visual Context Window: streams that are longer than any in training turn more slowly.
 
-    How long a stream will be must be known before it begins: offline from its frames, online it is told to `new_cache`.
+    How long a stream will be must be known before it begins: offline from its frames, online its cache is told.
     """
 
     cache = Announced

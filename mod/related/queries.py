@@ -17,8 +17,8 @@ in the attention, of which the one on keys would change nothing, where BERT, fro
 in its tanh form; no dropout; the text that Q-Former's queries may look at is left out. Not verified: anything in the
 text of the two papers.
 
-Learned queries need much data: with one token an image Q-Former retains 57.2% of what all tokens reach, the mean of the
-patches 64.1% (table 1 of VoCo-LLaMA, 2406.12275). A small run should not be expected to show them at their best.
+Learned queries need much data: with one token per image Q-Former retains 57.2% of what all tokens reach, the mean of
+the patches 64.1% (table 1 of VoCo-LLaMA, 2406.12275). A small run should not be expected to show them at their best.
 """
 
 import torch
@@ -70,7 +70,7 @@ class PerceiverBlock(nn.Module):
 
 
 class QueryResampler(Reducer):
-    """`queries` tokens a frame, whatever N is; each is a nonlinear mix of the patches, so there is no `merge`.
+    """`queries` tokens per frame, whatever N is; each is a nonlinear mix of the patches, so there is no `merge`.
 
     Without positions of their own (the vision encoder has put some into the patches) the queries do not notice the
     order of the patches. None of them stands anywhere in the frame: their places are spread evenly over it [ours].

@@ -10,8 +10,8 @@ From the authors' code [and the figure of the architecture; of the paper's text 
   3. The sequence is an index token and the whole, then for every tile, row by row, its index token and its tokens. A
      picture of one tile goes both ways too.
 
-With 336 pixels a tile, 576 tokens and most = 3 that is 722 tokens for one tile and 1882 for nine. We verified none of
-the results that the paper reports.
+With tiles of 336×336 pixels, 576 tokens and most = 3 that is 722 tokens for one tile and 1882 for nine. We verified
+none of the results that the paper reports.
 
 Ours: bilinear resizing with antialiasing (the code has Lanczos); the whole is the mean over the pixels that fall
 together, which is the same for any number of tiles; one encoder can serve the whole and the tiles, where the code has
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 
 def grid_for(height: int, width: int, tile: int, most: int) -> tuple[int, int]:
-    """(rows, columns) of tiles of tile×tile pixels for a picture, at most `most` a side."""
+    """(rows, columns) of tiles of tile×tile pixels for a picture, at most `most` per side."""
     longer, shorter = max(height, width), min(height, width)
     along = min(-(-longer // tile), most)
     scaled = max(1, along * tile * shorter // longer)  # the shorter side in whole pixels, now that the longer one fits
@@ -77,7 +77,7 @@ class TileTokens(nn.Module):
         if number % self.group:
             raise ValueError(f"{number} tokens of a tile cannot be joined in groups of {self.group}; choose a divisor")
         if max(grid) > self.most or tiles.shape[1] != grid[0] * grid[1]:
-            raise ValueError(f"got {tiles.shape[1]} tiles for a grid of {grid}, at most {self.most} a side")
+            raise ValueError(f"got {tiles.shape[1]} tiles for a grid of {grid}, at most {self.most} per side")
         joined = self.join(rearrange(tiles, "f t (n g) d -> f t n (g d)", g=self.group))
         mark = repeat(self.mark_embed(self.marks(*grid)), "t d -> f t 1 d", f=frames)
         local = rearrange(torch.cat((mark, joined), dim=2), "f t n d -> f (t n) d")

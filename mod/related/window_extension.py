@@ -9,7 +9,7 @@ in between. alpha = 1, beta = 32. YaRN also sharpens the attention for a longer 
 speeds alone: the other is not built.
 
 Progressive pooling. Frames come in groups of K; the first of a group is pooled with a small stride, the others with a
-large one. K = 4, strides 2 and 8: of 27×27 patches 196 and 16 tokens, 244 a group where 784 would be. The text calls
+large one. K = 4, strides 2 and 8: of 27×27 patches 196 and 16 tokens, 244 per group where 784 would be. The text calls
 strides 2 and 4 the best, its table and its defaults are 2 and 8; we take the latter.
 
 Ours: a cell is the mean of the patches that it really holds, also at the edge (the paper's pooling is the bilinear one

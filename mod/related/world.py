@@ -1,12 +1,13 @@
 """Runs on harder streams and of the field's methods: their configuration, presets, flags, and who builds them."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 import torch
 
 from mod.config import Config, TrainConfig, UserError, require
-from mod.data import Source
+from mod.data import Clip, Source
 from mod.evaluate import cost_ratios
 from mod.layout import Vocabulary
 from mod.related.costs import counted
@@ -87,12 +88,22 @@ def costs(config: RelatedRun, frames: int, text: int, model: FieldVideoLLM) -> d
     FLOPs of everything after the encoder, and what frames leave in the KV cache, text aside."""
     if config.model.method == "mod":
         return cost_ratios(config.model, frames, text)
-    clips = [make_clip(config.data, config.model, "validation", 0, index) for index in range(COUNTED)]
-    with torch.random.fork_rng():  # the weights of the other model are drawn aside from the run
-        full = build_model(configure(config.model, "full")).to(model.decoder.embed.weight)
-    own, whole = (counted(one, Vocabulary(HARDER_WORDS), clips) for one in (model, full))
+    clips = counted_clips(config.data, config.model)
+    own, whole = counted(model, Vocabulary(HARDER_WORDS), clips), full_counts(config.data, config.model)
     return {"flop_ratio": (own["flops"] - own["encoder"]) / (whole["flops"] - whole["encoder"]),
             "kv_ratio": own["entries"] / whole["entries"]}
+
+
+def counted_clips(data: HarderData, model: FieldModel) -> list[Clip]:
+    return [make_clip(data, model, "validation", 0, index) for index in range(COUNTED)]
+
+
+@cache
+def full_counts(data: HarderData, model: FieldModel) -> dict[str, float]:
+    """What full computation costs on these clips, whatever its weights."""
+    with torch.random.fork_rng(devices=[]):  # which are drawn aside from the run's
+        full = build_model(configure(model, "full"))
+    return counted(full, Vocabulary(HARDER_WORDS), counted_clips(data, model))
 
 
 WORLD = World(RelatedRun, PRESETS, build, validate, costs, settle)

@@ -24,14 +24,15 @@ from tqdm import tqdm
 
 from mod.config import Config, require
 from mod.data import clip_batch
+from mod.live.costs import dense
 from mod.related.world import WORLD
 from mod.run import to_json, write_text
 from mod.study import routers
 from mod.study.ablate_report import plot_places, plot_quality, plot_recall, report
 from mod.study.common import command
-from mod.study.costs import ratios
+from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.machine import Machine, ratio, side_by_side
-from mod.study.sweep import TrialFlags, Variant, average_text, collect, configure, quick, read_off, sweep
+from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
 from mod.study.tables import MEASURES, TABLES, VARIANTS, Table
 
 BASE = WORLD.presets["study"]
@@ -45,13 +46,14 @@ class Flags(TrialFlags):
 def costs(base: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Decoder FLOPs and KV cache of every variant on an average stream, as a share of the base's full computation."""
     _, source = WORLD.build(base, torch.device("cpu"))
-    frames, text, shares = base.data.frames, average_text(source), {}
+    stream, full = (base.data.frames, average_text(source.validation(64), source.words)), dense(base.model)
+    shares = {}
     for name in names:
         config = configure(base, VARIANTS[name], 0).model
         if VARIANTS[name].routers == "oracle":
             config = replace(config, select="random")  # no scores to compute
-        share = ratios(config, frames, text, base.model)
-        shares[name] = {"flops": share["flop_ratio"], "kv": share["kv_ratio"]}
+        shares[name] = {"flops": decoder_flops(config, *stream) / decoder_flops(full, *stream),
+                        "kv": kv_bytes(config, *stream) / kv_bytes(full, *stream)}
     return shares
 
 

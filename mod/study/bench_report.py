@@ -3,56 +3,94 @@
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from mod.config import ModelConfig
-from mod.study.costs import dense, frame_flops, kv_bytes
+from mod.live.costs import dense
+from mod.study.common import markdown
+from mod.study.costs import frame_flops, kv_bytes
 from mod.study.plots import BLUE, ORANGE, VERMILION, save
+
+PEER = "transformers' dense Llama, dynamic cache: its time / "
 
 
 def straightness(points: list[dict], name: str) -> float:
     """How far, at most, a model's latencies lie from one straight line in the context, as a share of the latency."""
-    contexts, seconds = [p["context"] for p in points], [p["seconds"][name] for p in points]
+    contexts, seconds = [p["context"] for p in points], [p["frame"]["seconds"][name] for p in points]
     slope, start = statistics.linear_regression(contexts, seconds)
     return max(abs(start + slope * c - s) / s for c, s in zip(contexts, seconds, strict=True))
 
 
-def two_digits(part: dict, *keys: str) -> list[str]:
-    """These entries of `part`; "-" for one that was not measured."""
-    return [f"{part[key]:.2f}" if key in part else "-" for key in keys]
+def digits(part: dict | None, key: str, unit: float = 1.0, number: int = 2) -> str:
+    """An entry of `part`; "-" for one that was not measured."""
+    return f"{part[key] / unit:.{number}f}" if part and part.get(key) is not None else "-"
+
+
+def both(part: dict | None, unit: float, number: int = 2) -> str:
+    """MoD's and full computation's."""
+    return f"{digits(part, 'mod', unit, number)} / {digits(part, 'full', unit, number)}"
+
+
+def table(rows: list[dict[str, str]], first: str) -> str:
+    return markdown(pd.DataFrame(rows).set_index(first))
+
+
+def step_rows(results: dict) -> list[dict[str, str]]:
+    """A row for the training step of each size; on a GPU with seconds and memory as they are."""
+    rows = []
+    for name, size in results["sizes"].items():
+        step, memory = size["training"], size["memory"] or {}
+        row = {"decoder": name, "tokens of a step": f"{step['rows']} × {step['tokens']}",
+               "step time": digits(step, "time_ratio"), "its FLOPs": digits(step, "flop_ratio"),
+               "peak memory": digits(memory, "peak_ratio"),
+               "saved activations (formula)": digits(memory, "saved_ratio")}
+        if on_gpu(results):
+            row |= {"ms, MoD / full": both(step["seconds"], 1e-3), "MFU, %": both(step["mfu"], 0.01, 1),
+                    "peak, MiB": both(memory.get("peak_bytes"), 2**20, 0)}
+        rows.append(row | {"our full step / transformers' Llama": digits(step, "ours_to_transformers")})
+    return rows
+
+
+def stream_rows(results: dict, chunk: str) -> list[dict[str, str]]:
+    """A row for one more frame, or word, of each size at each context."""
+    rows = []
+    for name, size in results["sizes"].items():
+        for point in size["streaming"]:
+            one = point[chunk]
+            row = {"decoder": name, "context, tokens": f"{point['context']:,}",
+                   f"time of one more {chunk}": digits(one, "time_ratio"), "its FLOPs": digits(one, "flop_ratio"),
+                   "bytes to read": digits(one, "read_ratio"),
+                   "KV bytes": f"{point['kv_bytes']['mod'] / point['kv_bytes']['full']:.3f}"}
+            if on_gpu(results):
+                row |= {"ms, MoD / full": both(one["seconds"], 1e-3)}
+            rows.append(row | {PEER + "full": digits(one, "transformers_to_full"),
+                               "its time / MoD": digits(one, "transformers_to_mod")})
+    return rows
+
+
+def on_gpu(results: dict) -> bool:
+    """A CPU's seconds say little of another CPU's; a GPU has a name."""
+    return not results["device"].endswith("CPU")
 
 
 def report(results: dict) -> str:
     """The results as Markdown tables."""
-    lines = [f"{results['device']}, {results['dtype']}{', compiled' if results['compile'] else ''}, "
-             f"torch {results['torch']}, threads: {results['threads']}. Ratios are MoD / full computation.", "",
-             "| decoder | tokens of a step | step time | its FLOPs | peak memory | saved activations (formula) | "
-             "our full step / transformers' Llama |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, size in results["sizes"].items():
-        step, memory = size["training"], size["memory"] or {}
-        cells = [name, f"{step['rows']} × {step['tokens']}", *two_digits(step, "time_ratio", "flop_ratio")]
-        cells += two_digits(memory, "peak_ratio", "saved_ratio") + two_digits(step, "ours_to_transformers")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| decoder | context, tokens | time of one more frame | its FLOPs | KV bytes | "
-              "transformers' dense Llama, dynamic cache: its time / full | its time / MoD |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, size in results["sizes"].items():
-        for point in size["streaming"]:
-            cells = [name, f"{point['context']:,}", *two_digits(point, "time_ratio", "flop_ratio")]
-            cells += [f"{point['kv_bytes']['mod'] / point['kv_bytes']['full']:.3f}"]
-            cells += two_digits(point, "transformers_to_full", "transformers_to_mod")
-            lines.append(f"| {' | '.join(cells)} |")
+    compiled = ", compiled" if results["compile"] else ""
+    parts = [f"{results['device']}, {results['dtype']}{compiled}, torch {results['torch']}, threads: "
+             f"{results['threads']}. Ratios are MoD / full computation.\n",
+             table(step_rows(results), "decoder"), table(stream_rows(results, "frame"), "decoder"),
+             table(stream_rows(results, "word"), "decoder")]
     points = list(results["sizes"].values())[-1]["streaming"]
     if len(points) > 2:
         bend = {name: f"{straightness(points, name):.0%}" for name in ("mod", "full")}
-        off = f"at most {bend['mod']} (MoD) and {bend['full']} (full)"
-        lines += ["", f"Latency of the largest decoder is a straight line in the context, but for {off}."]
-        lines += ["Each ratio is a median over turns of its own."]
-    mib, frames = results["filled"]["budget_bytes"] / 2**20, results["filled"]["frames"]
-    held = f"{frames['mod']} frames with MoD, {frames['full']} with full computation"
-    lines += ["", f"A cache of {mib:.0f} MiB holds {held}: {results['filled']['ratio']:.2f} times as many."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"A frame's latency in the largest decoder is a straight line in the context, but for at most "
+                     f"{bend['mod']} (MoD) and {bend['full']} (full).\nEach ratio is a median over turns of its own.\n")
+    mib, filled = results["filled"]["budget_bytes"] / 2**20, results["filled"]["frames"]
+    parts.append(f"A cache of {mib:.0f} MiB holds {filled['mod']} frames with MoD, {filled['full']} with full "
+                 f"computation: {results['filled']['ratio']:.2f} times as many.\n")
+    return "\n".join(parts)
 
 
 def plot_steps(axis, sizes: dict[str, dict]) -> None:
@@ -66,7 +104,7 @@ def plot_steps(axis, sizes: dict[str, dict]) -> None:
     labels, measured, promised = zip(*bars, strict=True)
     axis.bar(range(len(bars)), measured, color=BLUE, label="measured")
     axis.plot(range(len(bars)), promised, "_", color=VERMILION, markersize=28, markeredgewidth=2.5,
-              label="formula: FLOPs, saved activations")  # fmt: skip
+              label="formula: FLOPs, saved activations")
     axis.set_xticks(range(len(bars)), labels, fontsize=7, rotation=30)
     axis.set(title="A training step, MoD / full computation", ylabel="ratio", ylim=(0, 1.1))
 
@@ -80,18 +118,18 @@ def plot(results: dict, path: Path) -> None:
     plot_steps(step, results["sizes"])
     contexts = [point["context"] for point in size["streaming"]]
     line = [contexts[-1] * i / 40 for i in range(1, 41)]
-    largest = size["streaming"][-1]
+    largest = size["streaming"][-1]["frame"]
     pace = largest["seconds"]["full"] / largest["flops"]["full"]
     for key, variant, colour in (("full", dense(config), ORANGE), ("mod", config, BLUE)):
         frames = [round(tokens / config.frame_tokens) for tokens in line]
         latency.plot(line, [1e3 * pace * frame_flops(variant, n, 0) for n in frames], color=colour, alpha=0.7,
-                     label=f"{key}: its FLOPs at full computation's pace")  # fmt: skip
-        latency.plot(contexts, [1e3 * point["seconds"][key] for point in size["streaming"]], "o", color=colour,
-                     label=f"{key}: measured")  # fmt: skip
+                     label=f"{key}: its FLOPs at full computation's pace")
+        latency.plot(contexts, [1e3 * point["frame"]["seconds"][key] for point in size["streaming"]], "o", color=colour,
+                     label=f"{key}: measured")
         held = [kv_bytes(variant, n, 0, number_bytes) / 2**20 for n in frames]
         cache.plot(line, held, color=colour, label=f"{key}: formula")
         cache.plot(contexts, [point["kv_bytes"][key] / 2**20 for point in size["streaming"]], "o", color=colour,
-                   label=f"{key}: the real tensors")  # fmt: skip
+                   label=f"{key}: the real tensors")
     latency.set(title=f"One more frame ({name})", xlabel="context, tokens of full computation", ylabel="time (ms)")
     cache.set(title=f"KV cache ({name})", xlabel="context, tokens of full computation", ylabel="keys and values (MiB)")
     for axis in (step, latency, cache):

@@ -1,4 +1,5 @@
-"""What a stream costs, as formulas: FLOPs (operations, a count), entries and bytes of the KV cache, saved activations.
+"""What training and streaming cost, as formulas: FLOPs (operations, a count), bytes of the cache and bytes that must be
+read, saved activations.
 
 A layer processes n = kept * frames + text tokens: every formula below is a sum over layers of something in n. One
 multiply and one add are two FLOPs; attention is counted over the full n * n square, as torch's own counter does; norms
@@ -7,28 +8,18 @@ tensors.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mod.config import ModelConfig
-from mod.data import Clip, clip_layout, vocabulary
-from mod.layout import Vocabulary
+from mod.data import Clip
+from mod.layout import Vocabulary, lay_out
+from mod.live.costs import chunk_flops, layer_tokens
 
 DECODER = ("router", "projections", "attention", "ffn")  # the parts that the choice of layers changes
 
 
-def dense(config: ModelConfig) -> ModelConfig:
-    """The same model with full computation: every layer processes every token that the encoder makes."""
-    return replace(config, layers="none", tokens=0)
-
-
-def layer_tokens(config: ModelConfig, frames: int, text: int) -> list[int]:
-    """Tokens that each decoder layer processes, which is also what it leaves in the cache."""
-    return [kept * frames + text for kept in config.kept]
-
-
 def learned_layers(config: ModelConfig) -> int:
     """Layers whose tokens are scored by a linear LayerExpert."""
-    return sum(ratio < 1 for ratio in config.keep) if config.select == "learned" else 0
+    return sum(ratio < 1 for ratio in config.keep_ratios) if config.select == "learned" else 0
 
 
 def forward_flops(config: ModelConfig, frames: int, text: int, logits: int | None = None) -> dict[str, int]:
@@ -70,19 +61,40 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     return sum(parts[name] for name in DECODER)
 
 
-def chunk_flops(config: ModelConfig, frames: int, text: int, held_frames: int, held_text: int) -> int:
-    """FLOPs of the decoder's layers for a chunk of a stream: so many new frames and text tokens, after which the cache
-    stands for `held_frames` frames and `held_text` text tokens."""
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    linear = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden
-    new, seen = layer_tokens(config, frames, text), layer_tokens(config, held_frames, held_text)
-    products = sum(2 * n * linear + 4 * n * s * queries for n, s in zip(new, seen, strict=True))
-    return products + 2 * frames * config.frame_tokens * config.dim * learned_layers(config)
-
-
 def frame_flops(config: ModelConfig, cached: int, text: int) -> int:
     """FLOPs of the decoder's layers for one more frame, after `cached` frames and `text` text tokens."""
     return chunk_flops(config, 1, 0, cached + 1, text)
+
+
+def word_flops(config: ModelConfig, cached: int, text: int) -> int:
+    """FLOPs of the decoder's layers for one more text token, after `cached` frames and `text` text tokens."""
+    return chunk_flops(config, 0, 1, cached, text + 1)
+
+
+def layer_weights(config: ModelConfig) -> list[int]:
+    """Weights of every decoder layer, its router's included: numbers that are read whenever a token runs through it."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    products = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden
+    norms = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
+    biases = queries + 2 * keys if config.qkv_bias else 0
+    router = config.dim if config.select == "learned" else 0
+    return [products + norms + biases + (router if ratio < 1 else 0) for ratio in config.keep_ratios]
+
+
+def read_bytes(config: ModelConfig, frames: int, text: int, held_frames: int, held_text: int,
+               number_bytes: int = 4) -> int:
+    """Bytes that the decoder's layers must at least read for a chunk of a stream: so many new frames and text tokens,
+    after which the cache stands for `held_frames` frames and `held_text` text tokens.
+
+    They are the weights once, and all keys and values that are held then. A chunk is a few dozen tokens, so this, and
+    not the FLOPs, is what bounds a large model: every weight that is read is used only as often as there are tokens.
+    A layer that none of the tokens enters reads only its router's weights.
+    """
+    entry = 2 * config.kv_heads * config.head_dim
+    new, seen = layer_tokens(config, frames, text), layer_tokens(config, held_frames, held_text)
+    layers = zip(new, seen, layer_weights(config), strict=True)
+    scored = config.dim if config.select == "learned" and frames else 0
+    return number_bytes * sum(weights + entry * s if n else scored for n, s, weights in layers)
 
 
 def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str, int]:
@@ -90,25 +102,26 @@ def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str,
 
     Per token and layer: each norm keeps its input, the input normed, and its output, which the next product needs, with
     one statistic; attention its queries, keys, values before and after norm and rotation, and its result; SwiGLU four
-    hidden vectors. What a routed layer adds: the scored tokens, the updates that mu scales, and the values before mu.
+    hidden vectors. What a routed layer adds: the scored tokens and their scores, the updates before and after mu scales
+    them, the values before mu, and the rotations of its own tokens. Dense layers share one set of rotations.
     """
     queries, keys, size = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.head_dim
     norms = 6 * config.dim + 2
-    rotation = 4 * size  # cosines and sines for queries and keys
     qk_norm = 2 * queries + 2 * keys + config.heads + config.kv_heads if config.qk_norm else 0
-    attention = 2 * queries + 2 * keys + config.heads + rotation + qk_norm
+    attention = 2 * queries + 2 * keys + config.heads + qk_norm
     ffn = 4 * config.ffn_hidden
-    tokens = layer_tokens(config, frames, text)
-    routed = [n for n, ratio in zip(tokens, config.keep, strict=True) if ratio < 1]
-    # mu, one a token; the updates that it scales are kept for its gradient, if it learns; so are values and sigmoids.
+    tokens, every = layer_tokens(config, frames, text), config.frame_tokens * frames + text
+    routed = [n for n, ratio in zip(tokens, config.keep_ratios, strict=True) if ratio < 1]
+    rotated = sum(routed) + (every if len(routed) < config.depth else 0)
+    # mu, one per token; the updates that it scales are kept for its gradient, if it learns; so are values and sigmoids.
     learned, value = config.select == "learned", config.gate == "value"
-    gate = 1 + (config.dim if learned else 0) + (keys if learned and value else 0)
+    gate = 1 + config.dim + (config.dim if learned else 0) + (keys if learned and value else 0)
     scored = config.frame_tokens * frames * learned_layers(config)
     return {
         "norms": sum(tokens) * norms,
-        "attention": sum(tokens) * attention,
+        "attention": sum(tokens) * attention + rotated * 2 * size,
         "ffn": sum(tokens) * ffn,
-        "router": scored * (config.dim + (1 if value else 0)),
+        "router": scored * (config.dim + 1 + (1 if value else 0)),
         "gate": sum(routed) * gate,
     }
 
@@ -129,26 +142,6 @@ def frames_that_fit(config: ModelConfig, budget: int, text: int, number_bytes: i
     return max(0, (budget - empty) // (kv_bytes(config, 1, text, number_bytes) - empty))
 
 
-def window_that_fits(
-    config: ModelConfig, budget: int, words: int, spare: int, sinks: int = 0, number_bytes: float = 4
-) -> int:
-    """The longest window, in frames, whose keys and values surely fit into `budget` bytes: with `words` text tokens
-    after each of its frames and those of `sinks`, and `spare` more. 0 when not even one frame fits."""
-    entry = 2 * config.kv_heads * config.head_dim * number_bytes
-    frame = (sum(config.kept) + config.depth * words) * entry
-    return max(0, int((budget - config.depth * spare * entry) // frame) - sinks)
-
-
-def ratios(config: ModelConfig, frames: int, text: int, whole: ModelConfig | None = None) -> dict[str, float]:
-    """Cost as a share of full computation, of `whole` if that is another model: decoder FLOPs and the KV cache."""
-    full = dense(whole or config)
-    return {
-        "flop_ratio": decoder_flops(config, frames, text) / decoder_flops(full, frames, text),
-        "kv_ratio": kv_bytes(config, frames, text) / kv_bytes(full, frames, text),
-    }
-
-
-def average_text(clips: Sequence[Clip], words: Vocabulary | None = None) -> int:
+def average_text(clips: Sequence[Clip], words: Vocabulary) -> int:
     """Mean number of text tokens of a clip's stream, <bos> and turn symbols included."""
-    layouts = [clip_layout(words or vocabulary(), clip, 1) for clip in clips]
-    return round(sum(frame < 0 for layout in layouts for frame in layout.frame) / len(layouts))
+    return round(sum(len(lay_out(words, len(clip.frames), 0, clip.said).ids) for clip in clips) / len(clips))

@@ -15,17 +15,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from mod.config import Config, StreamConfig, UserError
+from mod.config import Config, require
 from mod.data import endless
-from mod.flags import Parser, run_script
-from mod.layout import Vocabulary, assistant_ids, user_ids
-from mod.real.parts import load_run
-from mod.stream import Stream
+from mod.layout import TEXT, Vocabulary, assistant_ids, make_plan, user_ids
+from mod.live.live import LiveStream
+from mod.live.settings import StreamConfig
+from mod.run import Parser, load_run, run_script
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.videollm import VideoLLM
 
@@ -73,7 +74,7 @@ class Gap:
         layers = [statistics.mean(layer) for layer in zip(*self.states, strict=True)]
         kept = statistics.mean(self.kept) if self.kept else None
         return {"states": layers, "kept": kept, "silence": statistics.mean(self.silence),
-                "same": statistics.mean(self.same), "frames": len(self.same)}  # fmt: skip
+                "same": statistics.mean(self.same), "frames": len(self.same)}
 
 
 def remembered(fed: list[tuple[int, int]], rule: StreamConfig) -> list[int]:
@@ -87,34 +88,40 @@ def remembered(fed: list[tuple[int, int]], rule: StreamConfig) -> list[int]:
     return seen
 
 
+def anew(model: VideoLLM, fed: list[tuple[int, int]], pixels: list[Tensor], trace: list) -> Tensor:
+    """Logits (V,) after a list of (token id, frame) pairs, computed from nothing, at positions 0, 1, 2, ..."""
+    ids, frame = (np.array([column]) for column in zip(*fed, strict=True))
+    plan = make_plan(frame, [0], model.config.frame_tokens, model.config.keep_counts)
+    seen = model.see(torch.stack([pixels[number] for number in sorted(set(frame[frame >= 0].tolist()))]))
+    return model.decoder.logits(model.hidden(torch.from_numpy(ids), seen, plan, trace=trace)[0, -1])
+
+
 @torch.inference_mode()
 def measure(model: VideoLLM, words: Vocabulary, config: Config, rule: StreamConfig, frames: int, bar: tqdm) -> dict:
     """Feed a stream and its true conversation; compare at every fifth frame after two windows."""
     size, gap, pixels = model.config.frame_tokens, Gap(), []
     trace: list = []
-    stream = Stream(model, words, frames=frames, text=1 + 60 * frames, settings=rule, log=True, trace=trace)
+    stream, fed = LiveStream(model, words, settings=rule, trace=trace), [(words.bos, TEXT)]  # (token id, frame)
     with Listener(model) as listener:
         for t, clip in enumerate(islice(endless(config.data, config.model, "test", 1), frames)):
             pixels.append(torch.from_numpy(clip.frames[0]))
             listener.heard, trace[:] = [], []
             logits = stream.see(pixels[-1][None])[0]
+            fed += [(0, t)] * size
             if t >= 2 * rule.window and t % EVERY == 0:
                 kept, states, again = [routing.kept for routing in trace], listener.take(size), []
-                fed = stream.fed[0]
-                seen = remembered(fed, rule)
-                ids, frame = (torch.tensor([[fed[place][i] for place in seen]]) for i in (0, 1))
-                shown = torch.stack([pixels[number] for number in sorted({f for f in frame[0].tolist() if f >= 0})])
-                pos = torch.arange(len(seen))[None]
-                anew = model.decoder.logits(model(ids, frame, pos, model.see(shown), trace=again))[0, -1]
+                fresh_logits = anew(model, [fed[place] for place in remembered(fed, rule)], pixels, again)
                 fresh = listener.take(size)
                 gap.states.append([float((a - b).norm() / b.norm()) for a, b in zip(states, fresh, strict=True)])
                 for one, other in zip(kept, again, strict=True):
                     gap.kept.append(float((one[0] & other.kept[-1]).sum() / max(1, one.sum())))
-                quiet = [float(each.softmax(-1)[words.eos]) for each in (logits, anew)]
+                quiet = [float(each.softmax(-1)[words.eos]) for each in (logits, fresh_logits)]
                 gap.silence.append(abs(quiet[0] - quiet[1]))
-                gap.same.append(bool(logits.argmax() == anew.argmax()))
+                gap.same.append(bool(logits.argmax() == fresh_logits.argmax()))
             for say in clip.said:
-                stream.feed([user_ids(words, say.text) if say.role == "user" else assistant_ids(words, say.text)])
+                ids = user_ids(words, say.text) if say.role == "user" else assistant_ids(words, say.text)
+                stream.feed([ids])
+                fed += [(token, TEXT) for token in ids]
             bar.update()
     return gap.summary()
 
@@ -127,7 +134,7 @@ def report(results: dict) -> str:
         "| run | what is remembered | hidden states after each layer | kept tokens in common | P(silence), mean "
         "difference | same next token |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for run, rules in results["runs"].items():
         for rule, gap in rules.items():
             states = ", ".join(f"{value:.3f}" for value in gap["states"])
@@ -144,30 +151,25 @@ def plot(results: dict, path: Path) -> None:
         for (rule, gap), (colour, style) in zip(rules.items(), looks, strict=True):
             axis.plot(range(len(gap["states"])), gap["states"], style, color=colour, label=rule)
         axis.set(title=f"{run}: stream against computing anew", xlabel="after layer", ylim=(0, None),
-                 ylabel="relative difference of hidden states", xticks=range(len(gap["states"])))  # fmt: skip
+                 ylabel="relative difference of hidden states", xticks=range(len(gap["states"])))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save(figure, path)
 
 
 def run(arguments) -> int:
-    if arguments.window < 1 or arguments.frames <= 2 * arguments.window + EVERY:
-        raise UserError(
+    require(arguments.window >= 1 and arguments.frames > 2 * arguments.window + EVERY,
             f"got {arguments.frames} frames and a window of {arguments.window}, expected a window and more than two of "
-            "them; pass more --frames"
-        )
+            "them; pass more --frames")
     results = {"window": arguments.window, "frames": arguments.frames, "runs": {}}
     number = len(arguments.checkpoint) * len(RULES) * arguments.frames
     print(f"{number} frames through {len(arguments.checkpoint)} runs, about {max(1, number // 4000)} min")
     with tqdm(total=number, unit="frame", disable=None) as bar:
         for folder in arguments.checkpoint:
-            model, words, config = load_run(folder, torch.device("cpu"))
-            results["runs"][folder.name] = {
-                name: measure(
-                    model, words, config, StreamConfig(window=arguments.window, **rule), arguments.frames, bar
-                )
-                for name, rule in RULES.items()
-            }
+            model, source, config = load_run(folder, torch.device("cpu"))
+            rules = {name: StreamConfig(window=arguments.window, **rule) for name, rule in RULES.items()}
+            results["runs"][folder.name] = {name: measure(model, source.words, config, rule, arguments.frames, bar)
+                                            for name, rule in rules.items()}
     publish(arguments.out / "gap", results, report(results), plot)
     return 0
 
@@ -178,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=400, help="length of the stream (default: %(default)s)")
     parser.add_argument("--window", type=int, default=8, help="frames to remember (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
-    return run_script(run, parser.parse_args(argv), "mod.study.gap")
+    arguments = parser.parse_args(argv)
+    return run_script(lambda: run(arguments), "mod.study.gap")
 
 
 if __name__ == "__main__":

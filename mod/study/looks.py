@@ -7,7 +7,6 @@ functions below it draw what was measured, beside chance, or on the lines of the
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,23 +20,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mod.config import Config, ModelConfig
-from mod.data import Clip, make_clip
+from mod.config import Config, ModelConfig, require
+from mod.data import Clip, Source
 from mod.decoder import Routing
-from mod.evaluate import router_recall, teacher_forced
-from mod.layout import Vocabulary
+from mod.evaluate import teacher_forced
+from mod.live.costs import dense
 from mod.real.lora import changes
-from mod.real.parts import load_run
-from mod.real.source import real_source
+from mod.run import load_run
 from mod.stream import Stream
-from mod.study.costs import average_text, decoder_flops, dense, kv_bytes
+from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.machine import Machine
 from mod.study.plots import BLUE, GREEN, LAYERS, ORANGE, VERMILION
 from mod.videollm import VideoLLM
 
 CLIPS, ROWS = 64, 16  # clips that are looked at, and how many at once
 MOST_TOKENS = 2000  # of a stream whose FLOPs are counted, as the counter wants attention's whole square in memory
-PICTURES = 64  # frames that a timed stream shows, again and again: the clock does not care what is seen
+PICTURES = 8  # frames of noise that a timed stream shows, again and again: the clock does not care what is seen
 FIRST = 20  # frames of full computation whose median time is the unit of time
 THIS, FULL = "this run", "full computation"
 ALONE = "; this run is full computation itself"
@@ -62,7 +60,7 @@ class Kept:
 
     def precision(self, layer: int) -> tuple[float, float, float]:
         """Of the patches that a layer keeps, CLS tokens aside, the share that shows a sprite; the same when keeping by
-        lot; and the most that is possible, as there are fewer sprites than places. nan when it keeps no patch."""
+        chance; and the most that is possible, as there are fewer sprites than places. nan when it keeps no patch."""
         patches = self.kept[layer][:, 1:]
         if not patches.any():
             return math.nan, math.nan, math.nan
@@ -72,7 +70,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs and bytes that were counted, by model: frames of the stream -> count; and its text tokens a frame."""
+    """FLOPs and bytes that were counted, by model: frames of the stream -> count; and its text tokens per frame."""
 
     flops: dict[str, dict[int, int]]
     bytes: dict[str, dict[int, int]]
@@ -101,14 +99,14 @@ def spread(most: int, number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Look:
-    """A run beside full computation of the same sizes (with weights by lot, as costs do not depend on them).
+    """A run beside full computation of the same sizes, with random weights, as costs do not depend on them.
 
     models  by name; a dense run is full computation itself
     clips   that the run was not trained on
     """
 
     config: Config
-    words: Vocabulary
+    source: Source
     models: dict[str, VideoLLM]
     clips: Sequence[Clip]
     machine: Machine
@@ -120,16 +118,15 @@ class Look:
     @classmethod
     def at_run(cls, folder: Path, device: torch.device, dtype: str) -> "Look":
         """Raises UserError when the run, or a video that it was made with, is missing or damaged."""
-        model, words, config = load_run(folder, device, dtype)
-        if config.real.data:
-            clips = real_source(config, words, model).validation(CLIPS)
-        else:
-            clips = [make_clip(config.data, config.model, "test", 0, index) for index in range(CLIPS)]
+        model, source, config = load_run(folder, device, dtype)
+        method = getattr(config.model, "method", "mod")
+        require(method == "mod", f"the run in {folder} is of the method {method}, but these figures know the formulas "
+                "of MoD; name a run of MoD or of full computation")
         models = {FULL: model}
-        if any(ratio < 1 for ratio in config.model.keep):
+        if any(ratio < 1 for ratio in config.model.keep_ratios):
             torch.manual_seed(0)
             models = {THIS: model, FULL: VideoLLM(dense(config.model)).to(device, getattr(torch, dtype)).eval()}
-        return cls(config, words, models, clips, Machine(device.type, dtype))
+        return cls(config, source, models, source.validation(CLIPS), Machine(device.type, dtype))
 
     @property
     def model(self) -> VideoLLM:
@@ -138,24 +135,24 @@ class Look:
     @property
     def text_per_frame(self) -> float:
         frames = sum(len(clip.frames) for clip in self.clips) / len(self.clips)
-        return max(0, average_text(self.clips, self.words) - 1) / frames
+        return max(0, average_text(self.clips, self.source.words) - 1) / frames
 
     def kept(self) -> Kept:
         """What the routed layers decide on the clips, given the true conversations."""
         trace: list[Routing] = []
         starts = range(0, len(self.clips), ROWS)
         for start in tqdm(starts, desc="looking at clips", unit="batch", leave=False, disable=None):
-            teacher_forced(self.model, self.words, self.clips[start : start + ROWS], rows=ROWS, trace=trace)
-        layers, grid = sorted({routing.layer for routing in trace}), self.config.model.grid
-        joined = [
-            {n: torch.cat([getattr(r, what) for r in trace if r.layer == n]).cpu() for n in layers}
-            for what in ("kept", "scores")
-        ]
-        kept, scores = ({n: x.float().numpy() if x.is_floating_point() else x.numpy() for n, x in of.items()}
-                        for of in joined)  # fmt: skip
-        known = all(clip.patch_labels is not None for clip in self.clips)
-        sprite = np.concatenate([sprite_tokens(clip, grid) for clip in self.clips]) if known else None
-        return Kept(kept, scores, router_recall(trace, self.clips, grid), sprite)
+            teacher_forced(self.model, self.source.words, self.clips[start : start + ROWS], rows=ROWS, trace=trace)
+        joined: dict[str, dict[int, np.ndarray]] = {"kept": {}, "scores": {}}
+        for what, by_layer in joined.items():
+            for layer in sorted({routing.layer for routing in trace}):
+                every = torch.cat([getattr(routing, what) for routing in trace if routing.layer == layer]).cpu()
+                by_layer[layer] = every.float().numpy() if every.is_floating_point() else every.numpy()
+        if any(clip.patch_labels is None for clip in self.clips):
+            return Kept(**joined, recall={}, sprite=None)
+        recall = {int(layer): share for layer, share in self.source.probe(trace, self.clips).items()}
+        sprite = np.concatenate([sprite_tokens(clip, self.config.model.grid) for clip in self.clips])
+        return Kept(**joined, recall=recall, sprite=sprite)
 
     @torch.no_grad()
     def count_flops(self, lengths: Sequence[int]) -> dict[str, dict[int, int]]:
@@ -174,38 +171,24 @@ class Look:
     def stream(self, frames: int) -> tuple[dict[str, list[float]], dict[str, dict[int, int]]]:
         """Stream so many frames, and the text of the run's clips, through the models in turns, so that a busy machine
         slows both alike. Returns of every model the seconds of each frame, and the bytes of its cache after each."""
-        text, config = partial(text_tokens, self.text_per_frame), self.config
-        clip = make_clip(config.data, config.model, "test", 0, CLIPS, min(frames, PICTURES))
-        pictures = torch.from_numpy(clip.frames)
-        warm = {name: Stream(model, self.words, frames=2, text=1) for name, model in self.models.items()}
-        live = {
-            name: Stream(model, self.words, frames=frames, text=text(frames)) for name, model in self.models.items()
-        }
+        text, side, words = partial(text_tokens, self.text_per_frame), self.config.model.image_size, self.source.words
+        pictures = torch.rand(PICTURES, 1, 3, side, side) * 2 - 1
+        warm, live = ({name: Stream(model, words) for name, model in self.models.items()} for _ in range(2))
         seconds: dict[str, list[float]] = {name: [] for name in live}
         held: dict[str, dict[int, int]] = {name: {} for name in live}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # processor time is time only with one thread
         for stream in warm.values():  # libraries get ready on first use
-            stream.see(pictures[:1])
-            stream.see(pictures[:1])
+            stream.see(pictures[0])
+            stream.see(pictures[0])
         for t in tqdm(range(frames), desc="streaming", unit="frame", leave=False, disable=None):
-            picture = pictures[t % len(pictures)][None]
             for name, stream in live.items():
-                seconds[name].append(self.machine.work(partial(stream.see, picture)))
+                seconds[name].append(self.machine.clock(partial(stream.see, pictures[t % PICTURES])))
                 if more := text(t + 1) - text(t):
-                    stream.feed([[self.words.eos] * more])
+                    stream.feed([[words.eos] * more])
                 held[name][t + 1] = stream.cache.bytes()
         torch.set_num_threads(threads)
         return seconds, held
-
-    def estimate_seconds(self, frames: int) -> float:
-        """About how long `figures` will take: a few clips and frames, timed."""
-        started = time.monotonic()
-        teacher_forced(self.model, self.words, self.clips[:4], rows=4)
-        clips = (time.monotonic() - started) * len(self.clips) / min(4, len(self.clips))
-        started = time.monotonic()
-        self.stream(min(4, frames))
-        return clips + (time.monotonic() - started) / 6 * 1.5 * frames + 3  # a later frame sees more, and takes longer
 
     def figures(self, log: list[dict], frames: int) -> dict[str, Figure]:
         """All of them, by the name of their file."""
@@ -249,12 +232,12 @@ def keeps(log: list[dict], config: ModelConfig, kept: Kept) -> Figure:
             by_step.plot([e["step"] for e in entries], shares, color=colour, **style)
         by_step.plot([], [], linestyle=dashes, marker=marker, color=colour, label=f"layer {layer}")
     if layers:
-        places = sorted({config.kept[layer] for layer in layers})
+        places = sorted({config.keep_counts[layer] for layer in layers})
         for number in places:
             by_step.axhline(number / config.frame_tokens, color="black", linestyle=(0, (6, 3)), linewidth=1)
         by_step.lines[-1].set_label(f"chance: {', '.join(map(str, places))} of {config.frame_tokens} tokens")
         by_step.set(title="By training step: lines are training batches, markers validation", xlabel="step",
-                    ylabel="share of sprite patches that are kept")  # fmt: skip
+                    ylabel="share of sprite patches that are kept")
     if kept.recall:
         draw_layers(by_layer, config, kept)
     for axis in (by_step, by_layer):
@@ -271,18 +254,18 @@ def keeps(log: list[dict], config: ModelConfig, kept: Kept) -> Figure:
 def draw_layers(axis, config: ModelConfig, kept: Kept) -> None:
     """Recall and precision of every routed layer as bars, beside chance and the most that is possible."""
     layers = sorted(kept.recall)
-    precise, lot, most = zip(*(kept.precision(layer) for layer in layers), strict=True)
+    precise, chance, most = zip(*(kept.precision(layer) for layer in layers), strict=True)
     place = np.arange(len(layers))
     bars = axis.bar(place - 0.2, [kept.recall[layer] for layer in layers], 0.36, color=BLUE,
-                    label="of the sprite patches: share that is kept")  # fmt: skip
+                    label="of the sprite patches: share that is kept")
     others = axis.bar(place + 0.2, precise, 0.36, color=ORANGE, hatch="//", edgecolor="white",
-                      label="of the kept patches: share that shows a sprite")  # fmt: skip
+                      label="of the kept patches: share that shows a sprite")
     for each in (bars, others) if len(layers) <= 8 else ():
         axis.bar_label(each, fmt=lambda share: f"{share:.2f}" if share == share else "", fontsize=9, padding=8)
     axis.plot(place + 0.2, most, "v", color=GREEN, markersize=9, markeredgecolor="black",
-              label="the most that is possible, sprites being few")  # fmt: skip
-    chances = np.array([config.kept[layer] / config.frame_tokens for layer in layers])
-    for shares, shift, label in ((chances, -0.2, "chance"), (np.array(lot), 0.2, None)):
+              label="the most that is possible, sprites being few")
+    chances = np.array([config.keep_counts[layer] / config.frame_tokens for layer in layers])
+    for shares, shift, label in ((chances, -0.2, "chance"), (np.array(chance), 0.2, None)):
         axis.hlines(shares, place + shift - 0.18, place + shift + 0.18, color="black", linewidth=2.5, label=label)
     frames = len(next(iter(kept.kept.values())))
     axis.set_xticks(place, layers)
@@ -304,8 +287,8 @@ def scores(config: ModelConfig, kept: Kept) -> Figure:
         say(axes[0, 0], DENSE)
     for layer, axis in zip(layers, axes.flat, strict=False):
         draw_scores(axis, layer, kept)
-    note = {"learned": "", "random": "; here by lot: they say nothing of the token",
-            "uniform": "; here 1 for tokens spread evenly over the frame"}[config.select]  # fmt: skip
+    note = {"learned": "", "random": "; here by chance: they say nothing of the token",
+            "uniform": "; here 1 for tokens spread evenly over the frame"}[config.select]
     figure.suptitle(f"Scores that the routers give{note}")
     if layers:
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -335,10 +318,10 @@ def draw_scores(axis, layer: int, kept: Kept) -> None:
         enough = np.where(chosen, given, np.inf).min(1)
         low, middle, high = np.quantile(enough, (0.1, 0.5, 0.9))
         axis.axvspan(low, high, color=ORANGE, alpha=0.35, linewidth=0, zorder=0,
-                   label="a frame's lowest kept score: of the middle 80% of frames")  # fmt: skip
+                   label="a frame's lowest kept score: of the middle 80% of frames")
         axis.axvline(middle, color="black", linestyle="-.", linewidth=1.2, label="a frame's lowest kept score: median")
     axis.set(title=f"Layer {layer} keeps {int(chosen[0].sum())} of {chosen.shape[1]} tokens of a frame", xlabel="score",
-             ylabel="density (each area is 1)")  # fmt: skip
+             ylabel="density (each area is 1)")
     axis.grid(alpha=0.3)
 
 
@@ -357,9 +340,9 @@ def cost(config: ModelConfig, costs: Costs) -> Figure:
             frames = spread(max(counted), 200)
             frames = sorted({*frames, *counted})
             axis.plot(frames, [formula(sizes, n, text(n)) / unit for n in frames], dashes, color=colour,
-                      label=f"{name}: formula")  # fmt: skip
+                      label=f"{name}: formula")
             axis.plot(list(counted), [count / unit for count in counted.values()], marker, color=colour, markersize=8,
-                      markeredgecolor="black", label=f"{name}: counted")  # fmt: skip
+                      markeredgecolor="black", label=f"{name}: counted")
     flops.set(title="Decoder, one pass over the stream", ylabel="operations (GFLOPs)")
     cache.set(title="KV cache after the stream", ylabel="keys and values (MiB)")
     for axis in (flops, cache):
@@ -401,7 +384,7 @@ def latency(seconds: dict[str, list[float]], machine: Machine) -> Figure:
     where = f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}{clock}"
     axis.set(title=f"Latency of each frame, encoder included ({where}){'' if THIS in seconds else ALONE}",
              xlabel="frame of the stream", ylabel="time of a frame (ms)" if absolute else
-             f"time of a frame\n(1: median of full computation's first {first})")  # fmt: skip
+             f"time of a frame\n(1: median of full computation's first {first})")
     # One frame may be interrupted by something else on the machine: it should not flatten all others.
     calm = [value / unit for times in seconds.values() for value in times]
     axis.set_ylim(0, 1.25 * float(np.quantile(calm, 0.99)))

@@ -5,23 +5,30 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mod.config import ModelConfig, UserError
+from mod.config import ModelConfig, UserError, require
 from mod.decoder import Decoder
+from mod.layout import TEXT, Plan, make_plan
+
+LEAST = 0.05  # seconds that an action is repeated for in each turn
+# FLOPs per second of dense bfloat16 products with float32 sums, from NVIDIA's data sheets; the first name that fits.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 class Machine:
-    """Where and how things run."""
+    """Where and how things run. `backend`: what torch.compile compiles with."""
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", compile: bool = False):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device got cuda, but no CUDA GPU is here; pass --device cpu")
-        if device == "cpu" and dtype != "float32":
-            raise UserError(f"dtype got {dtype} on a CPU, expected float32; pass --device cuda for bfloat16")
-        self.device, self.dtype, self.compile = device, getattr(torch, dtype), compile
+    def __init__(self, device: str = "cpu", dtype: str = "float32", compile: bool = False, backend: str = "inductor"):
+        require(device != "cuda" or torch.cuda.is_available(),
+                "device got cuda, but no CUDA GPU is here; pass --device cpu")
+        require(device != "cpu" or dtype == "float32",
+                f"dtype got {dtype} on a CPU, expected float32; pass --device cuda for bfloat16")
+        self.device, self.dtype, self.compile, self.backend = device, getattr(torch, dtype), compile, backend
 
     @property
     def name(self) -> str:
@@ -31,75 +38,80 @@ class Machine:
     def number_bytes(self) -> int:
         return self.dtype.itemsize
 
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOPs per second that this card can do at most; None where we do not know."""
+        if self.device != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        return next((flops for name, flops in PEAK_FLOPS.items() if name in self.name), None)
+
     def build(self, config: ModelConfig) -> Decoder:
         torch.manual_seed(0)
-        decoder = Decoder(config).to(self.device, self.dtype)
+        with torch.device(self.device):  # a wide decoder takes long to make on a CPU
+            decoder = Decoder(config).to(self.dtype)
         if self.compile:
-            decoder.compile(dynamic=True)
+            decoder.compile(backend=self.backend)
         return decoder
 
-    def stream(self, config: ModelConfig, rows: int, frames: int, text: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random tokens x (B, T, D), pos and frame (B, T): all frames, then all text."""
+    def stream(self, config: ModelConfig, rows: int, frames: int, text: int) -> tuple[Tensor, Plan]:
+        """Random tokens x (B, T, D), and their plan: all frames, then all text."""
         vision = frames * config.frame_tokens
         x = torch.randn(rows, vision + text, config.dim, device=self.device, dtype=self.dtype)
-        frame = torch.arange(vision, device=self.device) // config.frame_tokens
-        frame = torch.cat((frame, frame.new_full((text,), -1))).expand(rows, -1)
-        return x, torch.arange(vision + text, device=self.device).expand(rows, -1), frame
+        frame = np.concatenate((np.arange(vision) // config.frame_tokens, np.full(text, TEXT)))
+        plan = make_plan(np.tile(frame, (rows, 1)), [0] * rows, config.frame_tokens, config.keep_counts)
+        return x, plan.to(self.device)
 
     def clock(self, action) -> float:
-        """Seconds that action() takes."""
-        finish = torch.cuda.synchronize if self.device == "cuda" else lambda: None
-        finish()
-        started = time.perf_counter()
-        action()
-        finish()
-        return time.perf_counter() - started
-
-    def work(self, action) -> float:
-        """Seconds of work that action() takes: on a CPU its processor time, which a busy machine does not lengthen."""
+        """Seconds that action() takes. On a CPU with one thread it is processor time, which a busy machine does not
+        lengthen."""
         if self.device == "cuda":
-            return self.clock(action)
-        started = time.process_time()
+            torch.cuda.synchronize()
+        now = time.process_time if self.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        started = now()
         action()
-        return time.process_time() - started
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return now() - started
 
     def peak(self, action) -> int:
-        """Bytes that action() takes at most, over what is there before it."""
+        """Bytes that action() takes at most, over what is there before it. For a CPU that is read from /proc, so it
+        raises UserError where there is none, that is, not on Linux."""
         if self.device == "cuda":
             rest = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             action()
             return torch.cuda.max_memory_allocated() - rest
-        rest = memory("VmRSS", forget_peak=True)
-        action()
-        return memory("VmHWM") - rest
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            rest = peak_resident()
+            action()
+            return peak_resident() - rest
+        except OSError as error:
+            raise UserError(f"peak memory is read from /proc, got {error}; pass --no-memory, or use Linux") from error
 
 
-def memory(which: str, forget_peak: bool = False) -> int:
-    """Bytes of this process that are in memory now ("VmRSS") or were at most ("VmHWM", since the peak was forgotten).
-
-    Raises UserError where there is no /proc, that is, not on Linux.
-    """
-    try:
-        if forget_peak:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"peak memory is read from /proc, which is Linux only ({error}); pass --no-memory") from error
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which + ":"))
+def peak_resident() -> int:
+    """Bytes of memory that this process had at most since its peak was forgotten."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def side_by_side(machine: Machine, actions: dict, turns: int, bar: tqdm, undo: dict | None = None) -> dict:
-    """Seconds of every action in every turn, the actions alternating; a first turn, not counted, warms up. What
-    `undo` holds for an action is done after it, untimed."""
+    """Seconds of every action in every turn, the actions alternating; a first turn, not counted, warms up.
+
+    In a turn a short action is repeated, and the mean counts: in a stream a model's last frame has left its weights and
+    code in the processor's caches, not another model's. What `undo` holds for an action is done after it, untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(turns + 1):
         for name, action in actions.items():
-            seconds = machine.clock(action)
-            if undo:
-                undo[name]()
+            seconds = []
+            while not seconds or sum(seconds) < LEAST:
+                seconds.append(machine.clock(action))
+                if undo:
+                    undo[name]()
             if turn:
-                times[name].append(seconds)
+                times[name].append(statistics.mean(seconds))
         bar.update()
     return times
 

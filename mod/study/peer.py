@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mod.config import ModelConfig
+from mod.layout import Plan
 from mod.study.machine import Machine
 
 
@@ -12,9 +13,8 @@ def llama(machine: Machine, config: ModelConfig) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": config.dim, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-             "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
-             "intermediate_size": config.ffn_hidden, "vocab_size": config.vocab_size,
-             "max_position_embeddings": 32768}  # fmt: skip
+             "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocab_size,
+             "intermediate_size": config.ffn_hidden, "max_position_embeddings": 65536}
     return LlamaModel(LlamaConfig(**sizes, attn_implementation="sdpa")).to(machine.device, machine.dtype)
 
 
@@ -25,7 +25,7 @@ class Peer(nn.Module):
         super().__init__()
         self.config, self.logits, self.llama = config, logits, llama(machine, config).train()
 
-    def forward(self, x: Tensor, pos: Tensor, frame: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
         return self.llama(inputs_embeds=x, use_cache=False).last_hidden_state  # its positions are 0, 1, ... as ours
 
 
@@ -35,17 +35,23 @@ class PeerLive:
     def __init__(self, machine: Machine, config: ModelConfig):
         self.machine, self.config, self.seen, self.cache = machine, config, 0, None
         self.model = llama(machine, config).eval()
-        self.x, self.pos, _ = machine.stream(config, 1, 1, 0)
+        self.frame, self.word = machine.stream(config, 1, 1, 0), machine.stream(config, 1, 0, 1)
+        self.last = 0  # tokens of the last chunk
 
     @torch.inference_mode()
+    def feed(self, x: Tensor, plan: Plan) -> None:
+        place = plan.pos + self.seen * self.config.frame_tokens
+        self.model(inputs_embeds=x, position_ids=place, past_key_values=self.cache, use_cache=True)
+        self.last = x.shape[1]
+
     def step(self) -> None:
-        place = self.pos + self.seen * self.config.frame_tokens
-        self.model(inputs_embeds=self.x, position_ids=place, past_key_values=self.cache, use_cache=True)
-        self.seen += 1
+        self.feed(*self.frame)
+
+    def say(self) -> None:
+        self.feed(*self.word)
 
     def undo(self) -> None:
-        self.seen -= 1
-        self.cache.crop(-self.config.frame_tokens)
+        self.cache.crop(-self.last)
 
     @torch.inference_mode()
     def skip_to(self, frames: int) -> None:

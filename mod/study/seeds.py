@@ -16,7 +16,8 @@ from mod.config import Config
 from mod.evaluate import cost_ratios
 from mod.run import to_json, write_text
 from mod.study.common import command, markdown
-from mod.study.sweep import Flags, Variant, average_text, collect, configure, sweep
+from mod.study.costs import average_text
+from mod.study.sweep import Flags, Variant, collect, configure, sweep
 from mod.study.tables import MEASURES
 from mod.train import synthetic
 
@@ -67,7 +68,7 @@ def table(results: dict[str, list[dict]]) -> str:
 def run(flags: Flags) -> int:
     sweep(RUNS, RUNS, BASE, VARIANTS, list(VARIANTS), flags.seeds, flags.jobs)
     source, results = synthetic(BASE), {}
-    text = average_text(source)
+    text = average_text(source.validation(64), source.words)
     for name, runs in collect(RUNS, BASE, VARIANTS, flags.seeds).items():
         costs = cost_ratios(configure(BASE, VARIANTS[name], 0).model, BASE.data.frames, text)
         results[VARIANTS[name].title] = [entry(run, costs) for run in runs.values()]

@@ -17,22 +17,20 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mod.config import Config, StreamConfig, UserError
+from mod.config import Config, require
 from mod.data import Clip, endless
-from mod.flags import Parser, run_script
 from mod.layout import Vocabulary, assistant_ids, user_ids
-from mod.real.parts import load_run
-from mod.stream import Stream
-from mod.study.costs import layer_tokens
-from mod.study.machine import memory
+from mod.live.costs import layer_tokens
+from mod.live.live import LiveStream
+from mod.live.settings import StreamConfig
+from mod.run import Parser, load_run, run_script
 from mod.study.plots import BLUE, GREEN, ORANGE, publish, save
 from mod.videollm import VideoLLM
-
-LONGEST_QUESTION = 8  # tokens
 
 
 @dataclass
@@ -49,23 +47,20 @@ class Block:
         counted = {"narrations": self.narrations, "silent": self.silent, "answers": self.answers}
         shares = {name: [sum(flags), len(flags)] for name, flags in counted.items()}
         latency = statistics.median(self.latencies) if self.latencies else None
-        return {"frames": frames, "latency": latency, "rss": memory("VmRSS"), **shares}
+        return {"frames": frames, "latency": latency, "rss": psutil.Process().memory_info().rss, **shares}
 
 
 class Watched:
     """A stream, fed clips of one frame each, whose every count is held against its own."""
 
-    def __init__(self, model: VideoLLM, words: Vocabulary, settings: StreamConfig, max_words: int, frames: int):
-        remembered = settings.most_frames
-        spoken_of = remembered + 1 if settings.forgets_text else frames
-        text = 1 + spoken_of * (2 * (max_words + 2) + LONGEST_QUESTION)
-        self.stream = Stream(model, words, frames=remembered, text=text, settings=settings, max_words=max_words)
+    def __init__(self, model: VideoLLM, words: Vocabulary, settings: StreamConfig, max_words: int):
+        self.stream = LiveStream(model, words, settings=settings, max_words=max_words)
         self.words, self.frames, self.tokens, self.furthest = words, 0, 1, 0
 
     def see(self, clip: Clip, block: Block) -> float | None:
         """One frame and the question after it. Returns the seconds of a silent frame, None of another."""
         stream, started = self.stream, time.process_time()
-        [reply] = stream.frame(torch.from_numpy(clip.frames))
+        [reply] = stream.narrate(torch.from_numpy(clip.frames))
         seconds = time.process_time() - started
         self.frames, self.tokens = self.frames + 1, self.tokens + stream.model.config.frame_tokens
         due = [say.text for say in clip.said[:1] if say.role == "assistant"]
@@ -78,7 +73,7 @@ class Watched:
             [answer] = stream.ask([question])
             block.answers.append(answer == clip.truth[0][question])
             self.tokens += len(user_ids(self.words, question)) + len(assistant_ids(self.words, answer))
-        self.furthest = max(self.furthest, int(stream.cache.window.places(torch.tensor([[self.tokens - 1]]))))
+        self.furthest = max(self.furthest, int(stream.cache.places[0, -1]))
         if reply is None:
             block.latencies.append(seconds)
         return seconds if reply is None else None
@@ -91,7 +86,7 @@ class Watched:
             "positions": stream.position == [self.tokens],
             "frames": stream.seen == [self.frames],
             "the window": frames == min(self.frames, settings.most_frames),
-            "the cache": stream.cache.lengths() == layer_tokens(stream.model.config, frames, text),
+            "the cache": stream.cache.entries() == layer_tokens(stream.model.config, frames, text),
         }
         if wrong := [name for name, is_right in right.items() if not is_right]:
             raise RuntimeError(f"after {self.frames} frames {wrong[0]} drifted")
@@ -99,7 +94,7 @@ class Watched:
 
 def soak(model: VideoLLM, words: Vocabulary, config: Config, settings: StreamConfig, frames: int, size: int) -> dict:
     """Stream so many frames, measured in blocks of `size`; the last block in turns with a fresh stream."""
-    old, fresh = (Watched(model, words, settings, config.train.max_words, frames) for _ in range(2))
+    old, fresh = (Watched(model, words, settings, config.train.max_words) for _ in range(2))
     begins = frames - size - settings.most_frames  # where the fresh stream does, so that its window is full
     blocks, block, turns = [], Block(), []
     source = islice(endless(config.data, config.model, "test", 0), frames)
@@ -158,16 +153,12 @@ def report(results: dict) -> str:
         f"| | first {len(first) * size:,} frames with a full window | last {len(last) * size:,} |",
         "|---|---|---|",
     ]
-    titles = {
-        "narrations": "narrations right, at the right frame",
-        "silent": "silent frames right",
-        "answers": "answers right",
-    }
+    titles = {"narrations": "narrations right, at the right frame", "silent": "silent frames right",
+              "answers": "answers right"}
     for name, title in titles.items():
-        shares = [
-            f"{share:.3f} ± {error:.3f} of {number:,}" for share, error, number in (rate(first, name), rate(last, name))
-        ]
-        lines.append(f"| {title} | {shares[0]} | {shares[1]} |")
+        rated = [rate(some, name) for some in (first, last)]
+        shares = " | ".join(f"{share:.3f} ± {error:.3f} of {number:,}" for share, error, number in rated)
+        lines.append(f"| {title} | {shares} |")
     later = max(mib[1:] or mib)
     lines += [
         f"| latency of a silent frame, {size:,} frames | 1 | {times(blocks[-1]['latency'], full['latency'])} |",
@@ -203,18 +194,16 @@ def plot(results: dict, path: Path) -> None:
 
 
 def run(arguments) -> int:
-    if not 1 <= arguments.window <= arguments.block or arguments.frames < 3 * arguments.block:
-        raise UserError(
+    require(1 <= arguments.window <= arguments.block and arguments.frames >= 3 * arguments.block,
             f"got {arguments.frames} frames in blocks of {arguments.block}, window {arguments.window}; expected three "
-            "blocks at least, each longer than the window; pass more --frames"
-        )
+            "blocks at least, each longer than the window; pass more --frames")
     torch.set_num_threads(1)
-    model, words, config = load_run(arguments.checkpoint, torch.device("cpu"))
+    model, source, config = load_run(arguments.checkpoint, torch.device("cpu"))
     threshold = config.train.threshold if arguments.threshold is None else arguments.threshold
     settings = StreamConfig(threshold=threshold, window=arguments.window, positions=arguments.positions)
     print(f"{arguments.frames:,} frames of {arguments.checkpoint}, about {arguments.frames / 4000:.0f} min; one core")
     results = {"run": arguments.checkpoint.name}
-    results |= soak(model, words, config, settings, arguments.frames, arguments.block)
+    results |= soak(model, source.words, config, settings, arguments.frames, arguments.block)
     publish(arguments.out / "soak", results, report(results), plot)
     return 0
 
@@ -226,10 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=1000, help="frames measured together (default: %(default)s)")
     parser.add_argument("--window", type=int, default=8, help="frames to remember (default: %(default)s)")
     parser.add_argument("--positions", choices=("absolute", "contiguous"), default="contiguous",
-                        help="default: %(default)s")  # fmt: skip
+                        help="default: %(default)s")
     parser.add_argument("--threshold", type=float, help="when to speak; the run's if not given")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
-    return run_script(run, parser.parse_args(argv), "mod.study.soak")
+    arguments = parser.parse_args(argv)
+    return run_script(lambda: run(arguments), "mod.study.soak")
 
 
 if __name__ == "__main__":

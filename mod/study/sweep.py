@@ -24,7 +24,6 @@ from tqdm import tqdm
 from mod.config import Config, ModelConfig, UserError, check, require
 from mod.data import Clip, Source
 from mod.evaluate import teacher_forced
-from mod.layout import lay_out
 from mod.run import config_from, find_world, load_weights, read_tensors, run_script, to_json, write_tensors, write_text
 from mod.study import routers
 from mod.train import train, warm_up_vit
@@ -137,12 +136,6 @@ def build(job: Job, encoder_file: Path) -> tuple[VideoLLM, Source]:
 def quick(base: Config) -> Config:
     """A study in a few steps of small batches: shows that everything works, says nothing about the method."""
     return replace(base, train=replace(base.train, steps=10, batch_size=4, vit_steps=20, eval_every=0, eval_clips=8))
-
-
-def average_text(source: Source) -> int:
-    """Mean number of text tokens of a clip's stream, <bos> and turn symbols included."""
-    layouts = [lay_out(source.words, len(clip.frames), 0, clip.said) for clip in source.validation(64)]
-    return round(sum(len(layout.ids) for layout in layouts) / len(layouts))
 
 
 def answers_by_kind(model: VideoLLM, source: Source, clips: Sequence[Clip]) -> dict[str, float]:

@@ -15,12 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mod.checkpoint import to_json, write_text
-from mod.config import Config, StreamConfig, UserError
+from mod.config import Config, require
 from mod.data import endless
-from mod.flags import Parser, run_script
 from mod.layout import Vocabulary
-from mod.real.parts import fingerprint, load_run
+from mod.live.saved import fingerprint
+from mod.live.settings import StreamConfig
+from mod.run import Parser, load_run, run_script, to_json, write_text
 from mod.study.gap import RULES
 from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.study.soak import Block, Watched, rate
@@ -33,10 +33,9 @@ MEASURES = {"narrations": "narrations", "silent": "silent frames", "answers": "a
 def measure(model: VideoLLM, words: Vocabulary, config: Config, rule: dict, window: int, frames: int) -> dict:
     """What a stream under this rule gets right: [right, counted] of narrations, silent frames, answers."""
     settings = StreamConfig(threshold=config.train.threshold, window=window, **rule)
-    watched, block = Watched(model, words, settings, config.train.max_words, frames), Block()
-    for clip in tqdm(
-        islice(endless(config.data, config.model, "test", 2), frames), total=frames, leave=False, disable=None
-    ):
+    watched, block = Watched(model, words, settings, config.train.max_words), Block()
+    clips = islice(endless(config.data, config.model, "test", 2), frames)
+    for clip in tqdm(clips, total=frames, leave=False, disable=None):
         watched.see(clip, block)
     watched.check()
     return {name: block.summary(frames)[name] for name in MEASURES}
@@ -49,12 +48,10 @@ def report(results: dict) -> str:
         "",
         f"| window, frames | {' | '.join(results['rules'])} |",
         "|---" * (1 + len(results["rules"])) + "|",
-    ]  # fmt: skip
+    ]
     for window in map(str, results["windows"]):
-        cells = [
-            " / ".join(f"{rate([rule[window]], name)[0]:.3f}" for name in MEASURES)
-            for rule in results["rules"].values()
-        ]
+        cells = [" / ".join(f"{rate([rule[window]], name)[0]:.3f}" for name in MEASURES)
+                 for rule in results["rules"].values()]
         lines.append(f"| {window} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -70,7 +67,7 @@ def plot(results: dict, path: Path) -> None:
         for (rule, windows), (colour, style) in zip(results["rules"].items(), looks, strict=True):
             shares = [rate([windows[str(window)]], name) for window in results["windows"]]
             axis.errorbar(results["windows"], [share for share, _, _ in shares], [error for _, error, _ in shares],
-                          fmt=style, color=colour, label=rule, markersize=4)  # fmt: skip
+                          fmt=style, color=colour, label=rule, markersize=4)
         axis.axvline(results["trained"], color="grey", linewidth=1, label="clips of training")
         axis.set(title=f"{title} right", xlabel="window (frames)", ylabel="share", ylim=(-0.02, 1.02), xscale="log")
         axis.set_xticks(results["windows"], list(map(str, results["windows"])), minor=False)
@@ -81,31 +78,24 @@ def plot(results: dict, path: Path) -> None:
 
 
 def run(arguments) -> int:
-    if arguments.frames < 2 * max(WINDOWS):
-        raise UserError(f"--frames got {arguments.frames}, expected at least {2 * max(WINDOWS)}; pass more")
+    least = 2 * max(WINDOWS)
+    require(arguments.frames >= least, f"--frames got {arguments.frames}, expected at least {least}; pass more")
     torch.set_num_threads(1)
-    model, words, config = load_run(arguments.checkpoint, torch.device("cpu"))
+    model, source, config = load_run(arguments.checkpoint, torch.device("cpu"))
     path = arguments.out / "windows"
-    results = {
-        "run": fingerprint(arguments.checkpoint),
-        "frames": arguments.frames,
-        "trained": config.data.frames,
-        "windows": list(WINDOWS),
-        "rules": {},
-    }
+    results = {"run": fingerprint(arguments.checkpoint), "frames": arguments.frames, "trained": config.data.frames,
+               "windows": list(WINDOWS), "rules": {}}
     if path.with_suffix(".json").is_file() and not arguments.overwrite:
         held = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if held["frames"] != arguments.frames or held["run"] != results["run"]:
-            raise UserError(
+        require(held["frames"] == arguments.frames and held["run"] == results["run"],
                 f"{path}.json is of {held['frames']} frames of run {held['run']}, got {arguments.frames} of "
-                f"{results['run']}; pass --overwrite or another --out"
-            )
+                f"{results['run']}; pass --overwrite or another --out")
         results["rules"] = held["rules"]
     todo = [(name, window) for name in RULES for window in WINDOWS if str(window) not in results["rules"].get(name, {})]
     print(f"{len(todo)} streams of {arguments.frames:,} frames, about {len(todo) * arguments.frames / 5000:.0f} min")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, window in tqdm(todo, unit="stream", disable=None):
-        measured = measure(model, words, config, RULES[name], window, arguments.frames)
+        measured = measure(model, source.words, config, RULES[name], window, arguments.frames)
         results["rules"].setdefault(name, {})[str(window)] = measured
         write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
     publish(path, results, report(results), plot)
@@ -118,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=2000, help="length of a stream (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="measure anew what is there already")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: %(default)s)")
-    return run_script(run, parser.parse_args(argv), "mod.study.windows")
+    arguments = parser.parse_args(argv)
+    return run_script(lambda: run(arguments), "mod.study.windows")
 
 
 if __name__ == "__main__":

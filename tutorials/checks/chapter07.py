@@ -92,7 +92,7 @@ def keep_ratio_for(answer) -> str:
 
 _FRAME = """def one_more_frame(config, cached):
     q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * (cached + 1) * q
         flops += 2 * config.frame_tokens * config.dim if ratio < 1 else 0
     return flops"""
@@ -103,7 +103,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * cached * q
         flops += 2 * config.frame_tokens * config.dim if ratio < 1 else 0
     return flops""",
@@ -112,7 +112,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * (cached + 1) * q
     return flops""",
         "router",
@@ -120,7 +120,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * (cached + 1) * k
         flops += 2 * config.frame_tokens * config.dim if ratio < 1 else 0
     return flops""",
@@ -129,7 +129,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, n, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.frame_tokens, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * n * (cached + 1) * q
         flops += 2 * n * config.dim if ratio < 1 else 0
     return flops""",
@@ -138,7 +138,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-    for kept, ratio in zip(config.kept, config.keep):
+    for kept, ratio in zip(config.keep_counts, config.keep_ratios):
         flops += 2 * kept * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * kept * kept * (cached + 1) * q
         flops += 2 * kept * config.dim if ratio < 1 else 0
     return flops""",
@@ -147,7 +147,7 @@ _FRAME = """def one_more_frame(config, cached):
     (
         """def one_more_frame(config, cached):
     q, k, n, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.frame_tokens, 0
-    for ratio in config.keep:
+    for ratio in config.keep_ratios:
         flops += 2 * n * config.dim * (2 * q + 2 * k + 3 * config.ffn_hidden) + 4 * n * n * (cached + 1) * q
         flops += 2 * n * config.dim if ratio < 1 else 0
     return flops""",
@@ -165,7 +165,7 @@ def one_more_frame(answer) -> str:
     def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None, products=4, square=None,
               ffn=3, charged=False):
         q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
-        for kept, ratio in zip(config.kept, config.keep, strict=True):
+        for kept, ratio in zip(config.keep_counts, config.keep_ratios, strict=True):
             n = through or kept
             flops += 2 * n * config.dim * (2 * q + 2 * k + ffn * config.ffn_hidden)
             pairs = n * n * square if square else n * (keys or n) * (cached + see)
@@ -202,7 +202,7 @@ def one_more_frame(answer) -> str:
     same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(kv_heads=1), 3)", tolerance=0)
     at_full = ModelConfig(layers="all", keep_ratio=0.99)
     if answer(at_full, 7) == count(at_full, 7, router=False):
-        raise Wrong("A layer with r = 0.99 keeps all 26 tokens and still scores them: whether there is a router, config.keep says, not the number kept.")
+        raise Wrong("A layer with r = 0.99 keeps all 26 tokens and still scores them: whether there is a router, config.keep_ratios says, not the number kept.")
     for changes in ({"layers": "none"}, {"layers": "all", "keep_ratio": 0.5}, {"heads": 8, "kv_heads": 1, "layers": "2,3"}):
         other = ModelConfig(**changes)
         named = ", ".join(f"{name}={value!r}" for name, value in changes.items())
