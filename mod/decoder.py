@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False
         # Training, evaluation, frames, text and rows of one each have a graph of their own.
         torch._dynamo.config.recompile_limit = 64
-        super().compile(fullgraph=True, dynamic=True, **options)
+        super().compile(**{"fullgraph": True, "dynamic": True} | options)
 
     def forward(self, x: Tensor, plan: Plan, cache=None, trace: list[Routing] | None = None) -> Tensor:
         """Token vectors (B, T, D) -> hidden states (B, T, D), ready for `logits`.

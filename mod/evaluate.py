@@ -11,9 +11,9 @@ belong to the response; c is the length of its longest correct prefix. Averaged 
 Teacher-forced: the true conversation is the context, one offline pass. Free-running: the model's own words are fed
 back, frame by frame through a Stream, as in real use; errors may pile up. Only the context differs between the two.
 
-DEVIATION: a question comes from the user, so its turn is not timed, and starting to answer earns nothing. Late speech is
-looked for to the end of the stream, never speaking counts as later than that, and only frames that were decided rightly
-are credited; mod/study/paper_metrics.py has the base paper's own form.
+DEVIATION: a question comes from the user, so its turn is not timed, and starting to answer earns nothing. Late speech
+is looked for to the end of the stream, never speaking counts as later than that, and only frames that were decided
+rightly are credited; mod/study/paper_metrics.py has the base paper's own form.
 
 Read next: optim.py
 """

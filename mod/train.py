@@ -1,8 +1,8 @@
 """The training loop: warm up the vision encoder, then train the stream, step by step, so that any crash can be resumed.
 
 A step depends on nothing but the weights, the optimizers' memory, the random state and its own number, from which its
-clips are made. So a run that is killed and resumed ends with the same weights, bit for bit, on the same machine with the
-same number of threads.
+clips are made. So a run that is killed and resumed ends with the same weights, bit for bit, on the same machine with
+the same number of threads.
 Nothing waits for the device between two lines of the log.
 
 Read next: ../train_tiny.py
