@@ -39,9 +39,10 @@ class LayerCache:
         which of them the new tokens see, (B, K, S) bool."""
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # under autocast they come in another precision
         if len(pos) == 1:
-            self.k.index_copy_(2, self.slots[0], k)
-            self.v.index_copy_(2, self.slots[0], v)
-            self.pos.index_copy_(1, self.slots[0], pos)
+            slots = self.slots[0]
+            self.k.index_copy_(2, slots, k)
+            self.v.index_copy_(2, slots, v)
+            self.pos.index_copy_(1, slots, pos)
         else:
             self.k[self.row, :, self.slots] = rearrange(k, "b g t e -> b t g e")
             self.v[self.row, :, self.slots] = rearrange(v, "b g t e -> b t g e")

@@ -73,12 +73,13 @@ class MoDBlock(nn.Module):
         """x (B, T, D), turn (B, T, 2, E) -> (B, T, D); inside, K tokens of each row. `trace` collects the decisions."""
         if len(plan.vision) == 0:
             return self.block(x, turn, plan.pos, past=past)
-        route, alone = plan.routes[self.router.kept], plan.vision.shape == x.shape[:2]  # is every row one frame?
+        router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        chosen, weight, scores = self.router(*frames)
+        chosen, weight, scores = router(*frames)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-            trace.append(Routing(self.router.layer, kept, scores))
+            trace.append(Routing(router.layer, kept, scores.detach()))
+        route = plan.routes[router.kept]
         if route.index.numel() == 0:
             return x  # frames alone, in a layer that keeps none of their tokens
 
@@ -91,7 +92,7 @@ class MoDBlock(nn.Module):
         pos = None
         if past is not None:  # original positions, never renumbered
             pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
-        loudness = mu if self.router.gate == "value" else None
+        loudness = mu if router.gate == "value" else None
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 
         # Scatter. A slot that is not real has mu = 0: it adds nothing, whichever token it points at.

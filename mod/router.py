@@ -18,6 +18,7 @@ Read next: decoder.py
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mod.config import ModelConfig, UserError, keep_count
@@ -55,8 +56,8 @@ class Router(nn.Module):
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
         and all scores (F, N)."""
         scores = self.score(tokens, pos)
-        chosen = top_k(scores.detach(), self.kept)
-        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
+        chosen = top_k(scores, self.kept)
+        return chosen, self.weight(scores).gather(1, chosen), scores
 
 
 class LayerExpert(Router):
@@ -71,7 +72,8 @@ class LayerExpert(Router):
         if torch.is_autocast_enabled(tokens.device.type):
             with torch.autocast(tokens.device.type, enabled=False):
                 return self.score(tokens, pos)
-        return self.w(tokens.to(self.w.weight.dtype)).squeeze(-1)
+        w = self.w.weight
+        return F.linear(tokens.to(w.dtype), w).squeeze(-1)
 
     def weight(self, scores: Tensor) -> Tensor:
         if self.gate == "update":

@@ -194,11 +194,14 @@ def patient_interrupt():
         pressed.append(True)
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.getsignal(signal.SIGINT)
     try:
+        with suppress(ValueError):  # outside the main thread signals are left alone
+            signal.signal(signal.SIGINT, note)
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
 
 
 def write_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], step: int, seconds: float,

@@ -74,7 +74,7 @@ def as_batch(config: ModelConfig, talks: list[tuple[int, list[Say]]], dtype: tor
 
 
 def frame_of(batch: Batch) -> Tensor:
-    """The number, within its row, of the frame that each token belongs to, (B, T); TEXT for text, PADDING for padding."""
+    """The number, within its row, of the frame that each token belongs to, (B, T), or TEXT, or PADDING."""
     rows, length = batch.ids.shape
     frame = torch.full((rows * length,), TEXT)
     frame[batch.plan.pos.flatten() >= PAD] = PADDING
@@ -114,7 +114,8 @@ def plan_of(config: ModelConfig, frame: Tensor, start: list[int] | None = None) 
     return make_plan(frame.numpy(), start or [0] * len(frame), config.frame_tokens, config.keep_counts)
 
 
-def in_chunks(model: VideoLLM, batch: Batch, seen: Tensor, random, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
+def in_chunks(model: VideoLLM, batch: Batch, seen: Tensor, random,
+              cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
     """One row streamed in random pieces that never split a frame: logits (1, T, V), and the cache after it."""
     config, frame, outs = model.config, frame_of(batch), []
     cache = model.new_cache() if cache is None else cache

@@ -2,14 +2,15 @@
 
 import hashlib
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import DataConfig, ModelConfig
-from mod.data import COLOURS, HEIGHTS, LABEL_SIZES, SHAPES, SIDES, SPLITS, WARM_UP_CLIPS, clip_batch, endless, make_clip, synthetic
+from mod.config import Config, DataConfig, ModelConfig
+from mod.data import COLOURS, HEIGHTS, LABEL_SIZES, SHAPES, SIDES, SPLITS, clip_batch, endless, make_clip, synthetic
 from tests.helpers import WORDS_ALL
 
 MODEL, DATA = ModelConfig(), DataConfig()
@@ -97,14 +98,15 @@ def test_with_several_sprites_it_is_the_one_last_spoken_of(index, sprites):
 def test_default_clips_are_what_they_always_were():
     """Pinned: what is switched off draws no random number, so that earlier runs can be repeated."""
     some = clip(5, "validation")
-    digest = hashlib.sha256((some.frames * 1000).round().astype(np.int32).tobytes() + repr(some.said).encode()).hexdigest()
-    assert digest[:16] == "323deb9c406c1318"
+    pixels = (some.frames * 1000).round().astype(np.int32).tobytes()
+    assert hashlib.sha256(pixels + repr(some.said).encode()).hexdigest()[:16] == "323deb9c406c1318"
 
 
 @given(st.integers(0, 10**4))
 def test_sides_are_never_narrated(index):
     """Otherwise question accuracy would measure reading, not seeing."""
-    narrations = [say.text for say in clip(index).said if say.role == "assistant" and not say.text.startswith(("now", "first"))]
+    said = [say.text for say in clip(index).said if say.role == "assistant"]
+    narrations = [text for text in said if not text.startswith(("now", "first"))]
     assert not any(word in SIDES for text in narrations for word in text.split())
 
 
@@ -155,6 +157,40 @@ def test_data_is_never_the_bottleneck():
     assert (time.perf_counter() - started) / 50 < 0.05
 
 
+def test_an_endless_stream_goes_on_with_frames_of_its_own():
+    """Clips of a single frame, numbered from 0 on; the same for the same seed; what is said fits what is seen."""
+    config = Config(data=DataConfig(event_rate=0.8))
+    one, two = (list(islice(synthetic(config).live(seed), 40)) for seed in (4, 4))
+    assert [clip.frames.tobytes() for clip in one] == [clip.frames.tobytes() for clip in two]
+    assert len({clip.frames.tobytes() for clip in one}) == 40
+    for t, some in enumerate(one):
+        assert some.frames.shape == (1, 3, 40, 40) and some.patch_labels.shape == (1, 25, 5) and len(some.truth) == 1
+        roles = [(say.frame, say.role) for say in some.said]
+        assert roles in ([], [(t, "assistant")]), "the user of a live stream asks"
+        seen = shown(some, 0)
+        for say in some.said:
+            assert (tuple(say.text.split()[:2]) in seen) == (say.text.split()[2] in ("appears", "moves"))
+    other = next(endless(config.data, MODEL, "validation", 4)), next(synthetic(config).live(5))
+    assert all(not np.array_equal(one[0].frames, some.frames) for some in other)
+
+
+def test_the_warm_up_shows_single_frames_and_their_labels():
+    source = synthetic(Config())
+    clips = source.warm_up(0)
+    assert source.label_sizes == LABEL_SIZES and source.summary_labels == len(LABEL_SIZES)
+    for some in clips:
+        assert len(some.frames) == 2 and (some.patch_labels >= 0).all()
+        assert (some.patch_labels < np.array(LABEL_SIZES)).all()
+    assert np.mean([(some.patch_labels[..., 0] > 0).any() for some in clips]) > 0.9, "there is something to learn"
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"vocab_size": 10}, "vocab_size must be at least"),
+                                                  ({"image_size": 16, "grid": 2}, "image_size must be at least 20")])
+def test_a_model_that_cannot_read_or_show_the_stream_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic(Config(model=ModelConfig(**changes)))
+
+
 @pytest.mark.parametrize("changes", [{"frames": 0}, {"sprites": 0}, {"event_rate": 1.5}, {"noise": -1.0}, {"fps": 0.0}])
 def test_wrong_settings_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -162,7 +198,7 @@ def test_wrong_settings_are_refused(changes):
 
 
 def best_answer_by_reading(said, question):
-    """What the text so far gives away: that nobody is there, or was; otherwise a guess, but not the last answer again."""
+    """What the text so far gives away: that nobody is there, or was; otherwise a guess, but never the last answer."""
     here, seen, known = False, False, {}
     for say in said:
         if say.role == "user":

@@ -1,5 +1,5 @@
-"""The metrics against a brute-force reading of their definitions; and reading turns out of a model: teacher-forced is what
-a stream decides on the true history, free-running is what it says by itself."""
+"""The metrics against a brute-force reading of their definitions; and reading turns out of a model: teacher-forced is
+what a stream decides on the true history, free-running is what it says by itself."""
 
 import itertools
 import math
@@ -149,7 +149,7 @@ def test_the_summary_equals_a_brute_force_one(streams, silent):
         "speak_accuracy": mean([t.spoke[-1] for t in timed]),
         "silence_accuracy": mean(silent),
         "lm_ppl": by_stream(lambda t: math.exp(0.5), lambda t: True),
-        "lm_correctness": by_stream(lambda t: len(list(itertools.takewhile(bool, t.right))) / len(t.right), lambda t: True),
+        "lm_correctness": by_stream(lambda t: [*t.right, False].index(False) / len(t.right), lambda t: True),
         "time_diff": by_stream(lambda t: abs(oracle_d(t.spoke, t.after)), lambda t: t in timed) / 2,
         "fluency": by_stream(lambda t: oracle_fluency(t.spoke, t.right), lambda t: t in timed),
     }
@@ -217,7 +217,8 @@ def test_teacher_forced_equals_a_stream_fed_the_truth(setting, threshold):
 def silence_goes_on(stream, clip, t, threshold):
     """From here, feed the further real frames with nothing said in between; then take it all back."""
     mark, position, seen = stream.cache.mark(), list(stream.position), list(stream.seen)
-    later = [stream.wants_to_speak(stream.see(torch.from_numpy(clip.frames[s : s + 1])))[0] for s in range(t + 1, len(clip.frames))]
+    coming = [torch.from_numpy(frame[None]) for frame in clip.frames[t + 1 :]]
+    later = [stream.wants_to_speak(stream.see(frame))[0] for frame in coming]
     stream.cache.rewind(mark)
     stream.position, stream.seen = position, seen
     return later
@@ -250,7 +251,7 @@ def test_without_events_both_evaluations_count_silence_alike():
     quiet = DataConfig(frames=4, event_rate=0.0, question_rate=0.0)
     clips = [make_clip(quiet, model.config, "validation", 0, index) for index in range(3)]
     for threshold, silence in ((0.0, 1.0), (1.0, 0.0)):
-        forced, free = teacher_forced(model, WORDS_ALL, clips, threshold), free_running(model, WORDS_ALL, clips, threshold)
+        forced, free = (evaluate(model, WORDS_ALL, clips, threshold) for evaluate in (teacher_forced, free_running))
         assert forced[0] == free[0] == [[], [], []]
         assert sum(forced[1]) == sum(free[1]) == silence * 12
 

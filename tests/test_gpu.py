@@ -1,4 +1,4 @@
-"""On a CUDA GPU, where there is one: the same equalities, nothing that waits, compiled code, and training in bfloat16."""
+"""On a CUDA GPU, where there is one: the same equalities, nothing that waits, compiled code, training in bfloat16."""
 
 import pytest
 import torch

@@ -51,7 +51,8 @@ def test_length_and_order(talk):
     frames, said = talk
     layout = lay_out(W, frames, N, said)
     spoken = sum(len(say.text.split()) + (2 if say.role == "assistant" else 1) for say in said)
-    assert len(layout.ids) == len(layout.frame) == len(layout.labels) == len(layout.streaming) == 1 + frames * N + spoken
+    for row in (layout.ids, layout.frame, layout.labels, layout.streaming):
+        assert len(row) == 1 + frames * N + spoken
     vision = [frame for frame in layout.frame if frame >= 0]
     assert vision == sorted(vision)
 
@@ -61,8 +62,10 @@ def test_a_conversation_by_hand():
     layout = lay_out(W, 3, 2, said)
     red, disc, appears, where, mark, now, top = W.encode("red disc appears where ? now top")
     no = NO_LABEL
-    assert layout.ids == [W.bos, 0, 0, W.assistant, red, disc, appears, W.eos, 0, 0, W.user, where, mark, W.assistant, now, top, W.eos, 0, 0]
-    assert layout.labels == [no, no, W.assistant, red, disc, appears, W.eos, no, no, no, no, no, W.assistant, now, top, W.eos, no, no, W.eos]
+    assert layout.ids == [W.bos, 0, 0, W.assistant, red, disc, appears, W.eos, 0, 0, W.user, where, mark,
+                          W.assistant, now, top, W.eos, 0, 0]
+    assert layout.labels == [no, no, W.assistant, red, disc, appears, W.eos, no, no, no, no, no, W.assistant,
+                             now, top, W.eos, no, no, W.eos]
     assert layout.frame == [-1, 0, 0, -1, -1, -1, -1, -1, 1, 1, -1, -1, -1, -1, -1, -1, -1, 2, 2]
 
 
@@ -86,8 +89,8 @@ def test_collate_pads_on_the_right_with_tokens_at_the_end_of_time(one, two):
 
 
 def brute_plan(frame, k):
-    """Row by row and token by token: per row the tokens that enter a layer that keeps each frame's first k, and the flat
-    slots of every frame's k."""
+    """Row by row and token by token: per row the tokens that enter a layer that keeps each frame's first k, and the
+    flat slots of every frame's k."""
     short, slots, length = [], [], len(frame[0])
     for row, numbers in enumerate(frame):
         seen, kept = {}, []
@@ -120,7 +123,8 @@ def test_a_plan_is_what_a_brute_force_one_says(talks, k, data):
         assert route.index[row, : len(kept)].tolist() == kept
         assert route.real[row].tolist() == [True] * len(kept) + [False] * (route.real.shape[1] - len(kept))
         assert (route.index[row] // longest == row).all(), "a slot that is not real stays in its row"
-        assert plan.pos[row, : len(layouts[row].ids)].tolist() == list(range(start[row], start[row] + len(layouts[row].ids)))
+        length = len(layouts[row].ids)
+        assert plan.pos[row, :length].tolist() == list(range(start[row], start[row] + length))
     assert route.slots.tolist() == (slots if k else [[]] * sum(frames for frames, _ in talks))
     vision = (frame.flatten() >= 0).nonzero()[:, 0].view(-1, N)
     assert torch.equal(plan.vision, vision)

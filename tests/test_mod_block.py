@@ -116,7 +116,8 @@ def test_keep_zero_lets_text_alone_through():
     torch.testing.assert_close(y[:, text], block.block(x[:, text], turn, pos[:, text]))
 
 
-@given(talk=conversations(least_frames=2), position=st.integers(0, 200), layers=st.sampled_from(["all", "interleaved", "none"]))
+@given(talk=conversations(least_frames=2), position=st.integers(0, 200),
+       layers=st.sampled_from(["all", "interleaved", "none"]))
 def test_no_output_before_a_changed_token_changes(talk, position, layers):
     """Causality through the whole model. Catches sequence-wide top-k and a wrong mask."""
     model = small_model(layers=layers)

@@ -1,4 +1,4 @@
-"""TimeDiff and Fluency as the base paper's code computes them: a brute-force reading, and golden values for the quirks."""
+"""TimeDiff and Fluency as the base paper's code computes them: a brute-force reading, and golden values of quirks."""
 
 import math
 
@@ -46,7 +46,8 @@ def test_quirks_are_pinned():
 
 @pytest.mark.parametrize(
     ("ends", "expected"),
-    [([], []), ([7], [0]), ([2, 4], [2, 0]), ([0, 3, 3, 7], [0, 0, 0, 0]), ([3, 4, 7], [1, 0, 0]), ([1, 3, 7], [1, 1, 0])],
+    [([], []), ([7], [0]), ([2, 4], [2, 0]), ([0, 3, 3, 7], [0, 0, 0, 0]), ([3, 4, 7], [1, 0, 0]),
+     ([1, 3, 7], [1, 1, 0])],
 )
 def test_caps(ends, expected):
     """min(frames in the next turn, frames in this turn - 1), and 0 in the last turn."""
@@ -57,7 +58,8 @@ def test_caps(ends, expected):
 def test_the_summary_equals_a_brute_force_one(streams):
     late, fluent = [], []
     for stream in streams:
-        timed = [(turn, cap) for turn, cap in zip(stream, caps(stream), strict=True) if turn.kind == "narration" and turn.spoke]
+        pairs = zip(stream, caps(stream), strict=True)
+        timed = [(turn, cap) for turn, cap in pairs if turn.kind == "narration" and turn.spoke]
         late += [mean([abs(paper_d(turn, cap)) for turn, cap in timed])] if timed else []
         fluent += [mean([paper_fluency(turn, cap) for turn, cap in timed])] if timed else []
     expected = {"time_diff_paper": mean(late) / 4, "fluency_paper": mean(fluent)}

@@ -25,7 +25,8 @@ def test_kept_is_the_exact_ceiling():
 def test_top_k_is_exact_and_prefers_the_earlier_of_equals(frames, tokens, data):
     """Guards against `>` for `>=`, and against topk's arbitrary choice among ties."""
     k = data.draw(st.integers(1, tokens))
-    scores = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens), min_size=frames, max_size=frames))
+    one = st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens)
+    scores = data.draw(st.lists(one, min_size=frames, max_size=frames))
     chosen = top_k(torch.tensor(scores, dtype=torch.float32), k)
     for row, kept in zip(scores, chosen.tolist(), strict=True):
         assert kept == sorted(sorted(range(tokens), key=lambda i: (-row[i], i))[:k])

@@ -12,7 +12,8 @@ import train_tiny
 from mod.data import synthetic
 from mod.run import read_config, read_tensors
 
-QUICK = ["--steps", "4", "--batch-size", "2", "--vit-steps", "2", "--frames", "4", "--eval-clips", "4", "--eval-every", "2", "--device", "cpu"]
+QUICK = ["--steps", "4", "--batch-size", "2", "--vit-steps", "2", "--frames", "4", "--eval-clips", "4", "--eval-every",
+         "2", "--device", "cpu"]
 METRICS = {
     "narration_exact", "question_accuracy", "speak_accuracy", "silence_accuracy", "lm_ppl", "time_diff", "fluency",
     "lm_correctness", "free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed",
@@ -47,11 +48,12 @@ def refused(main, arguments, capsys, *parts):
 
 
 def test_training_writes_everything(trained):
-    assert {path.name for path in trained.iterdir()} == {"config.json", "model.safetensors", "state.safetensors", "log.jsonl",
-                                                         "metrics.json"}
+    names = {"config.json", "model.safetensors", "state.safetensors", "log.jsonl", "metrics.json"}
+    assert {path.name for path in trained.iterdir()} == names
     metrics = json.loads((trained / "metrics.json").read_text())
     assert set(metrics) >= METRICS
-    assert set(metrics["free_running"]) >= METRICS - {"free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed"}
+    of_the_run = {"free_running", "flop_ratio", "kv_ratio", "seconds", "steps", "params", "seed"}
+    assert set(metrics["free_running"]) >= METRICS - of_the_run
     assert metrics["steps"] == 4 and metrics["seed"] == 3 and 0.6 < metrics["kv_ratio"] < 1
     config = json.loads((trained / "config.json").read_text())
     assert config["world"] == "core" and config["data"]["frames"] == 4 and config["train"]["seed"] == 3
@@ -62,7 +64,8 @@ def test_training_writes_everything(trained):
 def test_training_prints_plan_and_table(trained, capsys, tmp_path):
     assert train_tiny.main([*QUICK, "--steps", "0", "--vit-steps", "0", "--out", str(tmp_path / "zero")]) == 0
     out = capsys.readouterr().out
-    for part in ("parameters", "vit_dim 64", "decoder FLOPs", "full computation", "0 steps", "teacher-forced", "free-running"):
+    for part in ("parameters", "vit_dim 64", "decoder FLOPs", "full computation", "0 steps", "teacher-forced",
+                 "free-running"):
         assert part in out
     assert "KV cache" in out and "stream_tiny.py --checkpoint" in out
 
@@ -77,10 +80,10 @@ def test_an_existing_run_is_never_overwritten_unasked(run, capsys):
 
 def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
     before = (run / "model.safetensors").read_bytes()
-    refused(train_tiny.main, ["--out", str(run), "--resume", "--dim", "48"], capsys, "dim got 48", "has 96", "resume without --dim")
-    refused(train_tiny.main, ["--out", str(run), "--resume", "--gate", "update"], capsys, "gate got update", "has value")
-    refused(train_tiny.main, ["--out", str(run), "--resume", "--frames", "5"], capsys, "frames got 5", "has 4")
     for flags, parts in (
+        (["--dim", "48"], ["dim got 48", "has 96", "resume without --dim"]),
+        (["--gate", "update"], ["gate got update", "has value"]),
+        (["--frames", "5"], ["frames got 5", "has 4"]),
         (["--optimizer", "adamw"], ["optimizer got adamw", "has muon", "resume without --optimizer"]),
         (["--vit-lr", "0.001"], ["vit_lr got 0.001", "has 0.0", "resume without --vit-lr"]),
         (["--seed", "8"], ["seed got 8", "has 3"]),
@@ -142,13 +145,14 @@ def test_streaming_prints_every_frame_truth_and_cache(trained, capsys):
     assert stream_tiny.main([*flags, "--seed", "5", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "user: where is it ?" in out and "user: where did it appear ?" in out
-    assert "truth" in out and "frames per second" in out and "entries in layers 0 to 3" in out and "full computation" in out
+    for part in ("truth", "frames per second", "entries in layers 0 to 3", "full computation"):
+        assert part in out
 
 
 @pytest.mark.parametrize("frames", [1, 6])
 def test_the_table_and_the_cache_agree(trained, capsys, frames):
-    """A line for each frame with its time, what is said and its truth, and the question after its frame; the entries at the
-    end are the formula's for exactly these words."""
+    """A line for each frame with its time, what is said and its truth, and the question after its frame; the entries at
+    the end are the formula's for exactly these words."""
     flags = ["--checkpoint", str(trained), "--frames", str(frames), "--ask", "0:where is it ?", "--seed", "2"]
     assert stream_tiny.main(flags) == 0
     _, *lines = capsys.readouterr().out.splitlines()
@@ -249,7 +253,8 @@ def test_a_cut_log_and_a_resumed_end_leave_one_line_of_each(run):
     log.write_text(log.read_text() + '{"kind": "train", "step": 4, "recall": {"1": 0.2}\n' + "[]\n")
     assert train_tiny.main(["--out", str(run), "--resume"]) == 0
     entries = [json.loads(line) for line in log.open()]
-    assert [(entry["kind"], entry["step"]) for entry in entries] == [("warm-up", 0), ("eval", 2), ("train", 4), ("eval", 4)]
+    kinds = [(entry["kind"], entry["step"]) for entry in entries]
+    assert kinds == [("warm-up", 0), ("eval", 2), ("train", 4), ("eval", 4)]
 
 
 def test_ctrl_c_anywhere_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
@@ -264,7 +269,8 @@ def test_ctrl_c_anywhere_is_one_sentence(trained, tmp_path, capsys, monkeypatch)
 
 
 def test_a_diverged_run_stops_with_one_sentence(tmp_path, capsys):
-    refused(train_tiny.main, [*QUICK, "--steps", "60", "--lr", "1e30", "--adam-lr", "1e30", "--out", str(tmp_path / "r")], capsys, "the loss became")
+    hasty = ["--steps", "60", "--lr", "1e30", "--adam-lr", "1e30", "--out", str(tmp_path / "r")]
+    refused(train_tiny.main, [*QUICK, *hasty], capsys, "the loss became")
 
 
 def test_damaged_training_state_is_told(run, capsys):
@@ -284,7 +290,8 @@ def test_help_names_every_flag(main, capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     wanted = {
-        train_tiny.main: "out steps seed batch-size lr frames keep-ratio layers select gate device dtype compile resume overwrite eval-every",
+        train_tiny.main: "out steps seed batch-size lr frames keep-ratio layers select gate device dtype compile "
+                         "resume overwrite eval-every",
         stream_tiny.main: "checkpoint seed frames ask threshold device dtype compile",
     }[main]
     for flag in wanted.split():

@@ -1,5 +1,5 @@
-"""No shape depends on the data: nothing in a training step, a streamed frame or a streamed word waits for the device, and
-torch.compile makes one graph of the decoder for all sizes."""
+"""No shape depends on the data: nothing in a training step, a streamed frame or a streamed word waits for the device,
+and torch.compile makes one graph of the decoder for all sizes."""
 
 import warnings
 from unittest import mock
@@ -22,10 +22,10 @@ from mod.train import Engine, entry_of, train_step
 from mod.videollm import VideoLLM
 from tests.helpers import WORDS_ALL, as_batch, conversations, random_pixels, small_config, small_model
 
-# Operations whose result's shape, or whose value in Python, depends on what a tensor holds: on a GPU each of them waits.
+# Operations whose result's shape, or value in Python, depends on what a tensor holds: on a GPU each of them waits.
 WAITING = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal",
-           "aten::masked_select", "aten::repeat_interleave.Tensor", "aten::_unique", "aten::_unique2", "aten::unique_dim",
-           "aten::unique_consecutive", "aten::bincount", "aten::allclose"}
+           "aten::masked_select", "aten::repeat_interleave.Tensor", "aten::_unique", "aten::_unique2",
+           "aten::unique_dim", "aten::unique_consecutive", "aten::bincount", "aten::allclose"}
 
 
 class Unwaiting(TorchDispatchMode):
@@ -48,7 +48,8 @@ class Unwaiting(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.name()
         lists = [part for part in args if isinstance(part, (list, tuple))] if "index" in name else []
-        masks = [mask for mask in sum(map(list, lists), []) if getattr(mask, "dtype", None) in (torch.bool, torch.uint8)]
+        indices = sum(map(list, lists), [])
+        masks = [index for index in indices if getattr(index, "dtype", None) in (torch.bool, torch.uint8)]
         assert name not in WAITING and not masks, f"{name} waits for the device"
         return op(*args, **(kwargs or {}))
 
@@ -112,7 +113,8 @@ def test_a_streamed_frame_and_a_streamed_word_wait_for_nothing(changes, rows, mo
 def a_run(depth: int = 4, **settings) -> tuple:
     """The pieces of a training run of three clips per step."""
     model_config = small_config(image_size=20, grid=5, depth=depth)
-    config = Config(model_config, DataConfig(frames=3), TrainConfig(batch_size=3, eval_clips=3, device="cpu", **settings))
+    train_config = TrainConfig(batch_size=3, eval_clips=3, device="cpu", **settings)
+    config = Config(model_config, DataConfig(frames=3), train_config)
     torch.manual_seed(0)
     model = VideoLLM(config.model)
     model.vit.requires_grad_(False)
@@ -156,12 +158,12 @@ COMPILED = [{"layers": layers, "select": select, "depth": 2} for layers, select 
 
 @pytest.mark.parametrize("changes", COMPILED, ids=name_of)
 def test_ragged_batches_of_all_sizes_are_one_graph(changes, quiet):
-    """Other numbers of rows, tokens and frames, with every combination of equal and different sizes: the same graph, and
-    the loss and the gradients of the decoder that nobody compiled."""
+    """Other numbers of rows, tokens and frames, with every combination of equal and different sizes: the same graph,
+    and the loss and the gradients of the decoder that nobody compiled."""
     model, plain = (small_model(dtype=torch.float32, **changes) for _ in range(2))
     counter = compiled(model)
-    narrated = Say(0, "assistant", "red disc moves")
-    for talks in ([(2, [narrated]), (2, [])], [(4, []), (1, [Say(0, "user", "where is it ?")]), (2, [])], [(5, [narrated])] * 5,
+    narrated, asked = Say(0, "assistant", "red disc moves"), Say(0, "user", "where is it ?")
+    for talks in ([(2, [narrated]), (2, [])], [(4, []), (1, [asked]), (2, [])], [(5, [narrated])] * 5,
                   [(2, []), (1, [narrated])]):
         batch = as_batch(model.config, talks, torch.float32)
         one, two = ([], [])

@@ -34,7 +34,8 @@ class LoggedStream(Stream):
 
         def listening(ids, seen, plan, cache=None, trace=None):
             if cache is self.cache:
-                vision = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, plan.vision.flatten(), True).view_as(ids)
+                vision = torch.zeros(ids.numel(), dtype=torch.bool)
+                vision = vision.index_fill(0, plan.vision.flatten(), True).view_as(ids)
                 for row, noted in enumerate(self.fed):
                     for t in (plan.pos[row] < PAD).nonzero()[:, 0]:
                         assert plan.pos[row, t] == len(noted), "positions follow each other"
@@ -57,7 +58,8 @@ def tokens_of(layout):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@given(talk=conversations(), layers=LAYERS, gate=st.sampled_from(["value", "update"]), random=st.randoms(use_true_random=False))
+@given(talk=conversations(), layers=LAYERS, gate=st.sampled_from(["value", "update"]),
+       random=st.randoms(use_true_random=False))
 def test_any_chunks_equal_the_offline_pass(dtype, tolerance, talk, layers, gate, random):
     """Whole frames and text, cut anywhere between them: logits and cached positions agree.
 

@@ -64,7 +64,8 @@ def test_killed_at_any_step_and_resumed_ends_bitwise_the_same(tmp_path, uninterr
     whole, _ = uninterrupted
     for name in ("model.safetensors", "state.safetensors"):
         assert same(read_tensors(tmp_path / name)[0], read_tensors(whole / name)[0])
-    one, two = ([json.loads(line) | {"seconds": None} for line in (folder / "log.jsonl").open()] for folder in (tmp_path, whole))
+    one, two = ([json.loads(line) | {"seconds": None} for line in (folder / "log.jsonl").open()]
+                for folder in (tmp_path, whole))
     assert one == two
 
 
@@ -72,12 +73,14 @@ def test_sigkill_and_ctrl_c_in_a_real_process(tmp_path):
     """SIGKILL at whatever moment, resume, Ctrl-C, resume: bitwise the weights of the run that nobody disturbed."""
     flags = [f"{flag_of(name)}={value}" for part in (TINY.model, TINY.data) for name, value in vars(part).items()
              if not isinstance(value, bool) and name in remarks(type(part))]
-    flags += ["--steps=60", "--batch-size=2", "--vit-steps=2", "--save-every=5", "--eval-every=0", "--eval-clips=2", "--device=cpu"]
+    flags += ["--steps=60", "--batch-size=2", "--vit-steps=2", "--save-every=5", "--eval-every=0", "--eval-clips=2",
+              "--device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out, *more):
         command = [sys.executable, "train_tiny.py", f"--out={out}", *more]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
 
     def wait_for(path, process):
         while not path.is_file():
@@ -173,7 +176,8 @@ def test_gradients_are_clipped_before_the_step(monkeypatch):
 def test_loss_is_lm_plus_weighted_streaming_over_labels():
     """The model's two sums, and the step's weighing of them, against cross-entropy written out over all places."""
     model = small_model()
-    batch = as_batch(model.config, [(3, [Say(1, "assistant", "red disc moves")]), (2, [Say(0, "user", "where is it ?")])])
+    said = Say(1, "assistant", "red disc moves"), Say(0, "user", "where is it ?")
+    batch = as_batch(model.config, [(3, [said[0]]), (2, [said[1]])])
     labels = labels_of(batch)
     nll = -offline(model, batch).float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     after_a_frame = torch.zeros(labels.numel(), dtype=torch.bool)
@@ -244,7 +248,8 @@ def test_clips_of_different_steps_never_meet():
     seen += [clip.frames[0].tobytes() for step in range(2) for clip in source.warm_up(step)]
     seen += [next(source.live(seed)).frames[0].tobytes() for seed in range(3)]
     assert len(seen) == len(set(seen)) == 6 * 2 + 4 + 2 * 32 + 3
-    assert [clip.frames.tobytes() for clip in source.training(3)] == [clip.frames.tobytes() for clip in source.training(3)]
+    one, two = ([clip.frames.tobytes() for clip in source.training(3)] for _ in range(2))
+    assert one == two
 
 
 def test_orthogonalize_pushes_singular_values_to_one():
@@ -281,4 +286,5 @@ def test_every_trained_parameter_has_one_optimizer():
     assert sorted(held) == sorted({id(p) for p in model.parameters()})
     muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
     for name, p in model.named_parameters():
-        assert (id(p) in muon) == (p.ndim == 2 and not any(part in name for part in ("embed", "router", "position"))), name
+        special = any(part in name for part in ("embed", "router", "position"))
+        assert (id(p) in muon) == (p.ndim == 2 and not special), name

@@ -217,30 +217,33 @@ class Live:
         self.position = frames * self.config.frame_tokens
 
 
-def bench_streaming(machine: Machine, size: Size, context: int, bar: tqdm) -> dict:
-    """Latency of one more frame, and of one more word, after so many tokens, MoD beside full computation (and
-    transformers' Llama)."""
-    frames = context // size.model.frame_tokens
+def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
+    """Latency of one more frame, and of one more word, at every context, MoD beside full computation (and transformers'
+    Llama)."""
     live = {name: Live(machine, config) for name, config in size.pair.items()}
     if size.has_peer(machine):
         live["transformers"] = PeerLive(machine, size.model)
-    for one in live.values():
-        one.skip_to(frames)
-    held = {name: live[name].cache.bytes() for name in size.pair}
-    for name, config in size.pair.items():
-        assert held[name] == kv_bytes(config, frames, 0, machine.number_bytes), "not the formula's"
-    point = {"context": frames * size.model.frame_tokens, "kv_bytes": held}
-    undo = {name: one.undo for name, one in live.items()}
-    for chunk, step, count, new in (("frame", "step", frame_flops, (1, 0)), ("word", "say", word_flops, (0, 1))):
-        actions = {name: getattr(one, step) for name, one in live.items()}
-        times = side_by_side(machine, actions, size.turns, bar, undo)
-        flops = {name: count(config, frames, 0) for name, config in size.pair.items()}
-        after = frames + new[0], new[1]
-        read = {name: read_bytes(config, *new, *after, machine.number_bytes) for name, config in size.pair.items()}
-        point[chunk] = compared(machine, times, flops) | {"read_bytes": read, "read_ratio": read["mod"] / read["full"]}
-        if "transformers" in times:
-            point[chunk] |= {f"transformers_to_{name}": ratio(times, "transformers", name) for name in size.pair}
-    return point
+    undo, points = {name: one.undo for name, one in live.items()}, []
+    for context in size.contexts:
+        frames = context // size.model.frame_tokens
+        for one in live.values():
+            one.skip_to(frames)
+        held = {name: live[name].cache.bytes() for name in size.pair}
+        for name, config in size.pair.items():
+            assert held[name] == kv_bytes(config, frames, 0, machine.number_bytes), "not the formula's"
+        point = {"context": frames * size.model.frame_tokens, "kv_bytes": held}
+        for chunk, step, count, new in (("frame", "step", frame_flops, (1, 0)), ("word", "say", word_flops, (0, 1))):
+            actions = {name: getattr(one, step) for name, one in live.items()}
+            times = side_by_side(machine, actions, size.turns, bar, undo)
+            flops = {name: count(config, frames, 0) for name, config in size.pair.items()}
+            read = {name: read_bytes(config, *new, frames + new[0], new[1], machine.number_bytes)
+                    for name, config in size.pair.items()}
+            point[chunk] = compared(machine, times, flops)
+            point[chunk] |= {"read_bytes": read, "read_ratio": read["mod"] / read["full"]}
+            if "transformers" in times:
+                point[chunk] |= {f"transformers_to_{name}": ratio(times, "transformers", name) for name in size.pair}
+        points.append(point)
+    return points
 
 
 def fill(machine: Machine, size: Size, bar: tqdm) -> dict:
@@ -262,13 +265,12 @@ def measure(machine: Machine, sizes: Sequence[Size], memory: bool) -> dict:
     steps = sum((size.turns + 1) * (1 + 2 * len(size.contexts)) + (2 if memory else 0) for size in sizes) + 2
     with tqdm(total=steps, unit="turn", disable=None) as bar:
         for size in sizes:
-            torch.compiler.reset()  # compiled code of another size counts towards the limit of recompilations
             bar.set_description(size.name)
             measured[size.name] = {
                 "model": asdict(size.model),
                 "training": bench_training(machine, size, bar),
                 "memory": bench_memory(machine, size, bar) if memory else None,
-                "streaming": [bench_streaming(machine, size, context, bar) for context in size.contexts],
+                "streaming": bench_streaming(machine, size, bar),
             }
         return {
             "device": machine.name, "dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compile,

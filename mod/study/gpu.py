@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in one go: its tests, that nothing waits for it, and times in bfloat16, as written and compiled.
+"""What only a GPU can tell, in one go: its tests, what waits for it, and times in bfloat16, as written and compiled.
 
     python -m mod.study.gpu                         # at most eight minutes on one GPU; writes results/gpu.json and .md
     python -m mod.study.gpu --device cpu --quick    # a rehearsal with tiny sizes
@@ -26,10 +26,12 @@ from mod.study.machine import Machine
 from mod.train import build
 
 # Eight of its 32 layers, so that MoD, full computation and their gradients fit beside each other.
-PAPER = Size("the paper's width, 8 layers", llama_like(dim=4096, depth=8, heads=32, kv_heads=8, head_dim=128, ffn_hidden=14336),
+PAPER = Size("the paper's width, 8 layers",
+             llama_like(dim=4096, depth=8, heads=32, kv_heads=8, head_dim=128, ffn_hidden=14336),
              frames=20, rows=1, contexts=LONG, turns=5)
-PAPER_BYTES = 30 * 2**30  # that it takes
-SMALL = Size("tiny", ModelConfig(image_size=16, grid=2, dim=24, depth=2, heads=2, kv_heads=1, head_dim=12, ffn_hidden=40),
+PAPER_GIB = 30  # of memory that it takes
+SMALL = Size("tiny",
+             ModelConfig(image_size=16, grid=2, dim=24, depth=2, heads=2, kv_heads=1, head_dim=12, ffn_hidden=40),
              frames=2, rows=1, contexts=(20, 40), turns=1)
 
 
@@ -50,13 +52,14 @@ class Trial:
 
     def width(self, compile: bool) -> dict:
         if self.device == "cuda" and not self.quick:
-            free = torch.cuda.mem_get_info()[0]
-            require(free >= PAPER_BYTES, f"got {free / 2**30:.0f} GiB of free memory, expected {PAPER_BYTES / 2**30:.0f}")
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            require(free >= PAPER_GIB, f"got {free:.0f} GiB of free memory, expected {PAPER_GIB}; use a larger GPU")
         return measure(self.machine(compile), [SMALL if self.quick else PAPER], memory=self.device == "cuda")
 
     def tests(self) -> dict:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        limit = PARTS["tests"][1] - 10  # before this process is ended, or pytest would go on alone
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         return {"last line": done.stdout.strip().splitlines()[-1], "code": done.returncode}
 
     def waits(self) -> dict[str, str]:
@@ -69,8 +72,10 @@ class Trial:
         if self.device == "cuda":
             frame = frame.pin_memory()
         actions: dict[str, Callable] = {
-            "training, forward": lambda: model(batch), "training, forward and backward": lambda: sum(model(batch)).backward(),
-            "a streamed frame": lambda: stream.see(frame), "a streamed word": lambda: stream.feed([[source.words.eos]]),
+            "training, forward": lambda: model(batch),
+            "training, forward and backward": lambda: sum(model(batch)).backward(),
+            "a streamed frame": lambda: stream.see(frame),
+            "a streamed word": lambda: stream.feed([[source.words.eos]]),
         }
         return {name: self.watched(action) for name, action in actions.items()}
 
@@ -91,10 +96,10 @@ class Trial:
 
 # By name: title, time limit in seconds, what it does. The limits add up to eight minutes.
 PARTS: dict[str, tuple[str, int, Callable[[Trial], dict]]] = {
-    "tests": ("Tests", 90, Trial.tests),
-    "waits": ("What waits for the device", 40, Trial.waits),
-    "bench": ("As written", 80, lambda trial: trial.bench(False)),
-    "compiled": ("Compiled", 120, lambda trial: trial.bench(True)),
+    "tests": ("Tests", 120, Trial.tests),
+    "waits": ("What waits for the device", 30, Trial.waits),
+    "bench": ("As written", 70, lambda trial: trial.bench(False)),
+    "compiled": ("Compiled", 110, lambda trial: trial.bench(True)),
     "width": ("The paper's width, as written", 60, lambda trial: trial.width(False)),
     "width compiled": ("The paper's width, compiled", 90, lambda trial: trial.width(True)),
 }
@@ -104,8 +109,9 @@ def apart(part: str, trial: Trial) -> dict:
     """A part in a process of its own; {"failed": why} when nothing came of it."""
     limit = PARTS[part][1]
     command = [sys.executable, "-m", "mod.study.gpu", "--part", part, "--device", trial.device]
+    command += ["--quick"] if trial.quick else []
     try:
-        done = subprocess.run(command + (["--quick"] if trial.quick else []), capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {limit} s"}
     try:
