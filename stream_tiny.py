@@ -19,16 +19,14 @@ The first three commands are all here; every other flag is that of mod/live, whi
 import argparse
 import sys
 import time
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from mod.config import UserError, require
-from mod.layout import Vocabulary
-from mod.run import Parser, load_run, pick_device, read_config, run_script
+from mod.config import require
+from mod.run import Parser, load_run, parse_ask, pick_device, read_config, run_script
 from mod.stream import Stream
 
 
@@ -47,33 +45,6 @@ def build_parser() -> Parser:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
     add("--compile", action="store_true", help="torch.compile the decoder")
     return parser
-
-
-@dataclass(frozen=True)
-class Question:
-    time: Fraction  # seconds
-    text: str
-
-
-def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Question:
-    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds, "start:..." before
-    the first. `frames`: how many there will be. Raises UserError when nobody could ask that then."""
-    when, colon, text = ask.partition(":")
-    when, text = when.strip(), text.strip()
-    if isinstance(words, Vocabulary):
-        text = " ".join(text.lower().replace("?", " ? ").split())
-    expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
-    try:
-        seconds = when.removesuffix("s") if when != "start" else "-1"
-        moment = Fraction(seconds) if seconds != when else int(when) / fps
-    except (ValueError, OverflowError, ZeroDivisionError):
-        raise UserError(f"--ask got {ask!r}, {expected}") from None
-    require(bool(colon and text), f"--ask got {ask!r}, {expected}")
-    if when != "start" and not 0 <= moment * fps < frames:
-        there = f"frames 0 to {frames - 1} (0 to {float((frames - 1) / fps):g} s)"
-        raise UserError(f"--ask got {ask!r}, but the stream has {there}; ask earlier or pass more --frames")
-    words.encode(text)
-    return Question(moment, text)
 
 
 def say(when: str, said: str | None, truth: str) -> bool:

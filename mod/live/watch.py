@@ -32,9 +32,8 @@ from mod.live.picture import draw_stream, save
 from mod.live.record import Moment, Recorder
 from mod.live.settings import StreamConfig
 from mod.live.show import Printer, Synthetic
-from mod.run import Parser, add_flags, given, load_run, pick_device
+from mod.run import Parser, Question, add_flags, given, load_run, parse_ask, pick_device
 from mod.videollm import VideoLLM
-from stream_tiny import Question, parse_ask
 
 ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
 MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could not be looked at
