@@ -180,7 +180,7 @@ def train_run(world: World, config: Config, arguments, engine: Engine) -> int:
     print(f"decoder FLOPs {metrics['flop_ratio']:.3f} and KV cache {metrics['kv_ratio']:.3f} of full computation, "
           f"{metrics['seconds']:.0f} seconds")
     where = "" if out == Path("runs/tiny") else f" --checkpoint {out}"
-    watch = f"now watch it: python stream_tiny.py{where}" if source.live else "it shows no synthetic stream"
+    watch = f"now watch it: python stream_tiny.py{where}{'' if source.live else ' --video FILE'}"
     if "free_running" not in metrics:
         watch = "it cannot be streamed: it must know all frames"
     print(f"\nwrote {out}; {watch}; figures: python -m mod.study.plots{where}")

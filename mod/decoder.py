@@ -78,7 +78,7 @@ class MoDBlock(nn.Module):
         chosen, weight, scores = router(*frames)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-            trace.append(Routing(router.layer, kept, scores.detach()))
+            trace.append(Routing(router.layer, kept, scores))
         route = plan.routes[router.kept]
         if route.index.numel() == 0:
             return x  # frames alone, in a layer that keeps none of their tokens

@@ -57,7 +57,7 @@ class Router(nn.Module):
         and all scores (F, N)."""
         scores = self.score(tokens, pos)
         chosen = top_k(scores, self.kept)
-        return chosen, self.weight(scores).gather(1, chosen), scores
+        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 
 class LayerExpert(Router):

@@ -304,7 +304,7 @@ def test_rows_of_a_batch_are_rated_as_each_alone(setting):
 def test_two_responses_without_a_question_between_are_refused():
     model = small_model(1, torch.float32)
     said = [Say(0, "assistant", "red disc moves"), Say(0, "assistant", "red disc leaves")]
-    with pytest.raises(ValueError, match="a response after frame 0 that follows neither a frame nor a question"):
+    with pytest.raises(ValueError, match="a response after frame 0 follows neither the frame nor a question"):
         free_running(model, WORDS_ALL, [Clip(random_pixels(1, model.config, 0, torch.float32), said)])
 
 

@@ -47,10 +47,10 @@ class Machine:
 
     def build(self, config: ModelConfig) -> Decoder:
         torch.manual_seed(0)
-        torch.compiler.reset()  # compiled code of decoders that have had their turn counts towards a limit
         with torch.device(self.device):  # a wide decoder takes long to make on a CPU
             decoder = Decoder(config).to(self.dtype)
         if self.compile:
+            torch.compiler.reset()  # the code of decoders that have had their turn counts towards a limit
             decoder.compile(backend=self.backend)
         return decoder
 
