@@ -242,7 +242,7 @@ def test_text_grows_with_the_stream_as_in_the_clips():
 def test_latency_is_relative_on_a_cpu_and_in_ms_on_a_gpu():
     seconds = {THIS: [0.5] * 40, FULL: [1.0] * 3 + [2.0] * 17 + [4.0] * 20}
     for device, unit, name in (("cpu", 2.0, "median of full computation's first 20"), ("cuda", 1e-3, "(ms)")):
-        machine = SimpleNamespace(device=device, name="X", dtype=torch.float32)
+        machine = SimpleNamespace(device=device, name="X", dtype_name="float32")
         [axis] = looks.latency(seconds, machine).axes
         assert name in axis.get_ylabel() and axis.get_xlabel() == "frame of the stream"
         assert line(axis, FULL).get_ydata()[[0, 15, 39]].tolist() == pytest.approx([2 / unit, 2 / unit, 4 / unit])

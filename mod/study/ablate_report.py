@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from mod.study.common import markdown
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
+from mod.study.common import PURPLE, markdown
 from mod.study.tables import GOOD, PLACES, TABLES, VARIANTS, Table
 
 Values = dict[str, float | None]  # of one measure: seed -> value

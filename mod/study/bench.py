@@ -32,6 +32,7 @@ from mod.layout import Plan
 from mod.live.costs import dense
 from mod.run import Parser, run_script, to_json
 from mod.study.bench_report import plot, report
+from mod.study.common import publish
 from mod.study.costs import (
     activation_bytes,
     decoder_flops,
@@ -43,7 +44,6 @@ from mod.study.costs import (
 )
 from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.peer import Peer, PeerLive
-from mod.study.plots import publish
 
 TEXT = 24  # text tokens of a measured stream: vision dominates, as in video
 
@@ -249,8 +249,9 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
 def fill(machine: Machine, size: Size, bar: tqdm) -> dict:
     """Stream frames until one more would exceed the bytes of 30 frames of full computation; frames that went in."""
     budget, frames = kv_bytes(dense(size.model), 30, 0, machine.number_bytes), {}
+    plain = Machine(machine.device, machine.dtype_name)  # compiled or not, the bytes are the same
     for name, config in size.pair.items():
-        promised, live = frames_that_fit(config, budget, 0, machine.number_bytes), Live(machine, config)
+        promised, live = frames_that_fit(config, budget, 0, machine.number_bytes), Live(plain, config)
         while live.cache.bytes() <= budget:
             live.step()
         frames[name] = live.position // config.frame_tokens - 1
@@ -273,7 +274,7 @@ def measure(machine: Machine, sizes: Sequence[Size], memory: bool) -> dict:
                 "streaming": bench_streaming(machine, size, bar),
             }
         return {
-            "device": machine.name, "dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compile,
+            "device": machine.name, "dtype": machine.dtype_name, "compile": machine.compile,
             "torch": torch.__version__, "threads": torch.get_num_threads(), "peak_flops": machine.peak_flops,
             "sizes": measured, "filled": fill(machine, sizes[-1], bar),
         }

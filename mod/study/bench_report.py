@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from mod.config import ModelConfig
 from mod.live.costs import dense
+from mod.live.picture import BLUE, ORANGE, VERMILION, save
 from mod.study.common import markdown
 from mod.study.costs import frame_flops, kv_bytes
-from mod.study.plots import BLUE, ORANGE, VERMILION, save
 
 PEER = "transformers' dense Llama, dynamic cache: its time / "
 

@@ -1,10 +1,18 @@
-"""What all studies share: one style of command line, and one of tables."""
+"""What all studies share: one style of command line, of tables, and of figures.
+
+Colours are those that colour-blind readers can tell apart (Okabe and Ito's palette).
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 
-from mod.run import Parser, add_flags, given, run_script
+from mod.live.picture import BLUE, GREEN, VERMILION
+from mod.run import Parser, add_flags, given, run_script, to_json, write_text
+
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+LAYERS = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"))  # of the routed layers, in turn
 
 
 def command(name: str, doc: str, flags: type, study: Callable[..., int]) -> Callable[[list[str] | None], int]:
@@ -23,3 +31,12 @@ def command(name: str, doc: str, flags: type, study: Callable[..., int]) -> Call
 def markdown(table: pd.DataFrame) -> str:
     """A table of finished cells, its index as first column."""
     return table.to_markdown(stralign=None, disable_numparse=True) + "\n"
+
+
+def publish(path: Path, results: dict, text: str, plot: Callable[[dict, Path], None]) -> None:
+    """Write a study's results beside each other: as JSON, as Markdown, and drawn; then print the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    plot(results, path.with_suffix(".png"))
+    print(f"{text}\nwrote {path}.json, .md and .png")

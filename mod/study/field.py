@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mod.config import Config, require
 from mod.data import Source, clip_batch, clip_pixels
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.related import methods
 from mod.related.data import make_clip
 from mod.related.methods import METHODS
@@ -30,10 +31,9 @@ from mod.related.world import WORLD
 from mod.run import load_weights, read_tensors, to_json, write_text
 from mod.stream import Stream
 from mod.study.ablate_report import judge, mean_error, means, number_of_seeds
-from mod.study.common import command, markdown
+from mod.study.common import PURPLE, SKY, command, markdown, publish
 from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.needle import DEPTHS, LENGTHS, LONG
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, publish, save
 from mod.study.sweep import TrialFlags, Variant, collect, quick, read_off, sweep
 from mod.videollm import VideoLLM
 

@@ -25,9 +25,10 @@ from mod.config import Config, require
 from mod.data import endless
 from mod.layout import TEXT, Vocabulary, assistant_ids, make_plan, user_ids
 from mod.live.live import LiveStream
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.live.settings import StreamConfig
 from mod.run import Parser, load_run, run_script
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
+from mod.study.common import PURPLE, publish
 from mod.videollm import VideoLLM
 
 RULES = {

@@ -25,12 +25,13 @@ from mod.data import Clip, Source
 from mod.decoder import Routing
 from mod.evaluate import teacher_forced
 from mod.live.costs import dense
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION
 from mod.real.lora import changes
 from mod.run import load_run
 from mod.stream import Stream
+from mod.study.common import LAYERS
 from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.machine import Machine
-from mod.study.plots import BLUE, GREEN, LAYERS, ORANGE, VERMILION
 from mod.videollm import VideoLLM
 
 CLIPS, ROWS = 64, 16  # clips that are looked at, and how many at once
@@ -381,7 +382,7 @@ def latency(seconds: dict[str, list[float]], machine: Machine) -> Figure:
         axis.plot(range(len(times)), running_median(relative), dashes, color=colour, linewidth=2.2, label=name)
     first = min(FIRST, len(seconds[FULL]))
     clock = "" if absolute else ", processor time of one thread"
-    where = f"{machine.name}, {str(machine.dtype).removeprefix('torch.')}{clock}"
+    where = f"{machine.name}, {machine.dtype_name}{clock}"
     axis.set(title=f"Latency of each frame, encoder included ({where}){'' if THIS in seconds else ALONE}",
              xlabel="frame of the stream", ylabel="time of a frame (ms)" if absolute else
              f"time of a frame\n(1: median of full computation's first {first})")

@@ -35,6 +35,10 @@ class Machine:
         return torch.cuda.get_device_name() if self.device == "cuda" else f"{platform.machine()} CPU"
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def number_bytes(self) -> int:
         return self.dtype.itemsize
 

@@ -9,26 +9,15 @@ what it costs (cost.png) and how long a frame takes (latency.png). The last four
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot: no global state, no window, any machine
 
 from mod.config import UserError, require
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
-from mod.run import Parser, pick_device, read_config, run_script, to_json, write_text
-
-PURPLE, SKY = "#CC79A7", "#56B4E9"
-LAYERS = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"))  # of the routed layers, in turn
-
-
-def publish(path: Path, results: dict, text: str, plot: Callable[[dict, Path], None]) -> None:
-    """Write a study's results beside each other: as JSON, as Markdown, and drawn; then print the Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path.with_suffix(".json"), to_json(results, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), text)
-    plot(results, path.with_suffix(".png"))
-    print(f"{text}\nwrote {path}.json, .md and .png")
+from mod.run import Parser, pick_device, read_config, run_script
+from mod.study.common import LAYERS, PURPLE
+from mod.study.looks import Look
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -78,8 +67,6 @@ def curve(folder: Path) -> Figure:
 
 
 def run(arguments) -> int:
-    from mod.study.looks import Look  # only here: studies import this module for its colours
-
     folder, out = arguments.checkpoint, arguments.out or arguments.checkpoint
     require(arguments.frames >= 1, f"--frames got {arguments.frames}, expected at least 1; ask for more")
     device = pick_device(arguments.device, arguments.dtype)

@@ -27,9 +27,10 @@ from mod.data import Clip, endless
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.live.costs import layer_tokens
 from mod.live.live import LiveStream
+from mod.live.picture import BLUE, GREEN, ORANGE, save
 from mod.live.settings import StreamConfig
 from mod.run import Parser, load_run, run_script
-from mod.study.plots import BLUE, GREEN, ORANGE, publish, save
+from mod.study.common import publish
 from mod.videollm import VideoLLM
 
 

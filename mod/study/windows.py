@@ -18,11 +18,12 @@ from tqdm import tqdm
 from mod.config import Config, require
 from mod.data import endless
 from mod.layout import Vocabulary
+from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.live.saved import fingerprint
 from mod.live.settings import StreamConfig
 from mod.run import Parser, load_run, run_script, to_json, write_text
+from mod.study.common import PURPLE, publish
 from mod.study.gap import RULES
-from mod.study.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, publish, save
 from mod.study.soak import Block, Watched, rate
 from mod.videollm import VideoLLM
 
