@@ -96,8 +96,8 @@ class MoDBlock(nn.Module):
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 
         # Scatter. A slot that is not real has mu = 0: it adds nothing, whichever token it points at.
-        update = (mu[..., None] * update).to(x.dtype)
-        return x.flatten(0, 1).index_add(0, index.flatten(), update.flatten(0, 1)).view_as(x)
+        update = (mu[..., None] * update).to(x.dtype).flatten(0, 1)
+        return x.flatten(0, 1).scatter_add(0, index.view(-1, 1).expand_as(update), update).view_as(x)
 
 
 # --- MoD ends here ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mod.config import UserError
@@ -93,6 +93,7 @@ def test_fed_tokens_are_the_layout_of_the_timeline(timelines, seed, threshold, w
 
 @settings(max_examples=20)
 @given(timelines(), timelines(), st.integers(0, 20), st.integers(0, 8), st.sampled_from([0, 1, 2]), st.booleans())
+@example((5, Fraction(2), []), (5, Fraction(2), []), 0, 3, 1, True)  # cut after frames were forgotten, before others come
 def test_a_saved_stream_goes_on_bit_for_bit(tmp_path_factory, one, other, seed, cut, window, contiguous):
     """Stopped after any number of steps and restored in a new stream: the same replies, the same cache, every bit."""
     path = tmp_path_factory.mktemp("saved") / "live.safetensors"

@@ -102,8 +102,8 @@ def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str,
 
     Per token and layer: each norm keeps its input, the input normed, and its output, which the next product needs, with
     one statistic; attention its queries, keys, values before and after norm and rotation, and its result; SwiGLU four
-    hidden vectors. What a routed layer adds: the scored tokens and their scores, the updates before and after mu scales
-    them, the values before mu, and the rotations of its own tokens. Dense layers share one set of rotations.
+    hidden vectors. What a routed layer adds: the scored tokens and their scores, the updates and values before mu
+    scales them, and the rotations of its own tokens. Dense layers share one set of rotations.
     """
     queries, keys, size = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.head_dim
     norms = 6 * config.dim + 2
@@ -115,7 +115,7 @@ def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str,
     rotated = sum(routed) + (every if len(routed) < config.depth else 0)
     # mu, one per token; the updates that it scales are kept for its gradient, if it learns; so are values and sigmoids.
     learned, value = config.select == "learned", config.gate == "value"
-    gate = 1 + config.dim + (config.dim if learned else 0) + (keys if learned and value else 0)
+    gate = 1 + (config.dim if learned else 0) + (keys if learned and value else 0)
     scored = config.frame_tokens * frames * learned_layers(config)
     return {
         "norms": sum(tokens) * norms,
