@@ -91,9 +91,11 @@ def choose_config(world: World, arguments) -> Config | None:
         base = world.presets[arguments.preset or next(iter(world.presets))]
     names = {name for kind in kinds.values() for name in given(arguments, kind)}
     config = world.settle(with_flags(base, arguments), names)
+    if config is None:
+        return None
     if arguments.resume:
         refuse_changes(base, config, kinds, out)
-    elif config is not None:
+    else:
         if (out / "config.json").exists():
             read_config(out)  # the folder of a checkpoint, say, is not ours to overwrite
         held = any((out / name).exists() for name in RUN_FILES)

@@ -156,7 +156,7 @@ def run_script(script: Callable[[], int], name: str) -> int:
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"{name}: not enough memory ({error}); ask for less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

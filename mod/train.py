@@ -3,7 +3,7 @@
 A step depends on nothing but the weights, the optimizers' memory, the random state and its own number, from which its
 clips are made. So a run that is killed and resumed ends with the same weights, bit for bit, on the same machine with
 the same number of threads.
-Nothing waits for the device between two lines of the log.
+With one process nothing waits for the device between two lines of the log.
 
 Read next: ../train_tiny.py
 """
@@ -321,8 +321,9 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
             saves, logs = stopping or last or step % settings.save_every == 0, last or step % settings.log_every == 0
             if saves or logs:
                 entry = entry_of(fetched, config, source, step, engine)
-                require(math.isfinite(entry["loss"]),
-                        f"the loss became {entry['loss']} at step {step}; lower --lr or --adam-lr and train anew")
+                require(math.isfinite(entry["loss"]) and math.isfinite(entry["gnorm"]),
+                        f"the loss became {entry['loss']} and its gradient {entry['gnorm']} at step {step}; lower --lr "
+                        "or --adam-lr and train anew")
             if logs:
                 log(entry)
             if settings.eval_every and step % settings.eval_every == 0 and not last:

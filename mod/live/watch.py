@@ -280,7 +280,7 @@ def begin(arguments, setting: Setting, stream: LiveStream) -> tuple[Live, list[P
         pictures = iter(source)
         for _ in islice(pictures, passed):
             pass
-        left = None if setting.frames == math.inf else setting.frames - last - 1
+        left = None if setting.frames == math.inf else max(0, setting.frames - last - 1)
         paced.append(Paced(islice(pictures, left), setting.fps, setting.settings.on_late, first=last + 1))
     live = Live(stream, paced, [setting.fps] * stream.rows, setting.question_room)
     if setting.kept:
