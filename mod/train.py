@@ -49,6 +49,7 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
     for step in tqdm(range(settings.vit_steps), desc="vision warm-up", unit="step", leave=False, disable=None):
         clips = source.warm_up(step)
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
+        truth = F.pad(truth, (0, len(sizes) - truth.shape[-1]))
         patches = vit.patches(clip_pixels(clips).to(device))
         tokens = {"patch": patches, "cls": vit.head(patches)}
         # The CLS token predicts its frame's labels: the maximum over patches, of several sprites a mixture.

@@ -422,7 +422,7 @@ ROOMS = [
      "(token * begins_answer).amax(1), last)",
      "last, last)"),
     ("Mixture-of-Depths is evaluated by the choice of training", "mod/related/depths.py",
-     "tests/test_related_depths.py",
+     "tests/test_methods.py",
      "if past is None and self.training:",
      "if past is None:"),
     ("one front for all, those that look ahead too", "mod/study/field.py", "tests/test_field.py",
