@@ -199,7 +199,7 @@ class TrainConfig:
         check(self, dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | positive, ("threshold",))
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.accumulate <= self.batch_size,
-                f"accumulate must be at most batch_size, {self.batch_size}, got {self.accumulate}; raise --batch-size")
+                f"a step's {self.batch_size} clips cannot be split into {self.accumulate} parts; raise --batch-size")
         require(not self.fsdp or self.optimizer == "adamw",
                 "fsdp splits matrices, which muon needs whole; pass --optimizer adamw")
 
