@@ -291,10 +291,14 @@ class Source:
     summary_labels: int = len(WARM_UP_SIZES)  # the CLS token learns the first this many of them
 
 
-def synthetic(config: Config) -> Source:
-    """The clips of a run on synthetic streams. Raises UserError when its model cannot read or show them."""
-    data, model, train = config.data, config.model, config.train
-    words = Vocabulary(WORDS)
+def synthetic(
+    config: Config, said: Sequence[str] = WORDS, make: Callable = make_clip, stream: Callable = endless
+) -> Source:
+    """The clips of a run on synthetic streams, whose words are `said`, as `make` and `stream` make them.
+
+    Raises UserError when its model cannot read or show them.
+    """
+    data, model, train, words = config.data, config.model, config.train, Vocabulary(said)
     require(len(words) <= model.vocab_size,
             f"vocab_size must be at least {len(words)}, the words of the stream, got {model.vocab_size}")
     require(model.image_size >= 4 * CELLS,
@@ -303,14 +307,14 @@ def synthetic(config: Config) -> Source:
     def training(step: int) -> list[Clip]:
         # The numbers of different steps never meet.
         first = step * train.batch_size * data.frames
-        return [make_clip(data, model, "train", train.seed, first + i) for i in range(train.batch_size)]
+        return [make(data, model, "train", train.seed, first + i) for i in range(train.batch_size)]
 
     def validation(number: int) -> list[Clip]:
-        return [make_clip(data, model, "validation", 0, index) for index in range(number)]
+        return [make(data, model, "validation", 0, index) for index in range(number)]
 
     def warm_up(step: int) -> list[Clip]:
         busy, first = replace(data, event_rate=0.9), step * WARM_UP_CLIPS
-        return [make_clip(busy, model, "warm-up", train.seed, first + i, WARM_UP_FRAMES) for i in range(WARM_UP_CLIPS)]
+        return [make(busy, model, "warm-up", train.seed, first + i, WARM_UP_FRAMES) for i in range(WARM_UP_CLIPS)]
 
-    live = partial(endless, replace(data, question_rate=0.0), model, "test")  # the user of a live stream asks
+    live = partial(stream, replace(data, question_rate=0.0), model, "test")  # the user of a live stream asks
     return Source(words, training, validation, live, partial(recall, model.grid), warm_up)

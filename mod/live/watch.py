@@ -187,7 +187,7 @@ def run(argv: list[str], parser: Parser, doc: str) -> int:
     settings = stream_settings(arguments, config)
     check_method(arguments, settings, config)
     if arguments.compile:
-        model.decoder.compile(fullgraph=True, dynamic=True)
+        model.decoder.compile()
     if not arguments.video and arguments.frames is None:
         arguments.frames = config.data.frames
     with ExitStack() as opened:

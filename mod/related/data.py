@@ -14,7 +14,6 @@ columns of nan. `pictures` takes these off, `squeeze` makes squares of all frame
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from mod.config import Config, DataConfig, ModelConfig, check, require
+from mod.config import Config, DataConfig, ModelConfig, check
 from mod.data import (
     CELLS,
     COLOURS,
@@ -31,8 +30,6 @@ from mod.data import (
     SHAPES,
     SPLITS,
     TRAIL,
-    WARM_UP_CLIPS,
-    WARM_UP_FRAMES,
     WORDS,
     Clip,
     Scene,
@@ -44,7 +41,7 @@ from mod.data import (
     synthetic,
     with_noise,
 )
-from mod.layout import Say, Vocabulary
+from mod.layout import Say
 
 SPARKS = {"orange": (1.0, 0.5, 0.0), "purple": (0.5, 0.1, 0.75), "lime": (0.65, 1.0, 0.3), "brown": (0.5, 0.25, 0.0)}
 # The core's words come first, so that their ids stay.
@@ -238,27 +235,11 @@ def endless(data: HarderData, model: ModelConfig, split: str, seed: int) -> Iter
 
 def harder(config: Config) -> Source:
     """The clips of a run on harder streams. Raises UserError when its model cannot read or show them."""
-    data, model, train, words = config.data, config.model, config.train, Vocabulary(HARDER_WORDS)
-    require(len(words) <= model.vocab_size,
-            f"vocab_size must be at least {len(words)}, the words of the stream, got {model.vocab_size}")
-
-    def training(step: int) -> list[Clip]:
-        # The numbers of different steps never meet.
-        first = step * train.batch_size * data.frames
-        return [make_clip(data, model, "train", train.seed, first + i) for i in range(train.batch_size)]
-
-    def validation(number: int) -> list[Clip]:
-        return [make_clip(data, model, "validation", 0, index) for index in range(number)]
+    source, sizes = synthetic(config, HARDER_WORDS, make_clip, endless), label_sizes(config.data)
 
     def warm_up(step: int) -> list[Clip]:
         """Squeezed: the encoder itself takes squares."""
-        busy, first = replace(data, event_rate=0.9), step * WARM_UP_CLIPS
-        numbers = range(first, first + WARM_UP_CLIPS)
-        clips = [make_clip(busy, model, "warm-up", train.seed, number, WARM_UP_FRAMES) for number in numbers]
-        return [replace(clip, frames=squeeze(torch.from_numpy(clip.frames))) for clip in clips]
+        return [replace(clip, frames=squeeze(torch.from_numpy(clip.frames))) for clip in source.warm_up(step)]
 
-    live = partial(endless, replace(data, question_rate=0.0), model, "test")  # the user of a live stream asks
-    sizes = label_sizes(data)
     # A summary overlooks what is small: only patches need to know of sparks, so the CLS token has one label less.
-    return replace(synthetic(config), words=words, training=training, validation=validation, live=live, warm_up=warm_up,
-                   label_sizes=sizes, summary_labels=len(sizes) - 1)
+    return replace(source, warm_up=warm_up, label_sizes=sizes, summary_labels=len(sizes) - 1)
