@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mod.cache import KVCache
 from mod.config import ModelConfig
-from mod.data import WORDS
+from mod.data import COLOURS, SHAPES, SIDES, WORDS, Clip
 from mod.decoder import MoDBlock
 from mod.layers import PAD
 from mod.layout import NO_LABEL, PADDING, TEXT, Batch, Plan, Say, Vocabulary, collate, lay_out, make_plan
@@ -138,3 +138,29 @@ def assert_cache_holds_what_was_kept(cache: KVCache, batch: Batch, trace) -> Non
         [length] = layer.lengths
         assert torch.equal(layer.pos[0, :length], batch.plan.pos[0, keep]), "positions of the kept tokens, in order"
         assert (layer.pos[0, length:] >= PAD).all()
+
+def shown(some, t):
+    """What the patch labels of a frame say: (colour, shape) -> (row, column)."""
+    labels = some.patch_labels[t][some.patch_labels[t][:, 0] > 0]
+    return {(list(COLOURS)[c - 1], SHAPES[s - 1]): (h - 1, x - 1) for c, s, h, x, *_ in labels}
+
+
+def assert_it_is_the_one_last_spoken_of(some: Clip) -> None:
+    """Every question of a clip has the answer that narrations and patch labels give; others than "it" go by name."""
+    topic, first = None, {}
+    for t, truth in enumerate(some.truth):
+        here = shown(some, t)
+        for say in some.said:
+            if say.frame == t and say.role == "assistant" and say.text.split()[0] in COLOURS:
+                colour, shape, verb, *rest = say.text.split()
+                topic = (rest[0], shape) if verb == "turns" else (colour, shape)
+                if verb == "appears":
+                    first[topic] = SIDES[here[topic][1]]
+                elif verb == "turns":
+                    first[topic] = first.pop((colour, shape))
+        assert truth["where is it ?"] == (f"now {SIDES[here[topic][1]]}" if topic in here else "nowhere")
+        assert truth["where did it appear ?"] == (f"first {first[topic]}" if topic else "nowhere")
+        others = {name: place for name, place in here.items() if name != topic}
+        named = {f"where is the {c} {s} ?": f"now {SIDES[place[1]]}" for (c, s), place in others.items()}
+        named |= {f"where did the {c} {s} appear ?": f"first {first[c, s]}" for c, s in others}
+        assert {question: truth[question] for question in truth if " the " in question} == named

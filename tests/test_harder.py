@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mod import data as core
 from mod.config import DataConfig, ModelConfig, UserError
-from mod.data import COLOURS, SHAPES, SIDES, WORDS, clip_batch, clip_pixels
+from mod.data import COLOURS, WORDS, clip_batch, clip_pixels
 from mod.layout import Vocabulary, lay_out
 from mod.related.data import (
     HARDER_WORDS,
@@ -31,6 +31,7 @@ from mod.related.data import (
     squeeze,
 )
 from mod.related.world import WORLD
+from tests.helpers import assert_it_is_the_one_last_spoken_of, shown
 
 MODEL, DATA = ModelConfig(), HarderData()
 STUDY, FIELD = (WORLD.presets[name].data for name in ("study", "field"))
@@ -45,32 +46,10 @@ def own_shape(some) -> np.ndarray:
     return torch.stack(pictures(torch.from_numpy(some.frames))).numpy()
 
 
-def shown(some, t):
-    """What the patch labels of a frame say: (colour, shape) -> (row, column)."""
-    labels = some.patch_labels[t][some.patch_labels[t][:, 0] > 0]
-    return {(list(COLOURS)[c - 1], SHAPES[s - 1]): (h - 1, x - 1) for c, s, h, x, *_ in labels}
-
-
 @given(st.integers(0, 10**4), st.integers(2, 4))
 def test_with_several_sprites_it_is_the_one_last_spoken_of(index, sprites):
     """... and the others are asked for by name; with drift, every answer is about the latest frame."""
-    some, topic, first = clip(index, data=HarderData(sprites=sprites, drift=0.4, frames=10)), None, {}
-    for t, truth in enumerate(some.truth):
-        here = shown(some, t)
-        for say in some.said:
-            if say.frame == t and say.role == "assistant" and say.text.split()[0] in COLOURS:
-                colour, shape, verb, *rest = say.text.split()
-                topic = (rest[0], shape) if verb == "turns" else (colour, shape)
-                if verb == "appears":
-                    first[topic] = SIDES[here[topic][1]]
-                elif verb == "turns":
-                    first[topic] = first.pop((colour, shape))
-        assert truth["where is it ?"] == (f"now {SIDES[here[topic][1]]}" if topic in here else "nowhere")
-        assert truth["where did it appear ?"] == (f"first {first[topic]}" if topic else "nowhere")
-        others = {name: place for name, place in here.items() if name != topic}
-        named = {f"where is the {c} {s} ?": f"now {SIDES[place[1]]}" for (c, s), place in others.items()}
-        named |= {f"where did the {c} {s} appear ?": f"first {first[c, s]}" for c, s in others}
-        assert {question: truth[question] for question in truth if " the " in question} == named
+    assert_it_is_the_one_last_spoken_of(clip(index, data=HarderData(sprites=sprites, drift=0.4, frames=10)))
 
 
 @given(st.integers(0, 10**4), st.integers(1, 3))
