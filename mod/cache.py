@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mod.config import ModelConfig
 from mod.layers import PAD
-from mod.layout import Plan, together
+from mod.layout import Plan, to_device
 
 FIRST = 256  # slots that a layer begins with; it grows as it fills
 
@@ -88,9 +88,9 @@ class KVCache:
                 nobody, most = layer.pos.shape[1] - 1, max(counts)
                 own = [[*range(at, at + new), *[nobody] * (most - new)] for at, new in zip(before, counts, strict=True)]
                 slots[layer.kept] = torch.tensor(own)
-        carried = dict(zip(slots, together(list(slots.values()), plan.pos.device), strict=True))
+        slots = to_device(slots, plan.pos.device)
         for layer in self.layers:
-            layer.slots = carried[layer.kept]
+            layer.slots = slots[layer.kept]
         self.places = plan.pos
 
     def entries(self, row: int = 0) -> list[int]:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args, get_type_hints
 
+Gate = Literal["score-update", "sigmoid-update", "score-value", "sigmoid-value"]  # see router.py
 PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
 
 
@@ -69,7 +70,7 @@ class ModelConfig:
     layers: str = "interleaved"  # routed: interleaved, all, all-deep, interleaved-deep, none, 1,3 or keep:1,1,0,0
     keep_ratio: float = 0.2  # share of a frame's vision tokens that a routed layer keeps, in (0, 1]
     select: str = "learned"  # how the kept tokens are chosen: learned, random, uniform, or a router of your own
-    gate: Literal["update", "value"] = "value"  # what the score scales: update is the paper's, value also being read
+    gate: Gate = "sigmoid-value"  # mu is score or sigmoid, and scales the update, or value too; the paper: score-update
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}

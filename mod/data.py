@@ -38,8 +38,6 @@ CELLS = 5  # a sprite stands in one of 5x5 cells of the frame: a row is a height
 TRAIL = 0.5  # opacity of the motion blur that a sprite leaves where it was, in the one frame in which it moves
 # How many values each label of a patch has: colour, shape, height and side of a sprite, is there a trail; 0 for none.
 LABEL_SIZES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(HEIGHTS), 1 + len(SIDES), 2)
-# The encoder's warm-up has one more label, which is always 0: results/ was made with it, and it decides random numbers.
-WARM_UP_SIZES = (*LABEL_SIZES, 5)
 WARM_UP_CLIPS, WARM_UP_FRAMES = 32, 2  # a batch of the vision encoder's warm-up: clips, and frames of each
 
 
@@ -287,8 +285,8 @@ class Source:
     live: Callable[[int], Iterator[Clip]] | None = None  # a seed -> an endless stream, frame by frame
     probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # routers' recall
     warm_up: Callable[[int], list[Clip]] | None = None  # step -> clips whose patch labels teach a new vision encoder
-    label_sizes: tuple[int, ...] = WARM_UP_SIZES
-    summary_labels: int = len(WARM_UP_SIZES)  # the CLS token learns the first this many of them
+    label_sizes: tuple[int, ...] = LABEL_SIZES
+    summary_labels: int = len(LABEL_SIZES)  # the CLS token learns the first this many of them
 
 
 def synthetic(

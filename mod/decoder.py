@@ -92,7 +92,7 @@ class MoDBlock(nn.Module):
         pos = None
         if past is not None:  # original positions, never renumbered
             pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
-        loudness = mu if router.gate == "value" else None
+        loudness = mu if router.gate.endswith("value") else None
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 
         # Scatter. A slot that is not real has mu = 0: it adds nothing, whichever token it points at.

@@ -21,12 +21,13 @@ Read next: router.py
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from mod.config import UserError
 from mod.layers import PAD
@@ -88,19 +89,16 @@ class Layout:
     ids: list[int] = field(default_factory=list)
     frame: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    streaming: list[bool] = field(default_factory=list)  # is the label a speak-or-stay-silent decision?
 
-    def text(self, ids: Sequence[int], labels: Sequence[int]) -> None:
+    @property
+    def streaming(self) -> list[bool]:
+        """Is the label a speak-or-stay-silent decision? Those stand at vision tokens, and no other labels do."""
+        return [at >= 0 and label != NO_LABEL for at, label in zip(self.frame, self.labels, strict=True)]
+
+    def append(self, frame: int, ids: Sequence[int], label: Sequence[int]) -> None:
         self.ids += ids
-        self.frame += [TEXT] * len(ids)
-        self.labels += labels
-        self.streaming += [False] * len(ids)
-
-    def image(self, frame: int, tokens: int, label: int) -> None:
-        self.ids += [0] * tokens
-        self.frame += [frame] * tokens
-        self.labels += [NO_LABEL] * (tokens - 1) + [label]
-        self.streaming += [False] * (tokens - 1) + [label != NO_LABEL]
+        self.frame += [frame] * len(ids)
+        self.labels += label
 
 
 def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Say]) -> Layout:
@@ -112,20 +110,21 @@ def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Sa
     if late:
         raise UserError(f"got {late[0].text!r} after frame {late[0].frame}, expected a frame from -1 to {frames - 1}")
     layout = Layout()
-    layout.text([words.bos], [NO_LABEL])
+    layout.append(TEXT, [words.bos], [NO_LABEL])
     for t in range(-1, frames):
         turns = [say for say in said if say.frame == t]
         if t >= 0:
             first = turns[0].role if turns else "nobody"
-            layout.image(t, frame_tokens, {"nobody": words.eos, "assistant": words.assistant, "user": NO_LABEL}[first])
+            label = {"nobody": words.eos, "assistant": words.assistant, "user": NO_LABEL}[first]
+            layout.append(t, [0] * frame_tokens, [NO_LABEL] * (frame_tokens - 1) + [label])
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
                 ids = assistant_ids(words, turn.text)
-                layout.text(ids, [*ids[1:], NO_LABEL])
+                layout.append(TEXT, ids, [*ids[1:], NO_LABEL])
             else:
                 ids = user_ids(words, turn.text)
                 answered = any(after.role == "assistant" for after in turns[number + 1 : number + 2])
-                layout.text(ids, [NO_LABEL] * (len(ids) - 1) + [words.assistant if answered else NO_LABEL])
+                layout.append(TEXT, ids, [NO_LABEL] * (len(ids) - 1) + [words.assistant if answered else NO_LABEL])
     return layout
 
 
@@ -145,18 +144,8 @@ class Plan(NamedTuple):
     routes: dict[int, Route]  # by keep count k; also N, of a routed layer whose ratio is rounded up to the whole frame
     counts: dict[int, tuple[int, ...]]  # by keep count: how many tokens of each row enter such a layer, on the host
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.pos, self.vision, *(part for route in self.routes.values() for part in route)]
-
     def to(self, device: torch.device | str) -> "Plan":
-        return self.filled(together(self.tensors, device))
-
-    def filled(self, tensors: list[Tensor]) -> "Plan":
-        """The same plan with other tensors in the order of `tensors`."""
-        pos, vision, *parts = tensors
-        routes = {k: Route(*parts[3 * i : 3 * i + 3]) for i, k in enumerate(self.routes)}
-        return Plan(pos, vision, routes, self.counts)
+        return to_device(self, device)
 
 
 def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_counts: Collection[int]) -> Plan:
@@ -182,17 +171,21 @@ def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_c
     return Plan(torch.from_numpy(pos), torch.from_numpy(vision), routes, counts)
 
 
-def together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Index tensors on a device, carried there in one copy that nothing waits for."""
+def to_device(tree, device: torch.device | str):
+    """The same tuple or dict with its tensors on a device; nothing waits for them. On a GPU those of whole numbers and
+    booleans go there in one copy."""
     if torch.device(device).type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    flat = torch.cat([tensor.flatten().long() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+    leaves, shape = tree_flatten(tree)
+    index = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and not x.is_floating_point()}
+    flat = torch.cat([x.flatten().long() for x in index.values()]).pin_memory().to(device, non_blocking=True)
+    for (i, x), part in zip(index.items(), flat.split([x.numel() for x in index.values()]), strict=True):
+        leaves[i] = part.view(x.shape).to(x.dtype)
+    rest = tree_unflatten(leaves, shape)
+    return tree_map_only(Tensor, lambda x: x if x.is_cuda else x.pin_memory().to(device, non_blocking=True), rest)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """B streams, padded on the right to T tokens, of which L have a label."""
 
     ids: Tensor  # (B, T)
@@ -204,12 +197,7 @@ class Batch:
     counts: tuple[int, int]  # text labels, streaming labels; on the host
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The index tensors go in one copy, the pixels in another; nothing waits for either."""
-        own = [self.ids, self.labelled, self.labels, self.streaming]
-        ids, labelled, labels, streaming, *parts = together([*own, *self.plan.tensors], device)
-        pinned = self.pixels.pin_memory() if torch.device(device).type == "cuda" else self.pixels
-        return replace(self, ids=ids, plan=self.plan.filled(parts), labelled=labelled, labels=labels,
-                       streaming=streaming, pixels=pinned.to(device, non_blocking=True))
+        return to_device(self, device)
 
 
 def collate(layouts: Sequence[Layout], pixels: Tensor, frame_tokens: int, keep_counts: Collection[int]) -> Batch:
@@ -219,10 +207,10 @@ def collate(layouts: Sequence[Layout], pixels: Tensor, frame_tokens: int, keep_c
     def rows(name: str, fill: int) -> np.ndarray:
         return np.array([[*getattr(one, name), *[fill] * (longest - len(one.ids))] for one in layouts])
 
-    labels, streaming = rows("labels", NO_LABEL).ravel(), rows("streaming", 0).ravel().astype(bool)
+    frame, labels = rows("frame", PADDING), rows("labels", NO_LABEL).ravel()
     labelled = np.flatnonzero(labels != NO_LABEL)
-    plan = make_plan(rows("frame", PADDING), [0] * len(layouts), frame_tokens, keep_counts)
-    tensors = map(torch.from_numpy, (rows("ids", 0), labelled, labels[labelled], streaming[labelled]))
-    ids, *rest = tensors
+    streaming = frame.ravel()[labelled] >= 0
+    plan = make_plan(frame, [0] * len(layouts), frame_tokens, keep_counts)
+    ids, *rest = map(torch.from_numpy, (rows("ids", 0), labelled, labels[labelled], streaming))
     decisions = int(streaming.sum())
     return Batch(ids, plan, *rest, pixels, (len(labelled) - decisions, decisions))

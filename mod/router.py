@@ -2,17 +2,23 @@
 
     score = w . x                        for each vision token x of the frame
     kept  = the k = ceil(r * n) best of that frame's n tokens
-    mu    = score                        gate "update": the paper's, mu scales the kept token's own update
-    mu    = 2 * sigmoid(score)           gate "value": mu also scales the token's value in this layer's attention
+    mu    = score or 2 * sigmoid(score)  it scales the kept token's own update
 
-Two decisions to notice. The choice is made inside each frame, never across frames: a later frame cannot change an
-earlier choice, so streaming and training choose alike. And the gate decides what the router can *learn*: see below.
+The decision to notice: the choice is made inside each frame, never across frames. A later frame cannot change an
+earlier choice, so streaming and training choose alike.
 
-Why a second gate. A layer is useful to the text because text tokens *read* the kept vision tokens, as keys and values.
-The paper's mu scales only what the kept token writes to itself; how loudly it is read in this layer does not depend on
-mu, so the loss cannot tell the router that a token was worth reading. (In the last layer nothing reads a vision
-token's output at all: there the gradient is exactly zero, unless that token itself predicts.) With the value gate,
-being read carries gradient. 2 * sigmoid is one at score zero: a router with small weights hardly disturbs a decoder.
+The choice itself has no gradient: a router learns from mu alone, so the gate decides what it can learn. A gate is named
+after what mu is, and after what mu scales:
+
+    score-update    the paper's
+    sigmoid-update  mu is 2 * sigmoid(score): positive, and 1 at score zero, where it hardly disturbs a decoder
+    score-value     mu also scales the token's value in this layer's attention
+    sigmoid-value   both
+
+What "-value" adds: text tokens *read* the kept vision tokens, as keys and values. Where mu scales the update alone, how
+loudly a token is read in this layer does not depend on mu, so the loss cannot tell the router that it was worth
+reading. In the last layer nothing reads what a vision token writes to itself: there the gradient is exactly zero,
+unless that token itself predicts. With "-value" being read carries gradient.
 
 Read next: decoder.py
 """
@@ -39,7 +45,7 @@ class Router(nn.Module):
     `weight`, or inherits it from LayerExpert: the choice has no gradient, mu has.
     """
 
-    def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "value"):
+    def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
         self.kept = keep_count(keep_ratio, frame_tokens)
@@ -63,7 +69,7 @@ class Router(nn.Module):
 class LayerExpert(Router):
     """The paper's router: one linear score per token, one w per layer."""
 
-    def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "value"):
+    def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__(dim, frame_tokens, keep_ratio, layer, gate)
         self.w = nn.Linear(dim, 1, bias=False)
 
@@ -76,10 +82,8 @@ class LayerExpert(Router):
         return F.linear(tokens.to(w.dtype), w).squeeze(-1)
 
     def weight(self, scores: Tensor) -> Tensor:
-        if self.gate == "update":
-            return scores
-        # DEVIATION: the paper's weight is the score itself (gate "update").
-        return 2 * torch.sigmoid(scores)
+        # DEVIATION: the paper's weight is the score itself.
+        return 2 * torch.sigmoid(scores) if self.gate.startswith("sigmoid") else scores
 
 
 class RandomRouter(Router):

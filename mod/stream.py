@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mod.cache import KVCache
 from mod.config import ModelConfig
-from mod.layout import PADDING, TEXT, Plan, Vocabulary, assistant_ids, make_plan, together, user_ids
+from mod.layout import PADDING, TEXT, Plan, Vocabulary, assistant_ids, make_plan, to_device, user_ids
 from mod.videollm import VideoLLM
 
 
@@ -78,7 +78,7 @@ class Stream:
             start = frames[row] * self.model.config.frame_tokens
             ids[row, start : start + len(text)] = text
         start = torch.tensor(self.position)[:, None]
-        ids, start = together([torch.from_numpy(ids), start], self.device)
+        ids, start = to_device((torch.from_numpy(ids), start), self.device)
         # PAD plus a position is later than every real one, too.
         hidden = self.model.hidden(ids, seen, plan._replace(pos=plan.pos + start), self.cache, self.trace)
         for row, (count, sees) in enumerate(zip(counts, frames, strict=True)):

@@ -30,8 +30,8 @@ from mod.run import World, load_weights, read_tensors, to_json, write_config, wr
 from mod.videollm import VideoLLM
 from mod.vit import ViT
 
-WARM_UP_RATES = 0.05, 5e-3  # Muon's and AdamW's learning rates in the warm-up: hasty, for a task that is simple
-BACKGROUND = 0.1  # weight of an empty patch's label in the warm-up: most patches are empty
+WARM_UP_RATES = 0.02, 5e-3  # Muon's and AdamW's learning rates in the warm-up
+BACKGROUND = 0.1  # weight in the warm-up of a patch that shows nothing: most patches are empty
 AT_ONCE = 10_000  # vision tokens in a batch of validation, at most
 
 
@@ -49,7 +49,6 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
     for step in tqdm(range(settings.vit_steps), desc="vision warm-up", unit="step", leave=False, disable=None):
         clips = source.warm_up(step)
         truth = torch.cat([torch.from_numpy(clip.patch_labels) for clip in clips]).to(device)
-        truth = F.pad(truth, (0, len(sizes) - truth.shape[-1]))
         patches = vit.patches(clip_pixels(clips).to(device))
         tokens = {"patch": patches, "cls": vit.head(patches)}
         # The CLS token predicts its frame's labels: the maximum over patches, of several sprites a mixture.
@@ -57,13 +56,16 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
         loss, correct = torch.zeros((), device=device), []
         for name, head in heads.items():
             all_right = there = truths[name][..., 0] > 0
+            # All labels of a patch weigh the same: that a sprite is no trail must be learned as well as what it is.
+            weight = torch.where(truths[name].any(-1), 1.0, BACKGROUND if name == "patch" else 1.0)
             for number, logits in enumerate(head(tokens[name]).split(known[name], dim=-1)):
-                label, weight = truths[name][..., number], torch.ones(logits.shape[-1], device=device)
-                weight[0] = BACKGROUND if name == "patch" else 1.0
-                loss = loss + F.cross_entropy(rearrange(logits, "f p c -> (f p) c"), label.flatten(), weight=weight)
+                label = truths[name][..., number]
+                each = F.cross_entropy(rearrange(logits, "f p c -> f c p"), label, reduction="none")
+                loss = loss + (weight * each).sum() / weight.sum()
                 all_right = all_right & (logits.argmax(-1) == label)
             correct.append(all_right.sum() / there.sum())
         loss.backward()
+        nn.utils.clip_grad_norm_(list(named.values()), settings.clip)
         optimizer_step(optimizers, schedule(step, settings.vit_steps, warmup=10))
         right = torch.stack(correct).amin()
     return right.item()

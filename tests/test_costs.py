@@ -46,7 +46,7 @@ def test_flops_equal_torchs_counter(layers, select, frames, words):
 
 @pytest.mark.parametrize("layers", ["none", "interleaved", "all", "keep:1,0,0.4,1"])
 @pytest.mark.parametrize("select", ["learned", "uniform"])
-@pytest.mark.parametrize("gate", ["value", "update"])
+@pytest.mark.parametrize("gate", ["sigmoid-value", "score-update"])
 def test_training_flops_equal_torchs_counter(layers, select, gate):
     """Forward and backward, frozen encoder; the stated limit is 1%, the formula is exact."""
     model = small_model(dtype=torch.float32, layers=layers, select=select, gate=gate)
@@ -101,7 +101,7 @@ def test_what_is_read_is_the_weights_once_and_the_cache(layers, changes):
     assert read_bytes(model.config, 1, 0, 3, 3, number_bytes=2) * 2 == held + skipped
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"gate": "update"}, {"select": "random"}, {"heads": 2, "kv_heads": 2}])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"gate": "score-update"}, {"select": "random"}, {"heads": 2, "kv_heads": 2}])
 @pytest.mark.parametrize("layers", ["none", "interleaved", "all", "keep:1,0,0.4,1"])
 def test_saved_activations_are_the_formulas(layers, changes):
     """Every float tensor that autograd keeps for the backward pass of the layers, counted by its storage."""

@@ -17,7 +17,6 @@ from mod.data import (
     SHAPES,
     SIDES,
     SPLITS,
-    WARM_UP_SIZES,
     clip_batch,
     endless,
     make_clip,
@@ -167,7 +166,7 @@ def test_an_endless_stream_goes_on_with_frames_of_its_own():
 def test_the_warm_up_shows_single_frames_and_their_labels():
     source = synthetic(Config())
     clips = source.warm_up(0)
-    assert source.label_sizes == WARM_UP_SIZES and source.summary_labels == len(WARM_UP_SIZES)
+    assert source.label_sizes == LABEL_SIZES and source.summary_labels == len(LABEL_SIZES)
     for some in clips:
         assert len(some.frames) == 2 and (some.patch_labels >= 0).all()
         assert (some.patch_labels < np.array(LABEL_SIZES)).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mod.layers import PAD
 from mod.layout import NO_LABEL, PADDING, TEXT, Say, Vocabulary, collate, lay_out, make_plan
 from tests.helpers import WORDS_ALL as W
-from tests.helpers import conversations, frame_of, labels_of, plan_of, random_pixels, small_config
+from tests.helpers import conversations, frame_of, labels_of, random_pixels, small_config
 
 N = 5
 
@@ -128,18 +128,6 @@ def test_a_plan_is_what_a_brute_force_one_says(talks, k, data):
     assert route.slots.tolist() == (slots if k else [[]] * sum(frames for frames, _ in talks))
     vision = (frame.flatten() >= 0).nonzero()[:, 0].view(-1, N)
     assert torch.equal(plan.vision, vision)
-
-
-def test_a_plan_keeps_its_parts_through_a_copy():
-    """`tensors` and `filled` agree about the order."""
-    plan = plan_of(small_config(layers="keep:1,0,0.4,0.2"), torch.tensor([[TEXT, 0, 0, 0, 0, 0, TEXT]]))
-    assert sorted(plan.routes) == [0, 1, 2, 5]
-    again = plan.filled([tensor + 1 for tensor in plan.tensors])
-    assert torch.equal(again.pos, plan.pos + 1) and torch.equal(again.vision, plan.vision + 1)
-    for k, route in plan.routes.items():
-        for one, two in zip(route, again.routes[k], strict=True):
-            assert torch.equal(one + 1, two)
-    assert again.counts == plan.counts
 
 
 def test_mistakes_are_told():

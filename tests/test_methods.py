@@ -63,7 +63,7 @@ def hidden_of(model, clips, cache=None):
 def loss_of(model, clips):
     """The mean over all labels, and the batch."""
     batch = clip_batch(WORDS, clips, model.config)
-    text, stream = model(replace(batch, pixels=batch.pixels.double()))
+    text, stream = model(batch._replace(pixels=batch.pixels.double()))
     return (text + stream) / sum(batch.counts), batch
 
 
@@ -519,7 +519,7 @@ def test_the_scripts_refuse_what_a_method_cannot_do(tmp_path, capsys):
     refused(train_tiny.main, [*QUICK, "--method", "setok", "--layers", "all", "--out", str(out)], "--layers does nothing", "setok")
     refused(train_tiny.main, [*QUICK, "--method", "longva", "--rope-base", "5", "--out", str(out)], "--rope-base does nothing")
     refused(train_tiny.main, [*QUICK, "--method", "p-mod", "--compile", "--out", str(out)], "compile got True", "p-mod")
-    refused(train_tiny.main, [*QUICK, "--method", "voco", "--gate", "update", "--out", str(out)], "--gate does nothing")
+    refused(train_tiny.main, [*QUICK, "--method", "voco", "--gate", "score-update", "--out", str(out)], "--gate does nothing")
     assert not out.exists()
     assert train_tiny.main([*QUICK, "--method", "voco", "--out", str(out)]) == 0
     refused(train_tiny.main, ["--resume", "--method", "setok", "--out", str(out)], "method got setok", "has voco")

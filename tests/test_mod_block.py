@@ -1,10 +1,13 @@
 """The MoD block against a slow, plain version; and the equalities that make it a skip and not something else."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mod.config import Gate
 from mod.layers import PAD
 from mod.layout import Say
 from mod.router import ROUTERS, Router
@@ -34,13 +37,13 @@ def plain_mod(model, block, x, pos, frame):
         best = sorted(mates, key=lambda s: (-scores[s], s))[: router.kept]
         keep.append(t in best)
         score = (router.w.weight[0] * x[t]).sum()
-        mu.append(2 * torch.sigmoid(score) if router.gate == "value" else score)
+        mu.append(2 * torch.sigmoid(score) if router.gate.startswith("sigmoid") else score)
     kept = [t for t in range(len(frame)) if keep[t]]
     attention, dense = block.block.attention, block.block
     normed = dense.norm1(x[kept][None])
     gate = torch.stack(mu)[kept]
     turn = model.decoder.rope.turn(pos[kept][None], model.config.head_dim, x.dtype)
-    attended = attention(normed, turn, value_gate=gate[None] if router.gate == "value" else None)[0]
+    attended = attention(normed, turn, value_gate=gate[None] if router.gate.endswith("value") else None)[0]
     update = attended + dense.mlp(dense.norm2(x[kept] + attended))
     y = x.clone()
     for place, t in enumerate(kept):
@@ -48,7 +51,7 @@ def plain_mod(model, block, x, pos, frame):
     return y, keep
 
 
-@pytest.mark.parametrize("gate", ["value", "update"])
+@pytest.mark.parametrize("gate", get_args(Gate))
 @given(talks=st.lists(conversations(), min_size=1, max_size=3), ratio=st.sampled_from([0.2, 0.4, 0.8]))
 def test_block_equals_plain_version(gate, talks, ratio):
     """Batched gather and scatter on ragged rows == a Python loop on each row alone. Catches unsorted top-k, renumbered
@@ -172,7 +175,7 @@ class TestGradients:
 
     def test_last_router_gets_none_with_the_papers_gate_when_only_text_predicts(self):
         """Why the value gate exists: nobody reads what the last layer writes to a vision token."""
-        for gate, learns in (("update", False), ("value", True)):
+        for gate, learns in (("score-update", False), ("sigmoid-update", False), ("score-value", True), ("sigmoid-value", True)):
             model = small_model(layers="all", gate=gate)
             batch = as_batch(model.config, [(3, [Say(2, "assistant", "red disc moves")])])
             self.loss(model, batch, streaming=False).backward()
@@ -188,7 +191,7 @@ class TestGradients:
         skipped = ~trace[0].kept.flatten()
         assert torch.equal(x.grad[0, vision][skipped], weight[0, vision][skipped])
 
-    @pytest.mark.parametrize("gate", ["value", "update"])
+    @pytest.mark.parametrize("gate", get_args(Gate))
     def test_finite_differences(self, gate):
         """The router's gradient is the slope of the loss (the choice itself held by a margin)."""
         model = small_model(gate=gate)

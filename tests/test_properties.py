@@ -2,13 +2,14 @@
 placements, dtypes and seeds. The other files test one part each; here nothing is held fixed."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mod.config import PATTERNS, ModelConfig
+from mod.config import PATTERNS, Gate, ModelConfig
 from mod.decoder import MoDBlock
 from mod.layers import PAD
 from mod.layout import Say
@@ -45,7 +46,7 @@ def configs(draw, layers: str | None = None, ratios=(0.01, 0.1, 0.2, 0.34, 0.5, 
         "ffn_hidden": draw(st.integers(4, 12)), "qk_norm": draw(st.booleans()), "qkv_bias": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()), "layers": layers, "keep_ratio": draw(st.sampled_from(ratios)),
         "select": draw(st.sampled_from(["learned", "learned", "random", "uniform"])),
-        "gate": draw(st.sampled_from(["value", "update"])),
+        "gate": draw(st.sampled_from(get_args(Gate))),
     }
     return ModelConfig(**{**sizes, **fixed})
 
@@ -188,7 +189,7 @@ class TestGradients:
     def loss(self, model, batch, trace=None):
         return offline(model, batch, trace).flatten(0, 1)[batch.labelled].logsumexp(-1).sum()
 
-    @given(configs(ratios=(0.2, 0.5), select="learned", gate="value"), conversations(least_frames=1), SEEDS)
+    @given(configs(ratios=(0.2, 0.5), select="learned", gate="sigmoid-value"), conversations(least_frames=1), SEEDS)
     def test_with_the_value_gate_every_router_learns(self, config, talk, seed):
         """Whenever anything is labelled after a frame: a kept token is read, or predicts, in every routed layer."""
         model, batch = build(config, seed=seed), self.talk_to_the_end(config, talk)

@@ -87,7 +87,7 @@ def test_a_rope_is_scaled_by_sensible_numbers():
             visual_rope(BASE, trained, 200, low, high)
 
 
-@pytest.mark.parametrize("gate", ["value", "update"])
+@pytest.mark.parametrize("gate", ["sigmoid-value", "score-update"])
 def test_with_tokens_that_skip_layers(gate):
     """Slower positions and MoD together: a stream in pieces is what it is in one pass, and the speeds do matter."""
     rope = visual_rope(BASE, 16, 64, 0.1, 2)

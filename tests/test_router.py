@@ -109,7 +109,7 @@ def test_split_frame_is_refused(frame):
         plan_of(small_config(), torch.tensor([frame]))
 
 
-@given(st.integers(1, 4), st.floats(0.01, 1), st.sampled_from(["value", "update"]), st.integers(0, 9))
+@given(st.integers(1, 4), st.floats(0.01, 1), st.sampled_from(["sigmoid-value", "score-update"]), st.integers(0, 9))
 def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
     """Which, how loud and how good: all three speak of the same tokens, and only mu has a gradient."""
     torch.manual_seed(seed)
@@ -118,12 +118,12 @@ def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
     expected = (x @ router.w.weight[0]).detach()
     torch.testing.assert_close(scores, expected)
     assert torch.equal(chosen, top_k(scores, router.kept)) and mu.requires_grad and not scores.requires_grad
-    torch.testing.assert_close(mu.detach(), (2 * expected.sigmoid() if gate == "value" else expected).gather(1, chosen))
+    torch.testing.assert_close(mu.detach(), (2 * expected.sigmoid() if gate.startswith("sigmoid") else expected).gather(1, chosen))
 
 
 def test_value_gate_is_one_at_score_zero_and_update_gate_is_the_score():
     scores = torch.tensor([[0.0, 1.0, -2.0]])
-    value, update = LayerExpert(8, 3, 0.5, 0, "value"), LayerExpert(8, 3, 0.5, 0, "update")
+    value, update = LayerExpert(8, 3, 0.5, 0, "sigmoid-value"), LayerExpert(8, 3, 0.5, 0, "score-update")
     assert value.weight(scores)[0, 0] == 1.0 and (value.weight(scores) > 0).all()
     assert torch.equal(update.weight(scores), scores)
 

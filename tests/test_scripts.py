@@ -82,7 +82,7 @@ def test_resume_goes_on_and_refuses_another_architecture(run, capsys):
     before = (run / "model.safetensors").read_bytes()
     for flags, parts in (
         (["--dim", "48"], ["dim got 48", "has 96", "resume without --dim"]),
-        (["--gate", "update"], ["gate got update", "has value"]),
+        (["--gate", "score-update"], ["gate got score-update", "has sigmoid-value"]),
         (["--frames", "5"], ["frames got 5", "has 4"]),
         (["--optimizer", "adamw"], ["optimizer got adamw", "has muon", "resume without --optimizer"]),
         (["--vit-lr", "0.001"], ["vit_lr got 0.001", "has 0.0", "resume without --vit-lr"]),

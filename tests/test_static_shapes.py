@@ -2,6 +2,7 @@
 and torch.compile makes one graph of the decoder for all sizes."""
 
 import warnings
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mod.config import Config, DataConfig, TrainConfig
+from mod.config import Config, DataConfig, Gate, TrainConfig
 from mod.data import synthetic
 from mod.evaluate import free_running, teacher_forced
 from mod.layout import Say
@@ -67,7 +68,7 @@ def test_the_guard_sees_what_waits(wait):
 
 
 CASES = [{"layers": "none"}, *({"layers": "keep:0.2,1,0,0.4", "select": select, "gate": gate}
-                               for select in ROUTERS for gate in ("value", "update"))]
+                               for select in ROUTERS for gate in get_args(Gate))]
 
 
 def name_of(changes: dict) -> str:

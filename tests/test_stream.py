@@ -1,11 +1,14 @@
 """Streaming == offline, and the cache that makes it so."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mod.cache import FIRST
+from mod.config import Gate
 from mod.layers import PAD
 from mod.layout import TEXT, Say, lay_out
 from mod.stream import Stream
@@ -58,7 +61,7 @@ def tokens_of(layout):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@given(talk=conversations(), layers=LAYERS, gate=st.sampled_from(["value", "update"]),
+@given(talk=conversations(), layers=LAYERS, gate=st.sampled_from(get_args(Gate)),
        random=st.randoms(use_true_random=False))
 def test_any_chunks_equal_the_offline_pass(dtype, tolerance, talk, layers, gate, random):
     """Whole frames and text, cut anywhere between them: logits and cached positions agree.

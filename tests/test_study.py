@@ -69,7 +69,7 @@ class TestRouters:
         torch.testing.assert_close(scores.grad, expected)
 
     def test_attention_from_text_equals_a_plain_version(self):
-        attention = loud(equipped("taught", gate="update").double()).decoder.layers[0].attention
+        attention = loud(equipped("taught", gate="score-update").double()).decoder.layers[0].attention
         x, frame = torch.randn(1, 9, 24, dtype=torch.float64), torch.tensor([[-1, 0, 0, 0, 0, 0, -1, -1, -1]])
         pos, size, heads = torch.arange(9), attention.head_dim, 4
         got, q, k = torch.zeros(9, dtype=torch.float64), attention.q(x[0]), attention.k(x[0])
@@ -84,7 +84,7 @@ class TestRouters:
         torch.testing.assert_close(found, got[None, 1:6])
 
     def test_a_taught_router_learns_in_training_only_and_needs_a_dense_layer(self):
-        model = equipped("taught", gate="update")
+        model = equipped("taught", gate="score-update")
         batch = as_batch(model.config, [(3, [])], torch.float32)
         for training in (True, False):
             model.train(training)
@@ -97,7 +97,7 @@ class TestRouters:
 
     def test_lessons_alone_teach_a_router_what_the_text_reads(self):
         """With a main loss of zero the lesson is all that it learns from."""
-        model, outs = equipped("taught", gate="update", keep_ratio=0.4).train(), []
+        model, outs = equipped("taught", gate="score-update", keep_ratio=0.4).train(), []
         batch, router = as_batch(model.config, [(4, []), (3, [])], torch.float32), routed(model)[0].router
         model.decoder.layers[0].register_forward_hook(lambda layer, inputs, out: outs.append(out.detach()))
         offline(model, batch)

@@ -26,7 +26,7 @@ from torch import Tensor
 from mod.cache import KVCache, LayerCache
 from mod.config import ModelConfig, require
 from mod.layers import PAD, Rope, rotate
-from mod.layout import Plan, together
+from mod.layout import Plan, to_device
 from mod.live.settings import StreamConfig
 from mod.videollm import VideoLLM
 
@@ -92,7 +92,7 @@ class WindowCache(KVCache):
             self.segments[row][-1].text += max(0, count - size) if coming else count
         super().begin(plan)
         if self.settings.contiguous and any(self.gone):
-            [gone] = together([torch.tensor(self.gone)[:, None]], plan.pos.device)
+            gone = to_device(torch.tensor(self.gone)[:, None], plan.pos.device)
             self.places = plan.pos - gone
 
     def _open(self, row: int) -> None:

@@ -84,7 +84,7 @@ PRESETS = {
     "paper": RealRun(
         RealModel(image_size=384, patch_size=16, vit_dim=1024, vit_depth=24, vit_heads=16, vit_hidden=4096, grid=7,
                   vocab_size=128256, dim=4096, depth=32, heads=32, kv_heads=8, head_dim=128, ffn_hidden=14336,
-                  rope_base=5e5, qk_norm=False, tie_embeddings=False, gate="update"),
+                  rope_base=5e5, qk_norm=False, tie_embeddings=False, gate="score-update"),
         DataConfig(frames=120, fps=2.0),
         RealTrain(steps=4000, batch_size=64, accumulate=8, optimizer="adamw", adam_lr=2e-4, warmup=200, vit_steps=0,
                   max_words=100, eval_clips=32, eval_every=0, dtype="bfloat16", recompute=True),

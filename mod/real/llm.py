@@ -249,7 +249,7 @@ def load_llm(folder: Path, config: RealModel, dtype: torch.dtype = torch.float32
         if ratio < 1:  # once more, off the meta device: what else it has than w begins as its class says
             router = new_router(config, number)
             if isinstance(router, LayerExpert):
-                nn.init.normal_(router.w.weight, std=0.0 if config.gate == "value" else ROUTER_STD)
+                nn.init.normal_(router.w.weight, std=0.0 if config.gate.startswith("sigmoid") else ROUTER_STD)
             layer.router = router.to(device, dtype)
     return decoder
 

@@ -66,7 +66,7 @@ def training_step(base: Config, variant: Variant) -> Callable[[], None]:
         routers.equip(model, variant.routers)
     batch = clip_batch(source.words, source.training(0), config.model)
     with torch.no_grad():
-        batch = replace(batch, pixels=model.vit(batch.pixels))
+        batch = batch._replace(pixels=model.vit(batch.pixels))
 
     def step() -> None:
         text, stream = model(batch)

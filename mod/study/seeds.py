@@ -25,7 +25,7 @@ BASE = Config()
 VARIANTS = {
     "value": Variant("MoD, value gate (the default)"),
     "full": Variant("full computation", {"layers": "none"}),
-    "update": Variant("MoD, update gate (the paper's)", {"gate": "update"}),
+    "update": Variant("MoD, update gate (the paper's)", {"gate": "score-update"}),
 }
 COLUMNS = ("narration", "questions", "speak", "silence", "free-running narration")
 EARLY = 60  # step at which the routers' early recall is read off the log

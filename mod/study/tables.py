@@ -22,9 +22,12 @@ PLACES = {
 }
 
 
+GATES = {"value": "sigmoid-value", "update": "score-update"}
+
+
 def placed(place: Variant, gate: str) -> Variant:
     """A place of table 5 with one of the two gates."""
-    model, train = {**place.model, "gate": gate}, {**SHORT, **place.train}
+    model, train = {**place.model, "gate": GATES[gate]}, {**SHORT, **place.train}
     return replace(place, title=f"{place.title}: {gate} gate", model=model, train=train)
 
 
@@ -44,10 +47,10 @@ VARIANTS = {
     "all-uniform": Variant("all layers, uniform", {"layers": "all", "select": "uniform"}),
     "r-0.1": Variant("interleaved, learned, r = 0.1", {"keep_ratio": 0.1}),
     "r-0.5": Variant("interleaved, learned, r = 0.5", {"keep_ratio": 0.5}),
-    "update": Variant("interleaved, the paper's gate", {"gate": "update"}),
-    "taught": Variant("interleaved, the paper's gate and an auxiliary target", {"gate": "update"}, "taught"),
+    "update": Variant("interleaved, the paper's gate", {"gate": "score-update"}),
+    "taught": Variant("interleaved, the paper's gate and an auxiliary target", {"gate": "score-update"}, "taught"),
     "oracle": Variant("interleaved, oracle: keeps sprites and sparks", {}, "oracle"),
-    "all-update": Variant("all layers, the paper's gate", {"layers": "all", "gate": "update"}),
+    "all-update": Variant("all layers, the paper's gate", {"layers": "all", "gate": "score-update"}),
     "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
 } | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
 

@@ -181,7 +181,7 @@ def cls_first(answer) -> str:
     if not any(callable(value) for value in vars(answer).values()):
         raise Wrong("Nothing here yet: ClsFirst is a LayerExpert like any other. Replace the three dots, then run both cells again.")
     frames, n, k = 6, 5, 2
-    router = answer(8, n, k / n, 1, "value")
+    router = answer(8, n, k / n, 1, "sigmoid-value")
     torch.nn.init.normal_(router.w.weight, std=0.5)
     x, pos = torch.randn(frames, n, 8), torch.arange(frames * n).view(frames, n)
     chosen, mu, _ = router(x, pos)
