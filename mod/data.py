@@ -108,6 +108,7 @@ class Scene:
         self.rng, self.config = rng, config
         self.sprites: list[Sprite] = []
         self.topic: Sprite | None = None  # "it": the sprite last spoken of, which may have left
+        self.answered: dict[str, str] = {}  # what users asked, and were last told
 
     @property
     def taken(self) -> set[tuple[int, int]]:
@@ -167,6 +168,17 @@ class Scene:
                 answers[f"where did the {sprite.name} appear ?"] = f"first {sprite.first}"
         return answers
 
+    def asked(self, truth: dict[str, str]) -> list[str]:
+        """What the user asks after this frame, of the questions that `truth` answers."""
+        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for nothing.
+        fresh = {question: answer for question, answer in truth.items() if self.answered.get(question) != answer}
+        worth = [question for question, answer in fresh.items() if answer not in NOTHING or self.rng.random() < 0.2]
+        if not worth or self.rng.random() >= self.config.question_rate:
+            return []
+        question = worth[self.rng.integers(len(worth))]
+        self.answered[question] = truth[question]
+        return [question]
+
     def background(self, side: int) -> np.ndarray:
         """(3, side, side) in 0 to 1: soft grey texture and grey shapes that never move."""
         coarse, at = self.rng.uniform(0.25, 0.6, (6, 6)), np.linspace(0, 4.999, side)
@@ -209,19 +221,14 @@ def patch_of(cell: tuple[int, int], side: int, patch: int) -> tuple[int, int]:
 def happenings(scene: Scene, model: ModelConfig) -> Iterator[tuple[np.ndarray, list[Say], np.ndarray, dict[str, str]]]:
     """A stream without end: of each frame its picture in 0 to 1 without noise, what is said after it, its patch labels
     and its truth (see Clip). A frame's memory is its own: nothing is kept but the scene."""
-    still, rng, answered = scene.background(model.image_size), scene.rng, {}
+    still = scene.background(model.image_size)
     for t in count():
         narration, picture = scene.step(), still.copy()
         said = [Say(t, "assistant", narration)] if narration else []
         scene.paint(picture)
         labels, truth = scene.patch_labels(model.image_size, model.patch_size), scene.truth()
-        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for nothing.
-        fresh = {question: answer for question, answer in truth.items() if answered.get(question) != answer}
-        worth = [question for question, answer in fresh.items() if answer not in NOTHING or rng.random() < 0.2]
-        if worth and rng.random() < scene.config.question_rate:
-            asked = worth[rng.integers(len(worth))]
-            answered[asked] = truth[asked]
-            said += [Say(t, "user", asked), Say(t, "assistant", truth[asked])]
+        for question in scene.asked(truth):
+            said += [Say(t, "user", question), Say(t, "assistant", truth[question])]
         yield picture, said, labels, truth
 
 

@@ -42,7 +42,7 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
     its CLS token get right in the last batch.
     """
     device, sizes, right = vit.position.device, source.label_sizes, torch.zeros(())
-    known = {"patch": sizes, "cls": sizes[: source.summary_labels]}
+    known = {"patch": sizes} | ({"cls": sizes[: source.summary_labels]} if source.summary_labels else {})
     heads = nn.ModuleDict({name: nn.Linear(vit.config.vit_dim, sum(own)) for name, own in known.items()}).to(device)
     named = {**dict(vit.named_parameters()), **{f"{name}_head": p for name, p in heads.named_parameters()}}
     optimizers = make_optimizers(named, settings.optimizer, *WARM_UP_RATES)

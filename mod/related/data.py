@@ -1,12 +1,13 @@
 """A harder synthetic stream: the core's, with more to see and more to be asked.
 
-Five things can be added, each with a chance of its own. With all of them at 0 the clips are the core's, bit for bit.
+Six things can be added. With all of them at 0 the clips are the core's, bit for bit.
 
     drift     sprites step aside silently, so that only the latest frame tells where a sprite is now
     sparks    small coloured squares flash up in a single frame; nobody speaks of them, but they are asked for later
     ahead     a question is asked before the first frame, and the user reminds of it ("well ?") after the last
     landmark  a white ring that never moves; a question asks on which side of it the sprite stands
     wide      a clip's frames are twice as wide as high
+    crowd     many sprites in every frame, and questions about any of them: see crowd.py
 
 Where clips can be wide, all of them have the shape of the wide ones, so that they can be joined: a square frame ends in
 columns of nan. `pictures` takes these off, `squeeze` makes squares of all frames. Nothing outside this folder knows.
@@ -21,7 +22,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from mod.config import Config, DataConfig, ModelConfig, check
+from mod.config import Config, DataConfig, ModelConfig, check, require
 from mod.data import (
     CELLS,
     COLOURS,
@@ -42,10 +43,11 @@ from mod.data import (
     with_noise,
 )
 from mod.layout import Say
+from mod.related.crowd import CROWD_LABEL_SIZES, MOST, NAME_WORDS, CrowdScene
 
 SPARKS = {"orange": (1.0, 0.5, 0.0), "purple": (0.5, 0.1, 0.75), "lime": (0.65, 1.0, 0.3), "brown": (0.5, 0.25, 0.0)}
 # The core's words come first, so that their ids stay.
-HARDER_WORDS = (*WORDS, *SPARKS, "which", "spark", "none", "side", "of", "ring", "its", "neither", "well")
+HARDER_WORDS = (*WORDS, *SPARKS, "which", "spark", "none", "side", "of", "ring", "its", "neither", "well", "leader")
 SPARK = 5  # side of a spark, pixels
 SPARK_QUESTION = "which spark ?"
 LANDMARK_QUESTION = "which side of the ring is it ?"
@@ -62,14 +64,29 @@ class HarderData(DataConfig):
     ahead: float = 0.0  # chance that a question is asked before the first frame, and answered after the last
     landmark: float = 0.0  # chance that a clip has a landmark: a question then asks on which side of it the sprite is
     wide: float = 0.0  # chance that a clip's frames are twice as wide as high
+    crowd: int = 0  # sprites in every frame of a crowd; 0: no crowd
+    asks: int = 4  # questions after a frame of a crowd
+    looks: float = 0.0  # share of a crowd's questions that need two look-ups
+    later: float = 0.0  # share of a crowd's questions about its first frame
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, {}, ("drift", "sparks", "ahead", "landmark", "wide"))
+        check(self, {"crowd": 0, "asks": 1}, ("drift", "sparks", "ahead", "landmark", "wide", "looks", "later"))
+        require(self.crowd <= MOST, f"crowd must be at most {MOST}, got {self.crowd}")
+        alone = not (self.drift or self.sparks or self.landmark or self.wide)
+        require(not self.crowd or alone, f"crowd got {self.crowd}, which goes without drift, sparks, landmark and wide")
+
+
+def words_of(data: HarderData) -> tuple[str, ...]:
+    """What is said of these streams."""
+    return HARDER_WORDS + (NAME_WORDS if data.crowd else ())
 
 
 def label_sizes(data: HarderData) -> tuple[int, ...]:
-    """The core's labels of a patch; where there are landmarks: is it in this patch? Last, the colour of a spark."""
+    """The core's labels of a patch; where there are landmarks: is it in this patch? Last, the colour of a spark, or of
+    a badge in a crowd."""
+    if data.crowd:
+        return CROWD_LABEL_SIZES
     return LABEL_SIZES + ((2,) if data.landmark else ()) + (1 + len(SPARKS),)
 
 
@@ -208,12 +225,16 @@ class HarderScene(Scene):
         return labels.reshape(across * across, -1)
 
 
+def scene(rng: np.random.Generator, data: HarderData) -> Scene:
+    return (CrowdScene if data.crowd else HarderScene)(rng, data)
+
+
 def make_clip(
     data: HarderData, model: ModelConfig, split: str, seed: int, index: int, frames: int | None = None
 ) -> Clip:
     """Clip number `index` of a split. Split, seed and index alone decide it, and splits never share a clip."""
     rng = np.random.default_rng([SPLITS[split], seed, index])
-    seen = islice(happenings(HarderScene(rng, data), model), frames or data.frames)
+    seen = islice(happenings(scene(rng, data), model), frames or data.frames)
     pictures, turns, labels, truth = zip(*seen, strict=True)
     said = list(chain(*turns))
     if data.ahead and rng.random() < data.ahead:
@@ -229,17 +250,19 @@ def make_clip(
 def endless(data: HarderData, model: ModelConfig, split: str, seed: int) -> Iterator[Clip]:
     """One stream that never ends, as clips of a single frame each; frames are numbered from 0 on."""
     rng = np.random.default_rng([SPLITS[split], seed, 0, 1])  # no clip has four numbers
-    for picture, said, labels, truth in happenings(HarderScene(rng, data), model):
+    for picture, said, labels, truth in happenings(scene(rng, data), model):
         yield Clip(padded(with_noise(picture, data.noise, rng)[None], data), said, labels[None], [truth])
 
 
 def harder(config: Config) -> Source:
     """The clips of a run on harder streams. Raises UserError when its model cannot read or show them."""
-    source, sizes = synthetic(config, HARDER_WORDS, make_clip, endless), label_sizes(config.data)
+    source, sizes = synthetic(config, words_of(config.data), make_clip, endless), label_sizes(config.data)
 
     def warm_up(step: int) -> list[Clip]:
         """Squeezed: the encoder itself takes squares."""
         return [replace(clip, frames=squeeze(torch.from_numpy(clip.frames))) for clip in source.warm_up(step)]
 
-    # A summary overlooks what is small: only patches need to know of sparks, so the CLS token has one label less.
-    return replace(source, warm_up=warm_up, label_sizes=sizes, summary_labels=len(sizes) - 1)
+    # A summary overlooks what is small: only patches need to know of sparks, so the CLS token has one label less. Of a
+    # crowd it can say nothing.
+    known = 0 if config.data.crowd else len(sizes) - 1
+    return replace(source, warm_up=warm_up, label_sizes=sizes, summary_labels=known)

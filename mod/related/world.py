@@ -11,7 +11,7 @@ from mod.data import Clip, Source
 from mod.evaluate import cost_ratios
 from mod.layout import Vocabulary
 from mod.related.costs import counted
-from mod.related.data import HARDER_WORDS, HarderData, harder, make_clip
+from mod.related.data import HarderData, harder, make_clip, words_of
 from mod.related.methods import METHODS, FieldModel, configure, listing, own_fields
 from mod.related.methods import build as build_model
 from mod.related.models import FieldVideoLLM
@@ -41,6 +41,12 @@ PRESETS = {
     "field": RelatedRun(
         data=HarderData(drift=0.3, sparks=0.4, question_rate=0.8, ahead=0.5, landmark=0.8, wide=0.5, distractors=8),
         train=TrainConfig(steps=500, batch_size=8, eval_every=0, save_every=250, eval_clips=128),
+    ),
+    # More sprites than any routed layer keeps: here learned routing, chance and dropping differ.
+    "crowd": RelatedRun(
+        model=FieldModel(vocab_size=96),
+        data=HarderData(frames=6, crowd=10, event_rate=0.3, question_rate=0.75),
+        train=TrainConfig(steps=400, vit_steps=400),
     ),
 }
 
@@ -89,7 +95,7 @@ def costs(config: RelatedRun, frames: int, text: int, model: FieldVideoLLM) -> d
     if config.model.method == "mod":
         return cost_ratios(config.model, frames, text)
     clips = counted_clips(config.data, config.model)
-    own, whole = counted(model, Vocabulary(HARDER_WORDS), clips), full_counts(config.data, config.model)
+    own, whole = counted(model, Vocabulary(words_of(config.data)), clips), full_counts(config.data, config.model)
     return {"flop_ratio": (own["flops"] - own["encoder"]) / (whole["flops"] - whole["encoder"]),
             "kv_ratio": own["entries"] / whole["entries"]}
 
@@ -103,7 +109,7 @@ def full_counts(data: HarderData, model: FieldModel) -> dict[str, float]:
     """What full computation costs on these clips, whatever its weights."""
     with torch.random.fork_rng(devices=[]):  # which are drawn aside from the run's
         full = build_model(configure(model, "full"))
-    return counted(full, Vocabulary(HARDER_WORDS), counted_clips(data, model))
+    return counted(full, Vocabulary(words_of(data)), counted_clips(data, model))
 
 
 WORLD = World(RelatedRun, PRESETS, build, validate, costs, settle)

@@ -1,4 +1,5 @@
-"""Routers that only a study needs: an oracle that is told where the sprites are, and one that is taught by attention.
+"""Routers that only a study needs: an oracle that is told where the sprites are, one that is taught by attention, and
+one choice for all layers, which is dropping tokens before the decoder.
 
 `equip(model, kind)` puts one of them into every routed layer of a model. What a router must know beyond its tokens
 comes to it through hooks, so the model knows nothing of it.
@@ -66,6 +67,18 @@ class TaughtRouter(LayerExpert):
         return super().weight(scores if self.lesson is None else Lesson.apply(scores, self.lesson))
 
 
+class OneChoice(LayerExpert):
+    """The first routed layer's choice, in every routed layer: the others' tokens might as well be dropped before the
+    decoder, though they still take up positions. Each layer scales what it keeps by the same mu."""
+
+    first: "OneChoice | None" = None  # whose scores these are; None: its own
+    scores: Tensor | None = None  # (F, N) of the frames that came last
+
+    def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        self.scores = super().score(tokens, pos) if self.first is None else self.first.scores
+        return self.scores
+
+
 @torch.no_grad()
 def attention_from_text(attention: Attention, x: Tensor, turn: Tensor, pos: Tensor, vision: Tensor) -> Tensor:
     """The attention that each vision token gets from text: mean over heads, sum over all tokens that are not vision.
@@ -84,13 +97,14 @@ def attention_from_text(attention: Attention, x: Tensor, turn: Tensor, pos: Tens
 
 
 def equip(model: VideoLLM, kind: str) -> None:
-    """Put "oracle" or "taught" routers into a model's routed layers.
+    """Put "oracle", "taught" or "once" routers into a model's routed layers.
 
     Raises UserError for another kind, and ValueError when a taught router has no dense layer before it to learn from.
     """
-    if kind not in ("oracle", "taught"):
-        raise UserError(f"routers got {kind!r}, expected oracle or taught; leave it out for those of the configuration")
-    config, previous = model.config, None
+    if kind not in ("oracle", "taught", "once"):
+        raise UserError(f"routers got {kind!r}, expected oracle, taught or once; leave it out for those of the "
+                        "configuration")
+    config, previous, first = model.config, None, None
     for number, layer in enumerate(model.decoder.layers):
         if not isinstance(layer, MoDBlock):
             previous = layer
@@ -99,6 +113,12 @@ def equip(model: VideoLLM, kind: str) -> None:
         if kind == "oracle":
             layer.router = OracleRouter(*size)
             model.vit.register_forward_pre_hook(partial(tell, layer.router, config.grid))
+            continue
+        if kind == "once":
+            one = OneChoice(*size)
+            one.load_state_dict(layer.router.state_dict())
+            object.__setattr__(one, "first", first)  # not as a submodule: its weights are the first layer's
+            layer.router, first = one, first or one
             continue
         if previous is None:
             raise ValueError("a taught router learns from the dense layer before it, and there is none")

@@ -30,7 +30,8 @@ from mod.train import train, warm_up_vit
 from mod.videollm import VideoLLM
 
 # How a question begins: its kind. An answer after the last frame may be to a question asked before the first.
-QUESTIONS = {"where is": "now", "where did": "past", "which spark": "spark", "which side": "side", "well ?": "ahead"}
+QUESTIONS = {"where is the leader": "leader", "where is": "now",
+             "where did": "past", "which spark": "spark", "which side": "side", "well ?": "ahead"}
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,14 @@ def quick(base: Config) -> Config:
 def answers_by_kind(model: VideoLLM, source: Source, clips: Sequence[Clip]) -> dict[str, float]:
     """Share of right answers for every kind of question, teacher-forced."""
     right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS.values()}
+
+    def kind(question: str) -> str:
+        return next(kind for opening, kind in QUESTIONS.items() if question.startswith(opening))
+
     for turns, clip in zip(teacher_forced(model, source.words, clips)[0], clips, strict=True):
         asked = [say.text for say in clip.said if say.role == "user" and say.frame >= 0]
         for question, turn in zip(asked, [turn for turn in turns if turn.kind == "answer"], strict=True):
-            right[QUESTIONS[" ".join(question.split()[:2])]].append(turn.exact)
+            right[kind(question)].append(turn.exact)
     return {kind: sum(flags) / len(flags) for kind, flags in right.items() if flags}
 
 
@@ -169,7 +174,8 @@ def curve(out: Path) -> Iterator[dict]:
             recall = {layer: round(value, 3) for layer, value in entry["recall"].items()}
             yield {"step": entry["step"], "lm": round(entry["lm"], 4), "recall": recall}
         elif entry["kind"] == "eval":
-            yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4)}
+            yield {"step": entry["step"], "narration": round(entry["narration_exact"], 4),
+                   "questions": round(entry["question_accuracy"], 4)}
 
 
 def train_here(job: Job) -> None:

@@ -1,0 +1,105 @@
+"""A crowd: more sprites in every frame than any routed layer keeps tokens, and questions about any of them.
+
+Between two frames everybody steps to another cell, silently, so that what is new in a frame says nothing about what
+matters. Sometimes one of them leaves a trail where it was; that is narrated. How hard it is, is told by numbers:
+
+    crowd   sprites in a frame
+    asks    questions after a frame, each about another sprite
+    looks   share of questions that need two look-ups: "where is the leader of the red-disc ?"
+    later   share of questions about the first frame: "where did the red-disc appear ?"
+    ahead   chance that one question is asked before the first frame, and answered after the last (see data.py)
+
+An answer repeats the name, so that the token that predicts the side knows whom to look for. With "now left" instead,
+that token must first fetch the name from the question, and in a dense first layer it finds another way before it learns
+that: it counts the sprites of each side, guesses the fullest, and stays there.
+
+A sprite's *leader* is the sprite of its own shape that has the colour of its badge, a small square in its middle.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+
+from mod.data import CELLS, COLOURS, LABEL_SIZES, SHAPES, Scene, Sprite, patch_of
+
+BADGE = 3  # side of a badge, pixels
+BADGE_LABEL = len(LABEL_SIZES)  # column of the patch labels
+CROWD_LABEL_SIZES = (*LABEL_SIZES, 1 + len(COLOURS))
+NAMES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+NAME_WORDS = tuple(f"{colour}-{shape}" for colour, shape in NAMES)
+MOST = CELLS * CELLS - 5  # sprites of a frame, at most
+
+
+@dataclass(eq=False)
+class Member(Sprite):
+    """A sprite whose name is one word: finding it is one look, with no words to be put together before."""
+
+    leader: "Member | None" = None  # None for the only one of its shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour}-{self.shape}"
+
+
+class CrowdScene(Scene):
+    """`config.crowd` sprites, all of which are there from the first frame on and in every frame."""
+
+    def step(self) -> str | None:
+        rng, cells = self.rng, [divmod(cell, CELLS) for cell in range(CELLS * CELLS)]
+        mover = None
+        if not self.sprites:
+            names = rng.permutation(len(NAMES))[: self.config.crowd]
+            self.sprites = [Member(*NAMES[name], row=-1, column=-1, jitter=(0, 0)) for name in names]
+            for shape in SHAPES:
+                same = [sprite for sprite in self.sprites if sprite.shape == shape]
+                for sprite, leader in zip(same, same[1:] + same[:1], strict=True):
+                    sprite.leader = leader if leader is not sprite else None
+        elif rng.random() < self.config.event_rate:
+            mover = self.topic = self.sprites[rng.integers(len(self.sprites))]
+            cells.remove((mover.row, mover.column))  # where its trail is seen
+        for sprite, cell in zip(self.sprites, rng.permutation(len(cells)), strict=False):
+            sprite.trail = (sprite.row, sprite.column) if sprite is mover else None
+            sprite.row, sprite.column = cells[cell]
+            sprite.jitter = tuple(rng.integers(0, 2, 2))
+            sprite.first = sprite.first or sprite.side
+        return f"{mover.name} moves {mover.height}" if mover else None
+
+    def truth(self) -> dict[str, str]:
+        answers = {}
+        for sprite in self.sprites:
+            answers[f"where is the {sprite.name} ?"] = f"{sprite.name} {sprite.side}"
+            answers[f"where did the {sprite.name} appear ?"] = f"first {sprite.name} {sprite.first}"
+            if leader := sprite.leader:
+                answers[f"where is the leader of the {sprite.name} ?"] = f"leader of {sprite.name} {leader.side}"
+        return answers
+
+    def asked(self, truth: dict[str, str]) -> list[str]:
+        rng, questions = self.rng, []
+        if rng.random() >= self.config.question_rate:
+            return questions
+        for number in rng.permutation(len(self.sprites))[: self.config.asks]:
+            name, (two, past) = self.sprites[number].name, rng.random(2)
+            question = f"where did the {name} appear ?" if past < self.config.later else f"where is the {name} ?"
+            leader = f"where is the leader of the {name} ?"
+            questions.append(leader if two < self.config.looks and leader in truth else question)
+        return questions
+
+    def paint(self, frame: np.ndarray) -> None:
+        super().paint(frame)
+        cell = frame.shape[-2] // CELLS
+        for sprite in self.sprites:
+            if leader := sprite.leader:
+                top, left = (cell * at + jitter + (cell - 1 - BADGE) // 2 for at, jitter in
+                             zip((sprite.row, sprite.column), sprite.jitter, strict=True))
+                frame[:, top : top + BADGE, left : left + BADGE] = np.asarray(COLOURS[leader.colour])[:, None, None]
+
+    def patch_labels(self, side: int, patch: int) -> np.ndarray:
+        """(P, 6), the core's and the colour of a badge, from 1."""
+        across = side // patch
+        badges = np.zeros((across, across, 1), np.int64)
+        for sprite in self.sprites:
+            if leader := sprite.leader:
+                badges[patch_of((sprite.row, sprite.column), side, patch)] = 1 + list(COLOURS).index(leader.colour)
+        core = super().patch_labels(side, patch)
+        return np.concatenate((core, rearrange(badges, "h w c -> (h w) c")), axis=1)

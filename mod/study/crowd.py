@@ -1,0 +1,207 @@
+"""Where MoD earns its keep: crowds, with more sprites in a frame than any routed layer keeps tokens.
+
+    python -m mod.study.crowd                 # 10 seeds of each variant, two at a time
+    python -m mod.study.crowd --seeds 5       # fewer
+    python -m mod.study.crowd --quick         # two seeds of a few steps each, to see that it works
+    python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
+
+Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
+for word. `mod-all` is compared with every other variant of its cost, and with full computation, seed by seed, by paired
+t-tests with Holm's correction; the same for `mod`, the interleaved pattern.
+
+What a kind of method *can* reach is computed beside it: see `ceiling`. Finished runs are kept in results/crowd and are
+never repeated. Writes results/crowd.json, .md and .png.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+
+from mod.config import ModelConfig, require
+from mod.data import CELLS
+from mod.live.costs import dense
+from mod.live.picture import BLUE, VERMILION, save
+from mod.related.data import HarderData
+from mod.related.world import WORLD
+from mod.study.ablate_report import Values, mean_error
+from mod.study.common import command, markdown, publish
+from mod.study.costs import average_text, decoder_flops, kv_bytes
+from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
+
+BASE = WORLD.presets["crowd"]
+LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
+VARIANTS = {
+    "full": Variant("full computation", {"layers": "none"}),
+    "mod-all": Variant("MoD in all layers", {"layers": "all"}),
+    "random-all": Variant("chance in all layers", {"layers": "all", "select": "random"}),
+    "uniform-all": Variant("uniform in all layers", {"layers": "all", "select": "uniform"}),
+    "drop": Variant("one learned choice for all layers (dropping)", {"layers": "all"}, "once"),
+    "pool": Variant("pooling to 1 + 2×2 tokens", {"layers": "none", "grid": 2}),
+    "exit": Variant("early exit after 1 of 4 layers", {"layers": "keep:1,0,0,0"}),
+    "skip": Variant("skipping all layers but the second", {"layers": "keep:0,1,0,0"}),
+    "mod": Variant("MoD, interleaved", {"layers": "interleaved"}),
+    "random": Variant("chance, interleaved", {"layers": "interleaved", "select": "random"}),
+    "exit-2": Variant("early exit after 2 of 4 layers", {"layers": "keep:1,1,0,0"}),
+    "skip-2": Variant("skipping every other layer", {"layers": "keep:1,0,1,0"}),
+    "pool-4": Variant("pooling to 1 + 4×4 tokens", {"layers": "none", "grid": 4}),
+}
+RIVALS = {"mod-all": ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full"),
+          "mod": ("random", "exit-2", "skip-2", "pool-4", "full")}
+MEASURES = {
+    "quality": lambda run: run["question_accuracy"],
+    "one look": lambda run: run["kinds"].get("now"),
+    "two looks": lambda run: run["kinds"].get("leader"),
+    "narration": lambda run: run["narration_exact"],
+    "speak": lambda run: run["speak_accuracy"],
+    "silence": lambda run: run["silence_accuracy"],
+    "free-running narration": lambda run: run["free_running"]["narration_exact"],
+    "steps to 0.9": lambda run: next((at["step"] for at in run["curve"] if at.get("questions", 0) >= 0.9), None),
+}
+
+
+@dataclass(frozen=True)
+class Flags(TrialFlags):
+    seeds: int = 10  # seeds 0 to this minus 1
+
+
+def costs(name: str, text: float) -> dict[str, float]:
+    """Of a variant as a share of full computation: decoder FLOPs and KV cache of a live stream, FLOPs of the clips that
+    it is trained on, with so many text tokens each, and what it can reach."""
+    config, full = configure(BASE, VARIANTS[name], 0).model, dense(BASE.model)
+    live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
+    clip = BASE.data.frames, text
+
+    def share(cost, stream) -> float:
+        return cost(config, *stream) / cost(full, *stream)
+
+    return {"flops": share(decoder_flops, live), "kv": share(kv_bytes, live), "clip flops": share(decoder_flops, clip),
+            "ceiling": ceiling(name, config, BASE.data)}
+
+
+def ceiling(name: str, config: ModelConfig, data: HarderData, draws: int = 2000) -> float | None:
+    """The share of one-look questions that can be answered if every sprite is known that *some* layer keeps, and the
+    fullest guess is made about the others: the side with the most cells that are not known to hold somebody else.
+
+    What a layer keeps is simulated: all, by chance, always the same tokens, or as many sprites as there is room for,
+    in each layer others. Pooled tokens mix sprites, so nothing is said of them.
+    """
+    if config.grid < CELLS:
+        return None
+    rng, right = np.random.default_rng(0), 0.0
+    tokens, cells = config.frame_tokens, CELLS * CELLS
+    for _ in range(draws):
+        crowd = rng.permutation(cells)[: data.crowd]
+        known: set[int] = set()
+        for k in config.keep_counts:
+            if k == tokens:
+                known |= set(crowd)
+            elif config.select == "random":
+                known |= set(crowd) & set(rng.permutation(tokens)[:k] - 1)
+            elif config.select == "uniform":
+                known |= set(crowd) & {i - 1 for i in range(tokens) if (i + 1) * k // tokens > i * k // tokens}
+            elif name != "drop" or not known:
+                known |= set([cell for cell in crowd if cell not in known][:k])
+        free = np.ones(cells)
+        free[list(known)] = 0
+        guess = free.reshape(CELLS, CELLS).sum(0).max() / free.sum()
+        right += (len(known) + (data.crowd - len(known)) * guess) / data.crowd
+    return float(right / draws)
+
+
+def holm(pvalues: list[float]) -> list[float]:
+    """Holm's correction: the smallest p counts as often as there are tests, the next once less, and none goes down."""
+    order, corrected, worst = np.argsort(pvalues), [0.0] * len(pvalues), 0.0
+    for rank, test in enumerate(order):
+        worst = max(worst, min(1.0, (len(pvalues) - rank) * pvalues[test]))
+        corrected[test] = worst
+    return corrected
+
+
+def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
+    """The difference to each of the others, seed by seed: mean, 95% interval, effect size, Holm's p."""
+    rows, pvalues = {}, []
+    for name, other in others.items():
+        pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
+        gaps = pairs["one"] - pairs["other"]
+        wide = student.ppf(0.975, len(gaps) - 1) * gaps.sem()
+        pvalues.append(ttest_rel(pairs["one"], pairs["other"]).pvalue if gaps.std() > 0 else 1.0)
+        rows[f"`{name}`"] = {"difference": f"{gaps.mean():+.3f}",
+                             "95% interval": f"{gaps.mean() - wide:+.3f} to {gaps.mean() + wide:+.3f}",
+                             "difference / its spread": f"{gaps.mean() / gaps.std():+.1f}" if gaps.std() > 0 else "-"}
+    for row, p in zip(rows.values(), holm(pvalues), strict=True):
+        row["p, corrected"] = f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def report(data: dict) -> str:
+    values, shown = data["values"], {}
+    for name in values:
+        mean, error = mean_error(values[name]["quality"])
+        worst = min(values[name]["quality"].values())
+        cost = data["costs"][name]
+        narration, silence = (mean_error(values[name][measure])[0] for measure in ("narration", "silence"))
+        shown[f"`{name}` {VARIANTS[name].title}"] = {
+            "quality (worst seed)": f"{mean:.3f} ± {error:.3f} ({worst:.3f})",
+            "ceiling": f"{cost['ceiling']:.2f}" if cost["ceiling"] else "-",
+            "narration": f"{narration:.3f}", "silence": f"{silence:.3f}",
+            "FLOPs": f"{cost['flops']:.2f}", "KV cache": f"{cost['kv']:.2f}"}
+    seeds = sorted({len(found["quality"]) for found in values.values()})
+    parts = [f"Mean ± standard error over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds after "
+             f"{data['steps']} steps, on {data['clips']} validation clips. Quality: questions answered right. Costs: "
+             f"of a stream of {LIVE} frames with a question after every fourth, as a share of full computation.\n",
+             markdown(pd.DataFrame.from_dict(shown, orient="index"))]
+    for one, others in RIVALS.items():
+        there = {name: values[name]["quality"] for name in others if name in values}
+        common = {name: found for name, found in there.items() if len(set(found) & set(values[one]["quality"])) > 2}
+        if one in values and common:
+            parts += [f"`{one}` minus the others in quality, seed by seed:\n",
+                      markdown(compare(values[one]["quality"], common))]
+    return "\n".join(parts)
+
+
+def plot(data: dict, path: Path) -> None:
+    """Quality against cost, with what each could reach."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    for name, found in data["values"].items():
+        mean, error = mean_error(found["quality"])
+        cost = data["costs"][name]
+        colour = VERMILION if name.startswith("mod") else BLUE
+        axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
+        axis.annotate(name, (cost["flops"], mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if cost["ceiling"] is not None:
+            axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
+    axis.set(title="A crowd: quality against cost (grey: what that kind of method can reach in one-look questions)",
+             xlabel="decoder FLOPs of a live stream (share of full computation)",
+             ylabel="questions answered right (share), ± standard error", xlim=(0.2, 1.08), ylim=(0, 1.05))
+    axis.grid(alpha=0.3)
+    save(figure, path)
+
+
+def run(flags: Flags) -> int:
+    base, runs, out, seeds = BASE, Path("runs/crowd"), Path("results/crowd"), flags.seeds
+    if flags.quick:
+        base, runs, out, seeds = quick(base), Path("runs/crowd-quick"), Path("runs/crowd-quick/crowd"), min(seeds, 2)
+    if not flags.report:
+        sweep(runs, out, base, VARIANTS, list(VARIANTS), seeds, flags.jobs)
+    found = {name: some for name, some in collect(out, base, VARIANTS, seeds).items() if some}
+    require(found, f"no finished run in {out}; train first, without --report")
+    _, source = WORLD.build(base, torch.device("cpu"))
+    text = average_text(source.validation(64), source.words)
+    results = {"steps": base.train.steps, "clips": base.train.eval_clips, "values": read_off(found, MEASURES),
+               "costs": {name: costs(name, text) for name in found}}
+    publish(out.with_suffix("") if flags.quick else Path("results/crowd"), results, report(results), plot)
+    return 0
+
+
+main = command("mod.study.crowd", __doc__, Flags, run)
+
+if __name__ == "__main__":
+    sys.exit(main())
