@@ -13,9 +13,9 @@ from mod.config import Config, DataConfig, ModelConfig, TrainConfig
 from mod.data import recall
 from mod.evaluate import teacher_forced
 from mod.layers import Rope
-from mod.related.data import SPARK_LABEL
+from mod.related.data import SPARK_LABEL, HarderData
 from mod.related.world import WORLD
-from mod.study import ablate, routers, seeds, sweep
+from mod.study import ablate, crowd, routers, seeds, sweep
 from mod.study.ablate_report import judge, mean_and_error, report
 from mod.study.sweep import Job, Variant, collect, configure, same, train_here
 from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
@@ -92,8 +92,26 @@ class TestRouters:
             assert all((layer.router.lesson is not None) == training for layer in routed(model))
         with pytest.raises(ValueError, match="dense layer before it"):
             equipped("taught", layers="all")
-        with pytest.raises(ValueError, match="expected oracle or taught"):
+        with pytest.raises(ValueError, match="expected oracle, taught or once"):
             equipped("nobody")
+
+    def test_one_choice_is_made_once_and_learns_from_every_layer(self):
+        """Also in a stream, frame by frame."""
+        model = equipped("once", layers="keep:0.4,1,0.4,0.4").double()
+        batch, trace = as_batch(model.config, [(3, []), (2, [])]), []
+        offline(model, batch)
+        model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace)
+        assert [routing.layer for routing in trace] == [0, 2, 3]
+        assert all(torch.equal(routing.kept, trace[0].kept) for routing in trace)
+        text, stream = model(batch)
+        (text + stream).backward()
+        first, *others = [layer.router for layer in routed(model)]
+        assert first.w.weight.grad.abs().max() > 0 and all(one.w.weight.grad is None for one in others)
+        with torch.no_grad():
+            first.w.weight.neg_()
+        again = []
+        model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=again)
+        assert not torch.equal(again[0].kept, trace[0].kept) and torch.equal(again[2].kept, again[0].kept)
 
     def test_lessons_alone_teach_a_router_what_the_text_reads(self):
         """With a main loss of zero the lesson is all that it learns from."""
@@ -110,6 +128,35 @@ class TestRouters:
             optimizer.step()
         kept = torch.zeros(7, 5, dtype=torch.bool).scatter(1, chosen, True)
         assert (kept == router.lesson.bool()).float().mean() > 0.9
+
+
+class TestCrowd:
+    def test_ceilings_are_those_that_can_be_worked_out_by_hand(self):
+        data, found = HarderData(crowd=10), {}
+        for name in crowd.VARIANTS:
+            found[name] = crowd.ceiling(name, configure(crowd.BASE, crowd.VARIANTS[name], 0).model, data)
+        assert all(found[name] == 1 for name in ("full", "mod-all", "mod", "exit", "skip", "exit-2", "skip-2", "random"))
+        # A guess is right in one of five, or a little more often, because known sprites leave less room for others.
+        for name, known in (("drop", 6 / 10), ("random-all", 1 - (20 / 26) ** 4), ("uniform-all", 6 / 26)):
+            assert known + (1 - known) / 5 < found[name] < known + (1 - known) / 3.5, name
+        assert found["pool"] is None and found["pool-4"] is None
+
+    def test_holms_correction(self):
+        """Worked by hand: .01 * 4, .02 * 3, .03 * 2, and .04 * 1, none below the one before."""
+        assert crowd.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+        assert crowd.holm([0.5, 0.9]) == [1.0, 1.0] and crowd.holm([0.001]) == [0.001]
+
+    def test_comparisons_pair_the_seeds_that_both_have(self):
+        one, other = {"0": 0.9, "1": 0.8, "2": 0.7, "3": 0.6}, {"2": 0.5, "1": 0.5, "0": 0.5, "7": 0.0}
+        row = crowd.compare(one, {"other": other}).loc["`other`"]
+        assert row["difference"] == "+0.300" and row["95% interval"] == "+0.052 to +0.548"
+        assert row["difference / its spread"] == "+3.0" and row["p, corrected"] == "0.0351"
+
+    def test_rivals_are_variants_and_cost_no_less(self):
+        spent = {name: crowd.costs(name, 100)["flops"] for name in crowd.VARIANTS}
+        for one, others in crowd.RIVALS.items():
+            for other in others:
+                assert spent[other] > 0.8 * spent[one], (one, other)
 
 
 @pytest.fixture(scope="module")
