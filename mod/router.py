@@ -29,8 +29,6 @@ from torch import Tensor, nn
 
 from mod.config import ModelConfig, UserError, keep_count
 
-ROUTER_STD = 0.02  # of a new router's weights
-
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins."""

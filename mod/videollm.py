@@ -11,7 +11,6 @@ from mod.cache import KVCache
 from mod.config import ModelConfig
 from mod.decoder import Decoder
 from mod.layout import Batch, Plan
-from mod.router import ROUTER_STD, LayerExpert
 from mod.vit import MLP, ViT
 
 
@@ -73,12 +72,14 @@ class VideoLLM(nn.Module):
 
 
 def init(module: nn.Module) -> None:
-    """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); routers start small; norms at one."""
+    """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); norms are at one.
+
+    So do the routers. With weights five times smaller those of different layers begin nearly alike, and may keep the
+    same tokens.
+    """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-    if isinstance(module, LayerExpert):
-        nn.init.normal_(module.w.weight, std=ROUTER_STD)

@@ -15,7 +15,7 @@ from mod.related.world import WORLD, build
 
 MODEL = ModelConfig()
 CROWDS = st.builds(HarderData, frames=st.integers(1, 5), crowd=st.integers(1, MOST), asks=st.integers(1, 6),
-                   looks=st.sampled_from([0.0, 0.5, 1.0]), later=st.sampled_from([0.0, 0.5, 1.0]),
+                   looks=st.sampled_from([0.0, 0.5, 1.0]), later=st.sampled_from([0.0, 0.5, 1.0]), echo=st.booleans(),
                    ahead=st.sampled_from([0.0, 1.0]))
 SEEDS = st.integers(0, 1000)
 
@@ -49,7 +49,7 @@ def test_answers_are_true_and_leaders_are_of_the_same_shape(data, seed):
     for scene, _, now in scenes(data, seed):
         truth = scene.truth()
         for sprite in scene.sprites:
-            assert truth[f"where is the {sprite.name} ?"] == f"{sprite.name} {SIDES[now[sprite.name][1]]}"
+            assert truth[f"where is the {sprite.name} ?"] == f"{sprite.name if data.echo else 'now'} {SIDES[now[sprite.name][1]]}"
             assert truth[f"where did the {sprite.name} appear ?"] == f"first {sprite.name} {sprite.first}"
             same = [one for one in scene.sprites if one.shape == sprite.shape and one is not sprite]
             leader = sprite.leader

@@ -22,7 +22,7 @@ from mod.decoder import Decoder
 from mod.layout import TEXT, make_plan
 from mod.real.config import RealModel
 from mod.real.rope import ScaledRope
-from mod.router import ROUTER_STD, LayerExpert, new_router
+from mod.router import LayerExpert, new_router
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Our name of each part of a layer, and Hugging Face's.
@@ -249,7 +249,7 @@ def load_llm(folder: Path, config: RealModel, dtype: torch.dtype = torch.float32
         if ratio < 1:  # once more, off the meta device: what else it has than w begins as its class says
             router = new_router(config, number)
             if isinstance(router, LayerExpert):
-                nn.init.normal_(router.w.weight, std=0.0 if config.gate.startswith("sigmoid") else ROUTER_STD)
+                nn.init.normal_(router.w.weight, std=0.0 if config.gate.startswith("sigmoid") else config.dim**-0.5)
             layer.router = router.to(device, dtype)
     return decoder
 

@@ -6,12 +6,13 @@ matters. Sometimes one of them leaves a trail where it was; that is narrated. Ho
     crowd   sprites in a frame
     asks    questions after a frame, each about another sprite
     looks   share of questions that need two look-ups: "where is the leader of the red-disc ?"
+    echo    do answers repeat the name?
     later   share of questions about the first frame: "where did the red-disc appear ?"
     ahead   chance that one question is asked before the first frame, and answered after the last (see data.py)
 
-An answer repeats the name, so that the token that predicts the side knows whom to look for. With "now left" instead,
-that token must first fetch the name from the question, and in a dense first layer it finds another way before it learns
-that: it counts the sprites of each side, guesses the fullest, and stays there.
+An answer repeats the name ("red-disc left"), so that the token that predicts the side knows whom to look for. Without
+`echo` it is "now left": then that token must fetch the name from the question before it can look. A dense first layer
+finds another way before it learns that. It looks at the frame, guesses the side with the most sprites, and stays there.
 
 A sprite's *leader* is the sprite of its own shape that has the colour of its badge, a small square in its middle.
 """
@@ -66,9 +67,9 @@ class CrowdScene(Scene):
         return f"{mover.name} moves {mover.height}" if mover else None
 
     def truth(self) -> dict[str, str]:
-        answers = {}
+        answers, echo = {}, self.config.echo
         for sprite in self.sprites:
-            answers[f"where is the {sprite.name} ?"] = f"{sprite.name} {sprite.side}"
+            answers[f"where is the {sprite.name} ?"] = f"{sprite.name if echo else 'now'} {sprite.side}"
             answers[f"where did the {sprite.name} appear ?"] = f"first {sprite.name} {sprite.first}"
             if leader := sprite.leader:
                 answers[f"where is the leader of the {sprite.name} ?"] = f"leader of {sprite.name} {leader.side}"

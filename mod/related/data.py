@@ -68,6 +68,7 @@ class HarderData(DataConfig):
     asks: int = 4  # questions after a frame of a crowd
     looks: float = 0.0  # share of a crowd's questions that need two look-ups
     later: float = 0.0  # share of a crowd's questions about its first frame
+    echo: bool = True  # answers about a crowd repeat the name of whom they are about
 
     def __post_init__(self):
         super().__post_init__()

@@ -33,7 +33,7 @@ from mod.decoder import Decoder, MoDBlock
 from mod.layers import PAD, Block
 from mod.layout import Plan
 from mod.related.ragged import is_vision, shorten
-from mod.router import ROUTER_STD, top_k
+from mod.router import top_k
 
 
 class Depth(NamedTuple):
@@ -85,7 +85,7 @@ class SequenceMoD(MoDBlock):
     def __init__(self, block: Block, dim: int, capacity: float = 0.125, hidden: int = 32):
         super().__init__(block, nn.Linear(dim, 1, bias=False))
         self.capacity = capacity
-        nn.init.normal_(self.router.weight, std=ROUTER_STD)
+        nn.init.normal_(self.router.weight, std=0.02)
         self.predictor = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         self.auxiliary: Tensor | None = None
 
@@ -243,7 +243,7 @@ class GammaMoD(MoDBlock):
 def gamma_router(dim: int) -> nn.Linear:
     """The router that gamma-MoD's layers share: a logit for skipping and one for being kept."""
     router = nn.Linear(dim, 2)
-    nn.init.normal_(router.weight, std=ROUTER_STD)
+    nn.init.normal_(router.weight, std=0.02)
     nn.init.zeros_(router.bias)
     return router
 

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from mod.config import ModelConfig
 from mod.layers import PAD
 from mod.related.ragged import CountingCache, CountingLayer
-from mod.router import ROUTER_STD
 
 
 def codes(frame: Tensor, voco: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class VoCo(nn.Module):
 
     def __init__(self, dim: int, k: int = 1):
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(k, dim) * ROUTER_STD)
+        self.tokens = nn.Parameter(torch.randn(k, dim) * 0.02)
 
     def forward(self, x: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), frame (T,), the same in all rows -> x (B, T', D) with VoCo tokens, frame and voco (T',)."""

@@ -45,8 +45,8 @@ PRESETS = {
     # More sprites than any routed layer keeps: here learned routing, chance and dropping differ.
     "crowd": RelatedRun(
         model=FieldModel(vocab_size=96),
-        data=HarderData(frames=6, crowd=10, event_rate=0.3, question_rate=0.75),
-        train=TrainConfig(steps=400, vit_steps=400),
+        data=HarderData(frames=4, crowd=10, event_rate=0.5, question_rate=0.75),
+        train=TrainConfig(steps=600, vit_steps=400, save_every=300),
     ),
 }
 

@@ -52,8 +52,18 @@ VARIANTS = {
     "skip-2": Variant("skipping every other layer", {"layers": "keep:1,0,1,0"}),
     "pool-4": Variant("pooling to 1 + 4×4 tokens", {"layers": "none", "grid": 4}),
 }
+# Where routing begins: whether the first layer sees the frame decides whether the name is fetched from the question.
+NOW = {"data": {"echo": False}}
+VARIANTS |= {
+    "now-full": Variant("full computation", {"layers": "none"}, **NOW),
+    "now-skip-first": Variant("vision skips layer 0: nothing is chosen", {"layers": "keep:0,1,1,1"}, **NOW),
+    "now-even": Variant("MoD in layers 0 and 2", {"layers": "0,2"}, **NOW),
+    "now-even-random": Variant("chance in layers 0 and 2", {"layers": "0,2", "select": "random"}, **NOW),
+    "now-odd": Variant("MoD in layers 1 and 3", {"layers": "1,3"}, **NOW),
+}
 RIVALS = {"mod-all": ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full"),
-          "mod": ("random", "exit-2", "skip-2", "pool-4", "full")}
+          "mod": ("random", "exit-2", "skip-2", "pool-4", "full"),
+          "now-even": ("now-full", "now-skip-first", "now-even-random", "now-odd")}
 MEASURES = {
     "quality": lambda run: run["question_accuracy"],
     "one look": lambda run: run["kinds"].get("now"),
