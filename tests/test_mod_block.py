@@ -169,17 +169,19 @@ class TestGradients:
 
     def test_every_router_gets_a_gradient_with_the_value_gate(self):
         model = small_model(layers="all")
+        for block in routed(model):
+            block.router.w.weight.data.mul_(0.1)  # where the sigmoid is not flat
         self.loss(model, as_batch(model.config, [(3, [Say(1, "assistant", "red disc moves")])])).backward()
         for block in routed(model):
             assert block.router.w.weight.grad.abs().max() > 1e-8
 
     def test_last_router_gets_none_with_the_papers_gate_when_only_text_predicts(self):
         """Why the value gate exists: nobody reads what the last layer writes to a vision token."""
-        for gate, learns in (("score-update", False), ("sigmoid-update", False), ("score-value", True), ("sigmoid-value", True)):
+        for gate in get_args(Gate):
             model = small_model(layers="all", gate=gate)
             batch = as_batch(model.config, [(3, [Say(2, "assistant", "red disc moves")])])
             self.loss(model, batch, streaming=False).backward()
-            assert (routed(model)[-1].router.w.weight.grad.abs().max() > 0) == learns
+            assert (routed(model)[-1].router.w.weight.grad.abs().max() > 0) == gate.endswith("value")
 
     def test_skipped_tokens_pass_the_gradient_through_unchanged(self):
         model = small_model()
