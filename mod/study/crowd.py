@@ -2,6 +2,7 @@
 
     python -m mod.study.crowd                 # 10 seeds of each variant, two at a time
     python -m mod.study.crowd --seeds 5       # fewer
+    python -m mod.study.crowd --only mod-all,full    # two variants
     python -m mod.study.crowd --quick         # two seeds of a few steps each, to see that it works
     python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
 
@@ -79,6 +80,16 @@ MEASURES = {
 @dataclass(frozen=True)
 class Flags(TrialFlags):
     seeds: int = 10  # seeds 0 to this minus 1
+    only: str = ""  # train these variants alone, names with commas between; the table has all that are finished
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.names:
+            require(name in VARIANTS, f"only got {name!r}, expected names among {', '.join(VARIANTS)}")
+
+    @property
+    def names(self) -> list[str]:
+        return self.only.split(",") if self.only else list(VARIANTS)
 
 
 def costs(name: str, text: float) -> dict[str, float]:
@@ -200,7 +211,7 @@ def run(flags: Flags) -> int:
     if flags.quick:
         base, runs, out, seeds = quick(base), Path("runs/crowd-quick"), Path("runs/crowd-quick/crowd"), min(seeds, 2)
     if not flags.report:
-        sweep(runs, out, base, VARIANTS, list(VARIANTS), seeds, flags.jobs)
+        sweep(runs, out, base, VARIANTS, flags.names, seeds, flags.jobs)
     found = {name: some for name, some in collect(out, base, VARIANTS, seeds).items() if some}
     require(found, f"no finished run in {out}; train first, without --report")
     _, source = WORLD.build(base, torch.device("cpu"))
