@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mod.config import ModelConfig, UserError
 from mod.data import CELLS, COLOURS, LABEL_SIZES, SHAPES, SIDES, patch_of
 from mod.layout import Vocabulary, lay_out
-from mod.related.crowd import BADGE_LABEL, CROWD_LABEL_SIZES, MOST, NAME_WORDS, CrowdScene
+from mod.related.crowd import BADGE_LABEL, CROWD_LABEL_SIZES, MOST, NAME_WORDS, TRAIL_LABELS, CrowdScene
 from mod.related.data import HARDER_WORDS, HarderData, harder, make_clip, words_of
 from mod.related.world import WORLD, build
 
@@ -72,6 +72,8 @@ def test_labels_say_what_is_painted(data, seed):
         labels = bare.reshape(CELLS, CELLS, -1)
         assert labels.shape[-1] == len(CROWD_LABEL_SIZES) and (bare.max(0) < np.array(CROWD_LABEL_SIZES)).all()
         assert (labels[..., 0] > 0).sum() == data.crowd
+        trails = sum(sprite.trail is not None for sprite in scene.sprites)
+        assert (labels[..., TRAIL_LABELS] > 0).any(-1).sum() == trails
         for sprite in scene.sprites:
             colour, shape, *_ = mine = labels[patch_of((sprite.row, sprite.column), side, MODEL.patch_size)]
             assert (list(COLOURS)[colour - 1], SHAPES[shape - 1]) == (sprite.colour, sprite.shape)
@@ -79,6 +81,9 @@ def test_labels_say_what_is_painted(data, seed):
             middle = frame[:, sprite.row * cell + sprite.jitter[0] + 3, sprite.column * cell + sprite.jitter[1] + 3]
             shown = leader or sprite
             np.testing.assert_allclose(middle, COLOURS[shown.colour], rtol=1e-6)
+            if sprite.trail:
+                there = labels[patch_of(sprite.trail, side, MODEL.patch_size)]
+                assert there[0] == 0 and there[4] == 1 and list(there[TRAIL_LABELS]) == [colour, shape]
             assert mine[BADGE_LABEL] == (1 + list(COLOURS).index(leader.colour) if leader else 0)
 
 

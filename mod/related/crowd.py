@@ -25,8 +25,9 @@ from einops import rearrange
 from mod.data import CELLS, COLOURS, LABEL_SIZES, SHAPES, Scene, Sprite, patch_of
 
 BADGE = 3  # side of a badge, pixels
-BADGE_LABEL = len(LABEL_SIZES)  # column of the patch labels
-CROWD_LABEL_SIZES = (*LABEL_SIZES, 1 + len(COLOURS))
+# Columns of the patch labels: the colour of a badge; of whom a trail is, which tells who has moved.
+BADGE_LABEL, TRAIL_LABELS = len(LABEL_SIZES), slice(len(LABEL_SIZES) + 1, len(LABEL_SIZES) + 3)
+CROWD_LABEL_SIZES = (*LABEL_SIZES, 1 + len(COLOURS), 1 + len(COLOURS), 1 + len(SHAPES))
 NAMES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 NAME_WORDS = tuple(f"{colour}-{shape}" for colour, shape in NAMES)
 MOST = CELLS * CELLS - 5  # sprites of a frame, at most
@@ -96,11 +97,15 @@ class CrowdScene(Scene):
                 frame[:, top : top + BADGE, left : left + BADGE] = np.asarray(COLOURS[leader.colour])[:, None, None]
 
     def patch_labels(self, side: int, patch: int) -> np.ndarray:
-        """(P, 6), the core's and the colour of a badge, from 1."""
+        """(P, 8), the core's, the colour of a badge, colour and shape of a trail; from 1, 0 for none."""
         across = side // patch
-        badges = np.zeros((across, across, 1), np.int64)
+        labels = np.zeros((across, across, len(CROWD_LABEL_SIZES)), np.int64)
+        labels[..., :BADGE_LABEL] = rearrange(super().patch_labels(side, patch), "(h w) c -> h w c", h=across)
         for sprite in self.sprites:
             if leader := sprite.leader:
-                badges[patch_of((sprite.row, sprite.column), side, patch)] = 1 + list(COLOURS).index(leader.colour)
-        core = super().patch_labels(side, patch)
-        return np.concatenate((core, rearrange(badges, "h w c -> (h w) c")), axis=1)
+                here = patch_of((sprite.row, sprite.column), side, patch)
+                labels[here][BADGE_LABEL] = 1 + list(COLOURS).index(leader.colour)
+            if sprite.trail:
+                what = list(COLOURS).index(sprite.colour), SHAPES.index(sprite.shape)
+                labels[patch_of(sprite.trail, side, patch)][TRAIL_LABELS] = [1 + value for value in what]
+        return rearrange(labels, "h w c -> (h w) c")
