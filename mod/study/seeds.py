@@ -1,6 +1,6 @@
-"""Does it hold on every seed? Train the default and what it is compared with on several seeds, and write one table.
+"""Does it hold on every seed? Train the default, full computation and the other gates on several seeds: one table.
 
-    python -m mod.study.seeds                  # 5 seeds of each variant, two at a time; about an hour on two cores
+    python -m mod.study.seeds                  # 5 seeds of each variant, two at a time; half an hour on two cores
     python -m mod.study.seeds --seeds 1        # one seed
 
 Finished runs are kept in runs/seeds and never repeated; a run that was cut off goes on where it stopped. Writes
@@ -23,9 +23,11 @@ from mod.train import synthetic
 
 BASE = Config()
 VARIANTS = {
-    "value": Variant("MoD, value gate (the default)"),
+    "default": Variant("MoD (the default, gate sigmoid-value)"),
     "full": Variant("full computation", {"layers": "none"}),
-    "update": Variant("MoD, update gate (the paper's)", {"gate": "score-update"}),
+    "score-update": Variant("MoD, gate score-update (the paper's)", {"gate": "score-update"}),
+    "sigmoid-update": Variant("MoD, gate sigmoid-update", {"gate": "sigmoid-update"}),
+    "score-value": Variant("MoD, gate score-value", {"gate": "score-value"}),
 }
 COLUMNS = ("narration", "questions", "speak", "silence", "free-running narration")
 EARLY = 60  # step at which the routers' early recall is read off the log
