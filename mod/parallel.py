@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mod.config import TrainConfig
+from mod.config import TrainConfig, require
 from mod.run import pick_device
 from mod.train import Engine
 from mod.videollm import VideoLLM
@@ -26,16 +26,18 @@ PATIENCE = timedelta(hours=12)  # one process may encode an hour of video while 
 class Processes(Engine):
     """One of the processes that torchrun has started, on a device of its own. The first one, rank 0, writes and speaks.
 
-    Raises UserError when the device that the settings ask for is not there.
+    Raises UserError when the device that the settings ask for is not there, or there are more processes than GPUs.
     """
 
     def __init__(self, settings: TrainConfig):
         self.device = pick_device(settings.device, settings.dtype)
         cuda = self.device.type == "cuda"
         if cuda:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            require(number < there, f"got process {number}, expected one for each of {there} GPUs; start at most {there} here")
+            self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def wrap(self, model: VideoLLM, split: bool) -> nn.Module:
@@ -47,8 +49,8 @@ class Processes(Engine):
         return fully_shard(model)
 
     def total(self, numbers: list[float]) -> list[float]:
-        """Sums over all processes, number by number."""
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        """Sums over all processes, number by number. They are on the host, so no device is waited for."""
+        sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
         return sums.tolist()
 

@@ -196,7 +196,7 @@ def to_json(value, indent: int | None = None) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
     """As `write_text`. Raises UserError when there is no room."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
         temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone

@@ -239,8 +239,6 @@ def check_flags(arguments) -> None:
     if path := arguments.state:
         fits = not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
         require(fits, f"--state got {path}, expected a file in a folder that can be written to; name another")
-        for left in path.parent.glob(f"{path.name}.*.tmp"):  # of a stream that was killed while it was saved
-            left.unlink()
     forgets = getattr(arguments, "window", 0) or getattr(arguments, "memory_mb", 0)
     for name in ("sinks", "forget", "positions"):
         require(forgets or not hasattr(arguments, name),
