@@ -34,7 +34,7 @@ class Processes(Engine):
         cuda = self.device.type == "cuda"
         if cuda:
             number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            require(number < there, f"got process {number}, expected one for each of {there} GPUs; start at most {there} here")
+            require(number < there, f"got process {number} on a machine with {there} GPUs; start at most one for each")
             self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
