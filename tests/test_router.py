@@ -2,13 +2,14 @@
 
 import math
 from fractions import Fraction
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mod.config import keep_count, parse_layers, routed_layers
+from mod.config import Gate, keep_count, parse_layers, routed_layers
 from mod.layout import Say
 from mod.router import ROUTERS, LayerExpert, top_k
 from tests.helpers import as_batch, conversations, offline, plan_of, small_config, small_model
@@ -109,7 +110,7 @@ def test_split_frame_is_refused(frame):
         plan_of(small_config(), torch.tensor([frame]))
 
 
-@given(st.integers(1, 4), st.floats(0.01, 1), st.sampled_from(["sigmoid-value", "score-update"]), st.integers(0, 9))
+@given(st.integers(1, 4), st.floats(0.01, 1), st.sampled_from(get_args(Gate)), st.integers(0, 9))
 def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
     """Which, how loud and how good: all three speak of the same tokens, and only mu has a gradient."""
     torch.manual_seed(seed)
