@@ -8,12 +8,12 @@ from . import Wrong, exercise, instead, looks_like, same, something
 class Toy:
     """A small model, a conversation as the decoder is fed it, and what it takes to stream it."""
 
-    def __init__(self, frames: int):
+    def __init__(self, frames: int, seed: int = 0):
         from mod.layout import Say
         from tests.helpers import as_batch, frame_of, small_model
 
         said = [Say(0, "assistant", "red disc appears top"), Say(1, "user", "where is it ?"), Say(1, "assistant", "now left")]
-        self.model = small_model(keep_ratio=0.4)
+        self.model = small_model(seed, keep_ratio=0.4)
         self.batch = as_batch(self.model.config, [(frames, said)])
         self.frame = frame_of(self.batch)
         seen = self.model.see(self.batch.pixels).flatten(0, 1)
@@ -83,7 +83,7 @@ def sound(answer) -> str:
 
     def trusted(bug) -> bool:
         with bug, torch.no_grad():
-            toy = Toy(4)
+            toy = Toy(4, 28)  # whose first tokens, and next words, two of the sick caches leave as they are
             text = int((toy.frame < 0).sum())
 
             def play(parts):
