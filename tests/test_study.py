@@ -152,6 +152,20 @@ class TestCrowd:
         assert row["difference"] == "+0.300" and row["95% interval"] == "+0.052 to +0.548"
         assert row["difference / its spread"] == "+3.0" and row["p, corrected"] == "0.0351"
 
+    def test_a_report_shows_what_is_finished_and_compares_what_has_three_seeds(self, tmp_path):
+        """Without the variant that others are compared with, with too few seeds, and with enough."""
+        def data(**qualities):
+            values = {name: {measure: dict(enumerate(found)) for measure in crowd.MEASURES} for name, found in qualities.items()}
+            return {"steps": 1, "clips": 1, "values": values, "costs": {name: crowd.costs(name, 100) for name in qualities}}
+
+        few = data(full=[0.9, 1.0], pool=[0.5, 0.6])
+        enough = data(**{"mod-all": [0.9, 0.8, 1.0], "full": [0.9, 1.0, 0.9], "drop": [0.6, 0.7, 0.6]})
+        assert "minus" not in crowd.report(few) and "`full` full computation" in crowd.report(few)
+        text = crowd.report(enough)
+        assert "`mod-all` minus the others" in text and "| `drop` | +0.267 |" in text and "`mod` minus" not in text
+        crowd.plot(json.loads(json.dumps(enough)), tmp_path / "crowd.png")
+        assert (tmp_path / "crowd.png").stat().st_size > 10_000
+
     def test_rivals_are_variants_and_cost_no_less(self):
         spent = {name: crowd.costs(name, 100)["flops"] for name in crowd.VARIANTS}
         for one, others in crowd.RIVALS.items():

@@ -179,11 +179,11 @@ def report(data: dict) -> str:
              f"of a stream of {LIVE} frames with a question after every fourth, as a share of full computation.\n",
              markdown(pd.DataFrame.from_dict(shown, orient="index"))]
     for one, others in RIVALS.items():
+        mine = values[one]["quality"] if one in values else {}
         there = {name: values[name]["quality"] for name in others if name in values}
-        common = {name: found for name, found in there.items() if len(set(found) & set(values[one]["quality"])) > 2}
-        if one in values and common:
-            parts += [f"`{one}` minus the others in quality, seed by seed:\n",
-                      markdown(compare(values[one]["quality"], common))]
+        common = {name: found for name, found in there.items() if len(set(found) & set(mine)) > 2}
+        if common:
+            parts += [f"`{one}` minus the others in quality, seed by seed:\n", markdown(compare(mine, common))]
     return "\n".join(parts)
 
 
