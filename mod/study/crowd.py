@@ -201,7 +201,7 @@ def plot(data: dict, path: Path) -> None:
             axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
     axis.set(title="A crowd: quality against cost (grey: what that kind of method can reach in one-look questions)",
              xlabel="decoder FLOPs of a live stream (share of full computation)",
-             ylabel="questions answered right (share), ± standard error", xlim=(0.2, 1.08), ylim=(0, 1.05))
+             ylabel="questions answered right (share), ± standard error", xlim=(0, 1.08), ylim=(0, 1.05))
     axis.grid(alpha=0.3)
     save(figure, path)
 
