@@ -72,11 +72,7 @@ class VideoLLM(nn.Module):
 
 
 def init(module: nn.Module) -> None:
-    """Linear layers and the embedding keep a row's scale, std 1/sqrt(width); norms are at one.
-
-    So do the routers. With weights five times smaller those of different layers begin nearly alike, and may keep the
-    same tokens.
-    """
+    """Linear layers, routers among them, and the embedding keep a row's scale, std 1/sqrt(width); norms are at one."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:

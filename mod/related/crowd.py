@@ -1,7 +1,7 @@
 """A crowd: more sprites in every frame than any routed layer keeps tokens, and questions about any of them.
 
-Between two frames everybody steps to another cell, silently, so that what is new in a frame says nothing about what
-matters. Sometimes one of them leaves a trail where it was; that is narrated. How hard it is, is told by numbers:
+Between two frames everybody is put into a cell by chance, silently, so that what is new in a frame says nothing about
+what matters. Sometimes one of them leaves a trail where it was; that is narrated. How hard it is, is told by numbers:
 
     crowd   sprites in a frame
     asks    questions after a frame, each about another sprite

@@ -42,7 +42,7 @@ PRESETS = {
         data=HarderData(drift=0.3, sparks=0.4, question_rate=0.8, ahead=0.5, landmark=0.8, wide=0.5, distractors=8),
         train=TrainConfig(steps=500, batch_size=8, eval_every=0, save_every=250, eval_clips=128),
     ),
-    # More sprites than any routed layer keeps: here learned routing, chance and dropping differ.
+    # More sprites than any routed layer keeps: here learned routing, chance and dropping can differ.
     "crowd": RelatedRun(
         model=FieldModel(vocab_size=96),
         data=HarderData(frames=4, crowd=10, event_rate=0.5, question_rate=0.75),

@@ -1,4 +1,4 @@
-"""Where MoD earns its keep: crowds, with more sprites in a frame than any routed layer keeps tokens.
+"""Does MoD earn its keep? Crowds, with more sprites in a frame than any routed layer keeps tokens.
 
     python -m mod.study.crowd                 # 10 seeds of each variant, two at a time
     python -m mod.study.crowd --seeds 5       # fewer
