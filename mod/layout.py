@@ -95,10 +95,10 @@ class Layout:
         """Is the label a speak-or-stay-silent decision? Those stand at vision tokens, and no other labels do."""
         return [at >= 0 and label != NO_LABEL for at, label in zip(self.frame, self.labels, strict=True)]
 
-    def append(self, frame: int, ids: Sequence[int], label: Sequence[int]) -> None:
+    def append(self, frame: int, ids: Sequence[int], labels: Sequence[int]) -> None:
         self.ids += ids
         self.frame += [frame] * len(ids)
-        self.labels += label
+        self.labels += labels
 
 
 def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Say]) -> Layout:

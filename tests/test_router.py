@@ -122,11 +122,11 @@ def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
     torch.testing.assert_close(mu.detach(), (2 * expected.sigmoid() if gate.startswith("sigmoid") else expected).gather(1, chosen))
 
 
-def test_value_gate_is_one_at_score_zero_and_update_gate_is_the_score():
+def test_a_sigmoid_gate_is_one_at_score_zero_and_a_score_gate_is_the_score():
     scores = torch.tensor([[0.0, 1.0, -2.0]])
-    value, update = LayerExpert(8, 3, 0.5, 0, "sigmoid-value"), LayerExpert(8, 3, 0.5, 0, "score-update")
-    assert value.weight(scores)[0, 0] == 1.0 and (value.weight(scores) > 0).all()
-    assert torch.equal(update.weight(scores), scores)
+    sigmoid, score = LayerExpert(8, 3, 0.5, 0, "sigmoid-value"), LayerExpert(8, 3, 0.5, 0, "score-update")
+    assert sigmoid.weight(scores)[0, 0] == 1.0 and (sigmoid.weight(scores) > 0).all()
+    assert torch.equal(score.weight(scores), scores)
 
 
 def test_patterns():

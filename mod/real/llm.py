@@ -218,8 +218,8 @@ def set_rope(decoder: Decoder, config: RealModel) -> None:
 def load_llm(folder: Path, config: RealModel, dtype: torch.dtype = torch.float32, device="cpu") -> Decoder:
     """A Decoder with the checkpoint's weights, and routers, which no checkpoint has.
 
-    With the value gate their scores start at zero, which is weight one: the decoder is what it was. With the paper's
-    gate zero would mean no update at all, and all scores would be equal: there they start small and random, as always.
+    With a sigmoid gate their scores start at zero, which is weight one: the decoder is what it was. Where mu is the
+    score itself, zero would mean no update at all: there routers start random, at the scale of other linear layers.
 
     config as `read_llm_config` made it. Raises UserError naming the first tensor that is missing, left over, or of
     another shape than the configuration says.

@@ -1,6 +1,6 @@
 """Put a model together from real parts, tiny ones where no real one is named, and say what of it is trained.
 
-Inserting MoD into a trained decoder disturbs nothing: routers start with zero weights, so with the value gate every
+Inserting MoD into a trained decoder disturbs nothing: routers start with zero weights, so with a sigmoid gate every
 kept token has weight one, text is never touched, and with keep ratio 1 the decoder is what it was.
 """
 

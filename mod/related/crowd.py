@@ -12,7 +12,7 @@ what matters. Sometimes one of them leaves a trail where it was; that is narrate
 
 An answer repeats the name ("red-disc left"), so that the token that predicts the side knows whom to look for. Without
 `echo` it is "now left": then that token must fetch the name from the question before it can look. A dense first layer
-finds another way before it learns that. It looks at the frame, guesses the side with the most sprites, and stays there.
+may settle on another way instead: look at the frame, and guess the side with the most sprites.
 
 A sprite's *leader* is the sprite of its own shape that has the colour of its badge, a small square in its middle.
 """

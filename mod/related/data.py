@@ -52,7 +52,7 @@ SPARK = 5  # side of a spark, pixels
 SPARK_QUESTION = "which spark ?"
 LANDMARK_QUESTION = "which side of the ring is it ?"
 REMINDER = "well ?"  # after the last frame, when a question was asked before the first
-LANDMARK_LABEL, SPARK_LABEL = len(LABEL_SIZES), -1  # columns of the patch labels; sparks are always the last
+LANDMARK_LABEL, SPARK_LABEL = len(LABEL_SIZES), -1  # columns of the patch labels; sparks are the last, if any
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def words_of(data: HarderData) -> tuple[str, ...]:
 
 
 def label_sizes(data: HarderData) -> tuple[int, ...]:
-    """The core's labels of a patch; where there are landmarks: is it in this patch? Last, the colour of a spark, or of
-    a badge in a crowd."""
+    """The core's labels of a patch; where there are landmarks: is it in this patch? Last, the colour of a spark. A
+    crowd has labels of its own."""
     if data.crowd:
         return CROWD_LABEL_SIZES
     return LABEL_SIZES + ((2,) if data.landmark else ()) + (1 + len(SPARKS),)
@@ -264,6 +264,6 @@ def harder(config: Config) -> Source:
         return [replace(clip, frames=squeeze(torch.from_numpy(clip.frames))) for clip in source.warm_up(step)]
 
     # A summary overlooks what is small: only patches need to know of sparks, so the CLS token has one label less. Of a
-    # crowd it can say nothing.
+    # crowd it can say nothing, so there it stays as it was drawn.
     known = 0 if config.data.crowd else len(sizes) - 1
     return replace(source, warm_up=warm_up, label_sizes=sizes, summary_labels=known)

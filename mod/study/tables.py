@@ -20,8 +20,6 @@ PLACES = {
     "sprites-3": Variant("3 sprites", data={"sprites": 3}),
     "pretrained": Variant("a trained dense decoder", start="full"),
 }
-
-
 GATES = {"value": "sigmoid-value", "update": "score-update"}
 
 
