@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args, get_type_hints
 
-Gate = Literal["score-update", "sigmoid-update", "score-value", "sigmoid-value"]  # see router.py
+# What mu is, and what it scales: see router.py.
+Gate = Literal["score-update", "sigmoid-update", "score-value", "sigmoid-value", "score-read", "sigmoid-read"]
 PATTERNS = ("interleaved", "all", "all-deep", "interleaved-deep", "none")
 
 
@@ -70,7 +71,9 @@ class ModelConfig:
     layers: str = "interleaved"  # routed: interleaved, all, all-deep, interleaved-deep, none, 1,3 or keep:1,1,0,0
     keep_ratio: float = 0.2  # share of a frame's vision tokens that a routed layer keeps, in (0, 1]
     select: str = "learned"  # how the kept tokens are chosen: learned, random, uniform, or a router of your own
-    gate: Gate = "sigmoid-value"  # mu is score or sigmoid, and scales the update, or value too; the paper: score-update
+    gate: Gate = "sigmoid-value"  # what mu is, and what it scales; the paper: score-update
+    # DEVIATION: in the paper the frame's last token, which decides whether to speak, competes like the others.
+    keep_last: bool = False  # routed layers always keep the last token of a frame, as one of their k
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}
@@ -177,6 +180,7 @@ class TrainConfig:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (matrices; AdamW for the rest) or adamw (everything)
     lr: float = 0.02  # Muon's learning rate, for the matrices of decoder and connector
     adam_lr: float = 2e-3  # AdamW's learning rate, for everything else
+    router_rate: float = 1.0  # the routers' learning rate, in AdamW's
     warmup: int = 20  # steps of linear warm-up; a cosine to zero follows
     clip: float = 1.0  # largest norm of the gradient
     stream_weight: float = 1.0  # omega, the weight of the streaming loss
@@ -196,7 +200,7 @@ class TrainConfig:
     def __post_init__(self):
         zero = ("steps", "seed", "warmup", "vit_steps", "eval_every", "vit_lr", "stream_weight")
         one = ("batch_size", "accumulate", "log_every", "eval_clips", "save_every", "max_words")
-        positive = dict.fromkeys(("lr", "adam_lr", "clip"), 1e-30)
+        positive = dict.fromkeys(("lr", "adam_lr", "router_rate", "clip"), 1e-30)
         check(self, dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | positive, ("threshold",))
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.accumulate <= self.batch_size,

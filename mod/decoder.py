@@ -59,7 +59,8 @@ class MoDBlock(nn.Module):
         skipped       h <- h                 bit for bit; it leaves no key and no value in this layer
         text          h <- h + f(h)          never scored, scaled or skipped
 
-    With the value gate mu enters f as well: in its attention the kept token's value is scaled by mu.
+    With a "-value" gate mu enters f as well: in its attention the kept token's value is scaled by mu. With a "-read"
+    gate it does that alone, and h <- h + f(h).
 
     Compute is really skipped: gather the short rows, run the dense block on them, scatter the result back. The plan
     knows their shapes; the router only fills in which k tokens of each frame stand in that frame's slots.
@@ -92,10 +93,12 @@ class MoDBlock(nn.Module):
         pos = None
         if past is not None:  # original positions, never renumbered
             pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
-        loudness = mu if router.gate.endswith("value") else None
+        loudness = None if router.gate.endswith("update") else mu
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 
-        # Scatter. A slot that is not real has mu = 0: it adds nothing, whichever token it points at.
+        # Scatter. A slot that is not real has weight 0: it adds nothing, whichever token it points at.
+        if router.gate.endswith("read"):
+            mu = torch.ones_like(mu) if alone else route.real.to(x.dtype)
         update = (mu[..., None] * update).to(x.dtype).flatten(0, 1)
         return x.flatten(0, 1).scatter_add(0, index.view(-1, 1).expand_as(update), update).view_as(x)
 

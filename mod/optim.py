@@ -52,15 +52,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(named: dict[str, nn.Parameter], kind: str, lr: float, adam_lr: float,
-                    vit_lr: float = 0.0) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers; AdamW for embeddings, norms, biases, routers, patches and low-rank
-    changes; AdamW at `vit_lr`, when that is given, for all of the vision encoder."""
-    groups: dict[str, list[nn.Parameter]] = {"adam": [], "vision": [], "muon": []}
+                    router_rate: float = 1.0, vit_lr: float = 0.0) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices of linear layers; AdamW for embeddings, norms, biases, patches and low-rank changes;
+    AdamW at `router_rate` times the others' rate for routers, and at `vit_lr`, where that is not zero, for all of the
+    vision encoder."""
+    groups: dict[str, list[nn.Parameter]] = {"adam": [], "router": [], "vision": [], "muon": []}
     for name, parameter in named.items():
         special = any(part in name for part in ("embed", "router", "position", "decoder.head", "lora_"))
         matrix = kind == "muon" and parameter.ndim == 2 and name.endswith("weight") and not special
-        groups["vision" if vit_lr and name.startswith("vit.") else "muon" if matrix else "adam"].append(parameter)
-    rated = [{"params": groups["adam"], "lr": adam_lr}, {"params": groups["vision"], "lr": vit_lr}]
+        kind_of = "muon" if matrix else "router" if "router" in name else "adam"
+        groups["vision" if vit_lr and name.startswith("vit.") else kind_of].append(parameter)
+    rates = {"adam": adam_lr, "router": adam_lr * router_rate, "vision": vit_lr}
+    rated = [{"params": groups[group], "lr": rate} for group, rate in rates.items()]
     optimizers = [torch.optim.AdamW([g for g in rated if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)]
     if groups["muon"]:
         optimizers.append(Muon(groups["muon"], lr=lr))

@@ -2,7 +2,7 @@
 
     score = w . x                        for each vision token x of the frame
     kept  = the k = ceil(r * n) best of that frame's n tokens
-    mu    = score or 2 * sigmoid(score)  it scales the kept token's own update
+    mu    = score or 2 * sigmoid(score)  it scales the kept token's own update, or how loudly others read it
 
 The decision to notice: the choice is made inside each frame, never across frames. A later frame cannot change an
 earlier choice, so streaming and training choose alike.
@@ -10,15 +10,17 @@ earlier choice, so streaming and training choose alike.
 The choice itself has no gradient: a router learns from mu alone, so the gate decides what it can learn. A gate is named
 after what mu is, and after what mu scales:
 
-    score-update    the paper's
-    sigmoid-update  mu is 2 * sigmoid(score): positive, and 1 at score zero, where it hardly disturbs a decoder
-    score-value     mu also scales the token's value in this layer's attention
-    sigmoid-value   both
+    score-    mu is the score, as in the paper
+    sigmoid-  mu is 2 * sigmoid(score): positive, and 1 at score zero, where it hardly disturbs a decoder
+    -update   mu scales the kept token's own update, as in the paper
+    -value    mu also scales the token's value in this layer's attention
+    -read     mu scales that value alone
 
-What "-value" adds: text tokens *read* the kept vision tokens, as keys and values. Where mu scales the update alone, how
-loudly a token is read in this layer does not depend on mu, so the loss cannot tell the router that it was worth
-reading. In the last layer nothing reads what a vision token writes to itself: there the gradient is exactly zero,
-unless that token itself predicts. With "-value" being read carries gradient.
+What "-value" and "-read" add: text tokens *read* the kept vision tokens, as keys and values. Where mu scales the update
+alone, how loudly a token is read in this layer does not depend on mu, so the loss cannot tell the router that it was
+worth reading. In the last layer nothing reads what a vision token writes to itself: there the gradient is exactly zero,
+unless that token itself predicts. With "-value" and "-read" being read carries gradient. With "-read" it alone does: a
+token is never chosen, or left out, for what the layer does to that token itself.
 
 Read next: decoder.py
 """
@@ -46,7 +48,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
-        self.kept = keep_count(keep_ratio, frame_tokens)
+        self.kept, self.keep_last = keep_count(keep_ratio, frame_tokens), False
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
@@ -60,7 +62,8 @@ class Router(nn.Module):
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
         and all scores (F, N)."""
         scores = self.score(tokens, pos)
-        chosen = top_k(scores, self.kept)
+        ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf) if self.keep_last else scores
+        chosen = top_k(ranked, self.kept)
         return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 
@@ -115,4 +118,6 @@ def new_router(config: ModelConfig, layer: int) -> Router:
     """The router that the configuration asks for in this layer, with weights as its class draws them."""
     if config.select not in ROUTERS:
         raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
-    return ROUTERS[config.select](config.dim, config.frame_tokens, config.keep_ratios[layer], layer, config.gate)
+    router = ROUTERS[config.select](config.dim, config.frame_tokens, config.keep_ratios[layer], layer, config.gate)
+    router.keep_last = config.keep_last
+    return router

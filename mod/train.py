@@ -277,7 +277,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
             model.vit.requires_grad_(False)
         wrapped = engine.wrap(model, settings.fsdp)  # first: it may put split parameters in their place
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return wrapped, make_optimizers(trained, settings.optimizer, settings.lr, settings.adam_lr, settings.vit_lr)
+        rates = settings.lr, settings.adam_lr, settings.router_rate, settings.vit_lr
+        return wrapped, make_optimizers(trained, settings.optimizer, *rates)
 
     def save() -> None:
         write_state(out, model, optimizers, step, time.monotonic() - started, engine)

@@ -43,8 +43,10 @@ def plain_mod(model, block, x, pos, frame):
     normed = dense.norm1(x[kept][None])
     gate = torch.stack(mu)[kept]
     turn = model.decoder.rope.turn(pos[kept][None], model.config.head_dim, x.dtype)
-    attended = attention(normed, turn, value_gate=gate[None] if router.gate.endswith("value") else None)[0]
+    attended = attention(normed, turn, value_gate=None if router.gate.endswith("update") else gate[None])[0]
     update = attended + dense.mlp(dense.norm2(x[kept] + attended))
+    if router.gate.endswith("read"):
+        gate = torch.ones_like(gate)
     y = x.clone()
     for place, t in enumerate(kept):
         y[t] = x[t] + gate[place] * update[place]
@@ -181,7 +183,7 @@ class TestGradients:
             model = small_model(layers="all", gate=gate)
             batch = as_batch(model.config, [(3, [Say(2, "assistant", "red disc moves")])])
             self.loss(model, batch, streaming=False).backward()
-            assert (routed(model)[-1].router.w.weight.grad.abs().max() > 0) == gate.endswith("value")
+            assert (routed(model)[-1].router.w.weight.grad.abs().max() > 0) != gate.endswith("update")
 
     def test_skipped_tokens_pass_the_gradient_through_unchanged(self):
         model = small_model()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mod.config import Gate, keep_count, parse_layers, routed_layers
 from mod.layout import Say
-from mod.router import ROUTERS, LayerExpert, top_k
+from mod.router import ROUTERS, LayerExpert, new_router, top_k
 from tests.helpers import as_batch, conversations, offline, plan_of, small_config, small_model
 
 
@@ -120,6 +120,19 @@ def test_the_weight_of_a_chosen_token_is_its_own(frames, ratio, gate, seed):
     torch.testing.assert_close(scores, expected)
     assert torch.equal(chosen, top_k(scores, router.kept)) and mu.requires_grad and not scores.requires_grad
     torch.testing.assert_close(mu.detach(), (2 * expected.sigmoid() if gate.startswith("sigmoid") else expected).gather(1, chosen))
+
+
+@pytest.mark.parametrize("select", sorted(ROUTERS))
+@given(st.floats(0.01, 1), st.integers(0, 9))
+def test_the_last_token_is_kept_when_asked_for_and_the_others_compete_as_before(select, ratio, seed):
+    config = small_config(select=select, keep_ratio=ratio, layers="all", keep_last=True)
+    torch.manual_seed(seed)
+    router, n = new_router(config, 1), config.frame_tokens
+    tokens, pos = torch.randn(3, n, config.dim), torch.arange(3 * n).view(3, n)
+    chosen, mu, scores = router(tokens, pos)
+    assert (chosen[:, -1] == n - 1).all()
+    assert torch.equal(chosen[:, :-1], top_k(scores[:, :-1], router.kept - 1))
+    torch.testing.assert_close(mu.detach(), router.weight(scores).gather(1, chosen).detach())
 
 
 def test_a_sigmoid_gate_is_one_at_score_zero_and_a_score_gate_is_the_score():

@@ -279,6 +279,19 @@ def test_schedule():
     assert schedule(0, 1, 0) == 1.0
 
 
+def test_routers_learn_at_a_rate_of_their_own():
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    model = VideoLLM(TINY.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("vit.")}
+    config = replace(TINY, train=replace(TINY.train, warmup=0, router_rate=0.1))
+    model.vit.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if name in before}
+    train_step(model, make_optimizers(trained, "adamw", 0.02, 1e-3, 0.1), config, synthetic(config), 0, Engine())
+    moved = {name: (p - before[name]).abs().max().item() for name, p in trained.items()}
+    for name, far in moved.items():
+        assert far == pytest.approx(1e-4 if "router" in name else 1e-3, rel=0.02), name
+
+
 def test_every_trained_parameter_has_one_optimizer():
     model = small_model(dtype=torch.float32)
     optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 1e-3)

@@ -114,7 +114,7 @@ def activation_numbers(config: ModelConfig, frames: int, text: int) -> dict[str,
     routed = [n for n, ratio in zip(tokens, config.keep_ratios, strict=True) if ratio < 1]
     rotated = sum(routed) + (every if len(routed) < config.depth else 0)
     # mu, one per token; the updates that it scales are kept for its gradient, if it learns; so are values and sigmoids.
-    learned, value = config.select == "learned", config.gate.endswith("value")
+    learned, value = config.select == "learned", not config.gate.endswith("update")
     gate = 1 + (config.dim if learned else 0) + (keys if learned and value else 0)
     scored = config.frame_tokens * frames * learned_layers(config)
     return {

@@ -79,6 +79,9 @@ class OneChoice(LayerExpert):
         return self.scores
 
 
+KINDS = {"oracle": OracleRouter, "taught": TaughtRouter, "once": OneChoice}
+
+
 @torch.no_grad()
 def attention_from_text(attention: Attention, x: Tensor, turn: Tensor, pos: Tensor, vision: Tensor) -> Tensor:
     """The attention that each vision token gets from text: mean over heads, sum over all tokens that are not vision.
@@ -101,7 +104,7 @@ def equip(model: VideoLLM, kind: str) -> None:
 
     Raises UserError for another kind, and ValueError when a taught router has no dense layer before it to learn from.
     """
-    if kind not in ("oracle", "taught", "once"):
+    if kind not in KINDS:
         raise UserError(f"routers got {kind!r}, expected oracle, taught or once; leave it out for those of the "
                         "configuration")
     config, previous, first = model.config, None, None
@@ -109,24 +112,21 @@ def equip(model: VideoLLM, kind: str) -> None:
         if not isinstance(layer, MoDBlock):
             previous = layer
             continue
-        size = config.dim, config.frame_tokens, config.keep_ratios[number], number, config.gate
+        old = layer.router
+        router = KINDS[kind](config.dim, config.frame_tokens, config.keep_ratios[number], number, config.gate)
+        router.keep_last, layer.router = old.keep_last, router
         if kind == "oracle":
-            layer.router = OracleRouter(*size)
-            model.vit.register_forward_pre_hook(partial(tell, layer.router, config.grid))
+            model.vit.register_forward_pre_hook(partial(tell, router, config.grid))
             continue
+        router.load_state_dict(old.state_dict())
         if kind == "once":
-            one = OneChoice(*size)
-            one.load_state_dict(layer.router.state_dict())
-            object.__setattr__(one, "first", first)  # not as a submodule: its weights are the first layer's
-            layer.router, first = one, first or one
+            object.__setattr__(router, "first", first)  # not as a submodule: its weights are the first layer's
+            first = first or router
             continue
         if previous is None:
             raise ValueError("a taught router learns from the dense layer before it, and there is none")
-        taught = TaughtRouter(*size)
-        taught.load_state_dict(layer.router.state_dict())
-        layer.router = taught
-        model.decoder.register_forward_pre_hook(partial(begin, taught))
-        previous.attention.register_forward_hook(partial(watch, taught))
+        model.decoder.register_forward_pre_hook(partial(begin, router))
+        previous.attention.register_forward_hook(partial(watch, router))
 
 
 def tell(router: OracleRouter, grid: int, vit, inputs) -> None:
