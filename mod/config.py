@@ -181,6 +181,9 @@ class TrainConfig:
     lr: float = 0.02  # Muon's learning rate, for the matrices of decoder and connector
     adam_lr: float = 2e-3  # AdamW's learning rate, for everything else
     router_rate: float = 1.0  # the routers' learning rate, in AdamW's
+    # DEVIATION: the paper begins with a pretrained decoder; a new one can learn to look before it learns to skip.
+    dense_steps: int = 0  # for so many steps routed layers keep all tokens, and routers do not learn
+    narrow_steps: int = 0  # in so many more steps they come down to what they keep from then on
     warmup: int = 20  # steps of linear warm-up; a cosine to zero follows
     clip: float = 1.0  # largest norm of the gradient
     stream_weight: float = 1.0  # omega, the weight of the streaming loss
@@ -198,7 +201,8 @@ class TrainConfig:
     fsdp: bool = False  # under torchrun, split the weights over the processes (FSDP2) instead of copying them
 
     def __post_init__(self):
-        zero = ("steps", "seed", "warmup", "vit_steps", "eval_every", "vit_lr", "stream_weight")
+        zero = ("steps", "seed", "warmup", "vit_steps", "eval_every", "vit_lr", "stream_weight", "dense_steps",
+                "narrow_steps")
         one = ("batch_size", "accumulate", "log_every", "eval_clips", "save_every", "max_words")
         positive = dict.fromkeys(("lr", "adam_lr", "router_rate", "clip"), 1e-30)
         check(self, dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | positive, ("threshold",))

@@ -49,6 +49,7 @@ class Router(nn.Module):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
         self.kept, self.keep_last = keep_count(keep_ratio, frame_tokens), False
+        self.asleep = False  # every mu is one then, and nothing is learned
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
@@ -64,7 +65,9 @@ class Router(nn.Module):
         scores = self.score(tokens, pos)
         ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf) if self.keep_last else scores
         chosen = top_k(ranked, self.kept)
-        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
+        mu = self.weight(scores).gather(1, chosen)
+        # Times zero, so that the weights have a gradient, which several processes wait for.
+        return chosen, 1 + 0 * mu if self.asleep else mu, scores.detach()
 
 
 class LayerExpert(Router):
@@ -73,6 +76,12 @@ class LayerExpert(Router):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__(dim, frame_tokens, keep_ratio, layer, gate)
         self.w = nn.Linear(dim, 1, bias=False)
+
+    def quiet(self) -> None:
+        """Begin with scores near zero. A sigmoid gate's mu is one then, which does not disturb a decoder that can look
+        already; a score gate's would be zero, and nothing could be learned, so it begins as it is."""
+        if self.gate.startswith("sigmoid"):
+            nn.init.normal_(self.w.weight, std=1e-3)
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         # Scores stay in the weights' precision under autocast: bfloat16 would make many of them equal.

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source, clip_batch, clip_pixels, synthetic
+from mod.decoder import MoDBlock
 from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
 from mod.optim import Muon, make_optimizers, optimizer_step, schedule
+from mod.router import LayerExpert
 from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
 from mod.videollm import VideoLLM
 from mod.vit import ViT
@@ -142,6 +145,17 @@ def entry_of(fetched: dict, config: Config, source: Source, step: int, engine: E
         "lm": text / max(1, texts), "stream": stream / max(1, decisions), "lr": fetched["factor"] * peak,
         "gnorm": float(engine.whole(fetched["gnorm"])), "recall": source.probe(fetched["trace"], fetched["clips"]),
     }
+
+
+def narrowed(config: Config, step: int) -> Config:
+    """The configuration of a step. For `dense_steps` a routed layer keeps all tokens of a frame. Then the share that it
+    keeps falls by the same factor per step, for `narrow_steps`, to its keep ratio."""
+    settings, model = config.train, config.model
+    if step >= settings.dense_steps + settings.narrow_steps:
+        return config
+    part = max(0.0, (step - settings.dense_steps) / max(1, settings.narrow_steps))
+    ratios = (ratio**part if ratio else 0.0 for ratio in model.keep_ratios)
+    return replace(config, model=replace(model, layers="keep:" + ",".join(map(str, ratios))))
 
 
 def validate(model: VideoLLM, config: Config, source: Source, number: int, free: bool = False) -> dict:
@@ -310,6 +324,9 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
         if settings.vit_steps and source.warm_up:
             right = warm_up_vit(model.vit, source, settings)
             log({"kind": "warm-up", "step": 0, "right": right, "seconds": time.monotonic() - started})
+        for layer in model.decoder.layers if settings.dense_steps else ():
+            if isinstance(layer, MoDBlock) and isinstance(layer.router, LayerExpert):
+                layer.router.quiet()
         wrapped, optimizers = set_up()
         save()
     if settings.compile:
@@ -318,7 +335,10 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if engine.rank else None)
     with patient_interrupt() as stop, bar:
         while step < settings.steps:
-            fetched = train_step(wrapped, optimizers, config, source, step, engine)
+            now = narrowed(config, step)
+            model.decoder.keep(now.model.keep_counts, asleep=step < settings.dense_steps)
+            fetched = train_step(wrapped, optimizers, now, source, step, engine)
+            model.decoder.keep(config.model.keep_counts)
             step += 1
             bar.update()
             last, stopping = step == settings.steps, bool(engine.total([float(bool(stop))])[0])  # all stop at one step

@@ -38,7 +38,7 @@ def test_everybody_is_there_in_a_cell_of_its_own_and_one_at_a_time_leaves_a_trai
         assert len(now) == data.crowd == len(set(cells)) and set(now) <= set(NAME_WORDS)
         assert len(trails) == bool(narrated) and not set(trails.values()) & set(cells)
         for name, trail in trails.items():
-            assert trail == before[name][:2] and narrated.startswith(f"{name} moves ")
+            assert trail == before[name][:2] and narrated.startswith(f"moves {name} ")
         first = first or {name: SIDES[place[1]] for name, place in now.items()}
         assert {name: place[2] for name, place in now.items()} == first and set(before) in (set(), set(now))
         before = now

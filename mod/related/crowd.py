@@ -1,7 +1,8 @@
 """A crowd: more sprites in every frame than any routed layer keeps tokens, and questions about any of them.
 
 Between two frames everybody is put into a cell by chance, silently, so that what is new in a frame says nothing about
-what matters. Sometimes one of them leaves a trail where it was; that is narrated. How hard it is, is told by numbers:
+what matters. Sometimes one of them leaves a trail where it was. That is narrated: its name, and then the height at
+which it is now, "moves red-disc top". How hard it is, is told by numbers:
 
     crowd   sprites in a frame
     asks    questions after a frame, each about another sprite
@@ -65,7 +66,7 @@ class CrowdScene(Scene):
             sprite.row, sprite.column = cells[cell]
             sprite.jitter = tuple(rng.integers(0, 2, 2))
             sprite.first = sprite.first or sprite.side
-        return f"{mover.name} moves {mover.height}" if mover else None
+        return f"moves {mover.name} {mover.height}" if mover else None
 
     def truth(self) -> dict[str, str]:
         answers, echo = {}, self.config.echo
