@@ -94,6 +94,7 @@ class MoDBlock(nn.Module):
         pos = None
         if past is not None:  # original positions, never renumbered
             pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
+        # DEVIATION: in the paper mu scales the update alone.
         loudness = None if router.gate.endswith("update") else mu
         update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
 

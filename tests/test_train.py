@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ import torch
 
 from mod.config import Config, DataConfig, TrainConfig
 from mod.data import Source, clip_batch, make_clip, synthetic
+from mod.decoder import MoDBlock
 from mod.evaluate import summarize, teacher_forced
 from mod.layout import NO_LABEL, Say
 from mod.optim import Muon, make_optimizers, orthogonalize, schedule
 from mod.run import flag_of, read_config, read_tensors, remarks
-from mod.train import Engine, build, entry_of, read_state, train, train_step, write_state
+from mod.train import Engine, build, entry_of, narrowed, read_state, train, train_step, write_state
 from mod.videollm import VideoLLM
 from tests.helpers import WORDS_ALL, as_batch, labels_of, offline, small_config, small_model
 
@@ -277,6 +280,57 @@ def test_schedule():
     assert factors[0] == 0.1 and max(factors) == 1.0 and 0 <= factors[-1] < 0.001
     assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
     assert schedule(0, 1, 0) == 1.0
+
+
+class TestNarrowing:
+    CONFIG = replace(TINY, model=replace(TINY.model, layers="keep:0.2,1,0,0.5"),
+                     train=replace(TINY.train, steps=8, dense_steps=3, narrow_steps=4, vit_steps=0))
+
+    def test_routed_layers_begin_dense_and_come_down_to_their_share(self):
+        ratios = [narrowed(self.CONFIG, step).model.keep_ratios for step in range(9)]
+        assert ratios[:4] == [(1.0, 1.0, 0.0, 1.0)] * 4, "dense, but for layers that are skipped"
+        assert all(one[0] > two[0] and one[3] > two[3] for one, two in pairwise(ratios[3:8]))
+        assert ratios[5] == pytest.approx((0.2**0.5, 1.0, 0.0, 0.5**0.5))
+        assert ratios[7] == ratios[8] == self.CONFIG.model.keep_ratios and narrowed(TINY, 0) is TINY
+
+    def test_a_run_narrows_its_routers_sleep_before_and_it_ends_as_it_is_asked_to(self, tmp_path, monkeypatch):
+        import mod.train as module
+
+        seen, step_here = [], module.train_step
+
+        def spy(model, optimizers, config, source, step, engine):
+            routers = [layer.router for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
+            fetched = step_here(model, optimizers, config, source, step, engine)
+            kept = {routing.layer: int(routing.kept.sum(1).unique()) for routing in fetched["trace"]}
+            seen.append((kept, {router.asleep for router in routers},
+                         [router.w.weight.detach().clone() for router in routers if router.kept]))
+            return fetched
+
+        monkeypatch.setattr(module, "train_step", spy)
+        torch.manual_seed(0)
+        model = VideoLLM(self.CONFIG.model)
+        assert train(self.CONFIG, tmp_path, model, synthetic(self.CONFIG))["steps"] == 8
+        for step, (kept, asleep, _) in enumerate(seen):
+            assert kept == {layer: narrowed(self.CONFIG, step).model.keep_counts[layer] for layer in (0, 2, 3)}
+            assert asleep == {step < 3}
+        for still, later, weights in zip(seen[0][2], seen[2][2], seen[-1][2], strict=True):
+            assert torch.equal(still, later) and not torch.equal(later, weights)
+            assert still.abs().max() < 0.01, "a decoder that can look already is not disturbed"
+        routers = [layer.router for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
+        assert [router.kept for router in routers] == [self.CONFIG.model.keep_counts[layer] for layer in (0, 2, 3)]
+
+    def test_asleep_a_layer_that_keeps_all_is_the_dense_one(self):
+        torch.manual_seed(0)
+        model = VideoLLM(self.CONFIG.model)
+        dense = replace(self.CONFIG.model, layers="keep:1,1,0,1")
+        batch = clip_batch(WORDS_ALL, synthetic(self.CONFIG).validation(2), dense)
+        other = VideoLLM(dense)
+        mine = dict(model.named_parameters())
+        for name, p in other.named_parameters():  # layer 2 is skipped, and has a router, in both
+            theirs = re.sub(r"layers\.([013])\.", r"layers.\1.block.", name) if name not in mine else name
+            p.data.copy_(mine[theirs])
+        model.decoder.keep(dense.keep_counts, asleep=True)
+        torch.testing.assert_close(model.predict(batch), other.predict(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_routers_learn_at_a_rate_of_their_own():
