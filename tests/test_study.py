@@ -2,22 +2,25 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mod.config import Config, DataConfig, ModelConfig, TrainConfig
-from mod.data import recall
+from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from mod.data import COLOURS, SHAPES, recall
 from mod.evaluate import teacher_forced
 from mod.layers import Rope
+from mod.related.crowd import NAME_WORDS
 from mod.related.data import SPARK_LABEL, HarderData
 from mod.related.world import WORLD
-from mod.study import ablate, crowd, routers, seeds, sweep
+from mod.run import write_tensors
+from mod.study import ablate, crowd, division, routers, seeds, sweep
 from mod.study.ablate_report import judge, mean_and_error, report
-from mod.study.sweep import Job, Variant, collect, configure, same, train_here
+from mod.study.sweep import Job, Variant, collect, configure, quick, same, train_here
 from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
 from mod.videollm import VideoLLM
 from tests.helpers import as_batch, loud, offline, plan_of, routed, small_config
@@ -137,7 +140,9 @@ class TestCrowd:
             found[name] = crowd.ceiling(configure(crowd.BASE, variant, 0).model, variant.routers == "once", data)
         assert all(found[name] == 1 for name in ("full", "mod-all", "mod", "exit", "skip", "exit-2", "skip-2", "random"))
         # A guess is right in one of five, or a little more often, because known sprites leave less room for others.
-        for name, known in (("drop", 6 / 10), ("random-all", 1 - (20 / 26) ** 4), ("uniform-all", 6 / 26)):
+        # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25.
+        for name, known in (("drop", (5 + 0.4) / 10), ("random-all", 24 / 25 * (1 - (20 / 25) ** 4) + 1 / 25),
+                            ("uniform-all", 6 / 25)):
             assert known + (1 - known) / 5 < found[name] < known + (1 - known) / 3.5, name
         assert found["pool"] is None and found["pool-4"] is None
 
@@ -171,6 +176,37 @@ class TestCrowd:
         for one, others in crowd.RIVALS.items():
             for other in others:
                 assert spent[other] > 0.8 * spent[one], (one, other)
+
+
+def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
+    """Against a loop over frames, sprites and layers, on a run whose routers know nothing."""
+    config = configure(quick(crowd.BASE), crowd.VARIANTS["mod-all"], 0)
+    model, source = crowd.WORLD.build(config, torch.device("cpu"))
+    (tmp_path / "mod-all-0").mkdir()
+    write_tensors(tmp_path / "mod-all-0" / "model.safetensors", {name: p.detach() for name, p in model.weights().items()})
+    result = {"config": {"world": config.world} | asdict(config), "routers": "", "question_accuracy": 0.5,
+              "curve": [{"step": 1, "lm": 1.0, "recall": {"0": 0.1, "1": 0.2, "2": 0.3, "3": 0.4}}, {"step": 2, "questions": 0.5}]}
+    (tmp_path / "mod-all-0.json").write_text(json.dumps(result))
+    flags = division.Flags(runs=tmp_path, results=tmp_path, out=tmp_path / "division", clips=3)
+    assert division.run(flags) == 0
+    found, trace = json.loads((tmp_path / "division.json").read_text())["seeds"]["0"], []
+    clips = source.validation(3)
+    teacher_forced(model.eval(), source.words, clips, trace=trace)
+    kept = {layer: torch.cat([one.kept for one in trace if one.layer == layer]) for layer in range(4)}
+    seen, by_name = [], {name: [] for name in NAME_WORDS}
+    for number, labels in enumerate(label for clip in clips for label in clip.patch_labels):
+        for patch, (colour, shape, *_) in enumerate(labels):
+            if colour:
+                seen.append([bool(kept[layer][number, 1 + patch]) for layer in range(4)])
+                by_name[f"{list(COLOURS)[colour - 1]}-{SHAPES[shape - 1]}"].append(seen[-1])
+    assert len(seen) == 3 * 4 * 10
+    assert found["layers"] == pytest.approx(np.mean(seen, 0)) and found["any"] == pytest.approx(np.mean(np.any(seen, 1)))
+    for name, shares in zip(NAME_WORDS, found["by name"], strict=True):
+        if by_name[name]:
+            assert shares == pytest.approx(np.mean(by_name[name], 0))
+    assert found["curve"] == [[1, [0.1, 0.2, 0.3, 0.4]]] and (tmp_path / "division.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no finished run of drop in"):
+        division.run(division.Flags(variant="drop", runs=tmp_path, results=tmp_path))
 
 
 @pytest.fixture(scope="module")

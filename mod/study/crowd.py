@@ -11,12 +11,15 @@ for word. `mod-all` is compared with the variants of about its cost, and with fu
 t-tests with Holm's correction; so is `mod`, the interleaved pattern, and, on another task, `now-even` (see `RIVALS`).
 Each of the three families is corrected by itself.
 
+Every variant is trained for as many steps, with the same rates. Routed layers begin dense and narrow down, whoever
+chooses (the preset's `dense_steps` and `narrow_steps`), which "training FLOPs" counts.
+
 What a kind of method *can* reach is computed beside it: see `ceiling`. Finished runs are kept in results/crowd and are
 never repeated. Writes results/crowd.json, .md and .png.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from mod.config import ModelConfig, require
+from mod.config import PATTERNS, ModelConfig, require, routed_layers
 from mod.data import CELLS
 from mod.live.costs import dense
 from mod.live.picture import BLUE, VERMILION, save
@@ -37,6 +40,7 @@ from mod.study.ablate_report import Values, mean_and_error, mean_error, number_o
 from mod.study.common import command, markdown, publish
 from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
+from mod.train import narrowed
 
 BASE = WORLD.presets["crowd"]
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
@@ -95,16 +99,18 @@ class Flags(TrialFlags):
 
 
 def costs(name: str, text: float) -> dict[str, float]:
-    """Of a variant as a share of full computation: decoder FLOPs and KV cache of a live stream, FLOPs of the clips that
-    it is trained on, with so many text tokens each, and what it can reach."""
+    """Of a variant as a share of full computation: decoder FLOPs and KV cache of a live stream, FLOPs of its training
+    on clips of so many text tokens, and what it can reach."""
     config, full = configure(BASE, VARIANTS[name], 0).model, dense(BASE.model)
     live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
-    clip = BASE.data.frames, text
+    clip, steps = (BASE.data.frames, text), BASE.train.steps
+    widths = (narrowed(replace(BASE, model=config), step).model for step in range(steps))
+    training = sum(decoder_flops(width, *clip) for width in widths) / steps / decoder_flops(full, *clip)
 
     def share(cost, stream) -> float:
         return cost(config, *stream) / cost(full, *stream)
 
-    return {"flops": share(decoder_flops, live), "kv": share(kv_bytes, live), "clip flops": share(decoder_flops, clip),
+    return {"flops": share(decoder_flops, live), "kv": share(kv_bytes, live), "training flops": training,
             "ceiling": ceiling(config, VARIANTS[name].routers == "once", BASE.data)}
 
 
@@ -119,20 +125,25 @@ def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000
         return None
     rng, right = np.random.default_rng(0), 0.0
     tokens, cells = config.frame_tokens, CELLS * CELLS
-    alike = UniformRouter(config.dim, tokens, config.keep_ratio, layer=0).score(torch.zeros(1, tokens, 1), None)[0]
-    uniform = set((alike.nonzero()[:, 0] - 1).tolist())  # cells: token 0 is the CLS
+    alike = UniformRouter(config.dim, tokens, config.keep_ratio, layer=0)
+    alike.keep_last = config.keep_last
+    chosen, _, _ = alike(torch.zeros(1, tokens, 1), torch.arange(tokens)[None])
+    uniform = set((chosen[0] - 1).tolist())  # cells: token 0 is the CLS
+    spared = {cells - 1} if config.keep_last else set()  # what every routed layer keeps, whoever stands there
+    free_tokens = tokens - len(spared)
     for _ in range(draws):
         crowd = rng.permutation(cells)[: data.crowd]
         known: set[int] = set()
         for k in config.keep_counts:
             if k == tokens:
                 known |= set(crowd)
-            elif config.select == "random":
-                known |= set(crowd) & set(rng.permutation(tokens)[:k] - 1)
-            elif config.select == "uniform":
+            elif k and config.select == "random":
+                known |= set(crowd) & (set(rng.permutation(free_tokens)[: k - len(spared)] - 1) | spared)
+            elif k and config.select == "uniform":
                 known |= set(crowd) & uniform
-            elif not (once and known):
-                known |= set([cell for cell in crowd if cell not in known][:k])
+            elif k and not (once and known):
+                known |= set(crowd) & spared
+                known |= set([cell for cell in crowd if cell not in known][: k - len(spared)])
         free = np.ones(cells)
         free[list(known)] = 0
         guess = free.reshape(CELLS, CELLS).sum(0).max() / free.sum()
@@ -166,19 +177,22 @@ def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
 
 
 def report(data: dict) -> str:
-    values, shown = data["values"], {}
+    values, tables = data["values"], {False: {}, True: {}}
     for name in values:
         quality, cost = values[name]["quality"], data["costs"][name]
         narration, silence = (mean_error(values[name][measure])[0] for measure in ("narration", "silence"))
-        shown[f"`{name}` {VARIANTS[name].title}"] = {
+        tables[VARIANTS[name].data == NOW["data"]][f"`{name}` {VARIANTS[name].title}"] = {
             "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
             "ceiling": f"{cost['ceiling']:.2f}" if cost["ceiling"] else "-",
-            "narration": f"{narration:.3f}", "silence": f"{silence:.3f}",
-            "FLOPs": f"{cost['flops']:.2f}", "KV cache": f"{cost['kv']:.2f}"}
+            "narration": f"{narration:.2f}", "silence": f"{silence:.3f}",
+            "FLOPs": f"{cost['flops']:.2f}", "training FLOPs": f"{cost['training flops']:.2f}"}
     parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds after {data['steps']} steps, on "
              f"{data['clips']} validation clips. Quality: questions answered right. Costs: of a stream of {LIVE} "
-             "frames with a question after every fourth, as a share of full computation.\n",
-             markdown(pd.DataFrame.from_dict(shown, orient="index"))]
+             "frames with a question after every fourth, as a share of full computation.\n"]
+    for now, shown in tables.items():
+        if shown:
+            parts += ["Answers do not repeat the name:\n"] if now else []
+            parts.append(markdown(pd.DataFrame.from_dict(shown, orient="index")))
     for one, others in RIVALS.items():
         mine = values[one]["quality"] if one in values else {}
         there = {name: values[name]["quality"] for name in others if name in values}
@@ -193,14 +207,17 @@ def plot(data: dict, path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for name, found in data["values"].items():
+        variant, cost = VARIANTS[name], data["costs"][name]
+        if variant.data:
+            continue  # another task
         mean, error = mean_error(found["quality"])
-        cost = data["costs"][name]
-        colour = VERMILION if name.startswith("mod") else BLUE
+        routed = routed_layers(variant.model["layers"], BASE.model.depth) if variant.model["layers"] in PATTERNS else ()
+        colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
         axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
         axis.annotate(name, (cost["flops"], mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
         if cost["ceiling"] is not None:
             axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
-    axis.set(title="A crowd: quality against cost (grey: what that kind of method can reach in one-look questions)",
+    axis.set(title="A crowd: quality against cost (red: learned routing; grey: what that kind of method can reach)",
              xlabel="decoder FLOPs of a live stream (share of full computation)",
              ylabel="questions answered right (share), ± standard error", xlim=(0, 1.08), ylim=(0, 1.05))
     axis.grid(alpha=0.3)
