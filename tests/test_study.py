@@ -173,7 +173,7 @@ class TestCrowd:
 
     def test_rivals_are_variants_and_cost_no_less(self):
         spent = {name: crowd.costs(name, 100)["flops"] for name in crowd.VARIANTS}
-        for one, others in crowd.RIVALS.items():
+        for one, others in crowd.RIVALS:
             for other in others:
                 assert spent[other] > 0.8 * spent[one], (one, other)
 

@@ -8,8 +8,9 @@
 
 Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
 for word. `mod-all` is compared with the variants of about its cost, and with full computation, seed by seed, by paired
-t-tests with Holm's correction; so is `mod`, the interleaved pattern, and, on another task, `now-even` (see `RIVALS`).
-Each of the three families is corrected by itself.
+t-tests with Holm's correction; so it is with what it is without one of the preset's choices; so is `mod`, the
+interleaved pattern, with its rivals, and, on another task, `now-even` (see `RIVALS`). Each of the four families is
+corrected by itself.
 
 Every variant is trained for as many steps, with the same rates. Routed layers begin dense and narrow down, whoever
 chooses (the preset's `dense_steps` and `narrow_steps`), which "training FLOPs" counts.
@@ -19,8 +20,10 @@ never repeated. Writes results/crowd.json, .md and .png.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -29,7 +32,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from mod.config import PATTERNS, ModelConfig, require, routed_layers
+from mod.config import PATTERNS, Gate, ModelConfig, require, routed_layers
 from mod.data import CELLS
 from mod.live.costs import dense
 from mod.live.picture import BLUE, VERMILION, save
@@ -68,9 +71,19 @@ VARIANTS |= {
     "now-even-random": Variant("chance in layers 0 and 2", {"layers": "0,2", "select": "random"}, **NOW),
     "now-odd": Variant("MoD in layers 1 and 3", {"layers": "1,3"}, **NOW),
 }
-RIVALS = {"mod-all": ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full"),
-          "mod": ("random", "exit-2", "skip-2", "pool-4", "full"),
-          "now-even": ("now-full", "now-skip-first", "now-even-random", "now-odd")}
+# What lets the layers divide a crowd: the preset's choices, each undone alone. Gates are varied in both their parts.
+ALL = {"layers": "all"}
+UNDONE = {gate: Variant(f"gate {gate}", ALL | {"gate": gate}) for gate in get_args(Gate) if gate != BASE.model.gate} | {
+    "at-once": Variant("few tokens from the first step on", ALL, train={"dense_steps": 0, "narrow_steps": 0}),
+    "fast-routers": Variant("routers learn at the rate of the rest", ALL, train={"router_rate": 1.0}),
+    "compete": Variant("the last token competes", ALL | {"keep_last": False}),
+}
+VARIANTS |= UNDONE
+# What is compared with what: four families.
+RIVALS = (("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full")),
+          ("mod-all", tuple(UNDONE)),
+          ("mod", ("random", "exit-2", "skip-2", "pool-4", "full")),
+          ("now-even", ("now-full", "now-skip-first", "now-even-random", "now-odd")))
 MEASURES = {
     "quality": lambda run: run["question_accuracy"],
     "one look": lambda run: run["kinds"].get("now"),
@@ -101,10 +114,11 @@ class Flags(TrialFlags):
 def costs(name: str, text: float) -> dict[str, float]:
     """Of a variant as a share of full computation: decoder FLOPs and KV cache of a live stream, FLOPs of its training
     on clips of so many text tokens, and what it can reach."""
-    config, full = configure(BASE, VARIANTS[name], 0).model, dense(BASE.model)
+    whole, full = configure(BASE, VARIANTS[name], 0), dense(BASE.model)
+    config = whole.model
     live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
     clip, steps = (BASE.data.frames, text), BASE.train.steps
-    widths = (narrowed(replace(BASE, model=config), step).model for step in range(steps))
+    widths = (narrowed(whole, step).model for step in range(steps))
     training = sum(decoder_flops(width, *clip) for width in widths) / steps / decoder_flops(full, *clip)
 
     def share(cost, stream) -> float:
@@ -176,12 +190,19 @@ def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def heading(name: str) -> str:
+    """Of the table that a variant stands in."""
+    if name in UNDONE:
+        return "`mod-all` without one of the preset's choices"
+    return "Where answers do not repeat the name" if VARIANTS[name].data else "Methods"
+
+
 def report(data: dict) -> str:
-    values, tables = data["values"], {False: {}, True: {}}
+    values, tables = data["values"], defaultdict(dict)
     for name in values:
         quality, cost = values[name]["quality"], data["costs"][name]
         narration, silence = (mean_error(values[name][measure])[0] for measure in ("narration", "silence"))
-        tables[VARIANTS[name].data == NOW["data"]][f"`{name}` {VARIANTS[name].title}"] = {
+        tables[heading(name)][f"`{name}` {VARIANTS[name].title}"] = {
             "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
             "ceiling": f"{cost['ceiling']:.2f}" if cost["ceiling"] else "-",
             "narration": f"{narration:.2f}", "silence": f"{silence:.3f}",
@@ -189,11 +210,9 @@ def report(data: dict) -> str:
     parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds after {data['steps']} steps, on "
              f"{data['clips']} validation clips. Quality: questions answered right. Costs: of a stream of {LIVE} "
              "frames with a question after every fourth, as a share of full computation.\n"]
-    for now, shown in tables.items():
-        if shown:
-            parts += ["Answers do not repeat the name:\n"] if now else []
-            parts.append(markdown(pd.DataFrame.from_dict(shown, orient="index")))
-    for one, others in RIVALS.items():
+    for above, shown in tables.items():
+        parts += [f"{above}:\n", markdown(pd.DataFrame.from_dict(shown, orient="index"))]
+    for one, others in RIVALS:
         mine = values[one]["quality"] if one in values else {}
         there = {name: values[name]["quality"] for name in others if name in values}
         common = {name: found for name, found in there.items() if len(set(found) & set(mine)) > 2}
@@ -208,8 +227,8 @@ def plot(data: dict, path: Path) -> None:
     axis = figure.subplots()
     for name, found in data["values"].items():
         variant, cost = VARIANTS[name], data["costs"][name]
-        if variant.data:
-            continue  # another task
+        if heading(name) != "Methods":
+            continue  # another task, or the same cost
         mean, error = mean_error(found["quality"])
         routed = routed_layers(variant.model["layers"], BASE.model.depth) if variant.model["layers"] in PATTERNS else ()
         colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
