@@ -225,15 +225,17 @@ def plot(data: dict, path: Path) -> None:
     """Quality against cost, with what each could reach."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for name, found in data["values"].items():
+    # Without those on another task, and those of the same cost; the best first, so that labels move down for others.
+    shown = {name: mean_error(found["quality"]) for name, found in data["values"].items() if heading(name) == "Methods"}
+    labels: list[tuple[float, float]] = []
+    for name, (mean, error) in sorted(shown.items(), key=lambda one: -one[1][0]):
         variant, cost = VARIANTS[name], data["costs"][name]
-        if heading(name) != "Methods":
-            continue  # another task, or the same cost
-        mean, error = mean_error(found["quality"])
+        below = [at for x, at in labels if abs(x - cost["flops"]) < 0.12 and abs(at - mean) < 0.1]
+        labels.append((cost["flops"], min([mean + 0.01, *(at - 0.035 for at in below)])))
         routed = routed_layers(variant.model["layers"], BASE.model.depth) if variant.model["layers"] in PATTERNS else ()
         colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
         axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
-        axis.annotate(name, (cost["flops"], mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(name, labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
         if cost["ceiling"] is not None:
             axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
     axis.set(title="A crowd: quality against cost (red: learned routing; grey: what that kind of method can reach)",
