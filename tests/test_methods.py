@@ -481,7 +481,7 @@ QUICK = ["--steps", "1", "--batch-size", "2", "--vit-steps", "1", "--frames", "3
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train_tiny.main([*QUICK, "--method", name, "--out", str(out)]) == 0
+    assert train_tiny.main([*QUICK, "--method", name, "--dense-steps", "1", "--narrow-steps", "1", "--out", str(out)]) == 0
     told, config = capsys.readouterr().out, json.loads((out / "config.json").read_text())
     assert config["model"]["method"] == name and (name == "mod" or METHODS[name].line in told)
     metrics = json.loads((out / "metrics.json").read_text())
