@@ -207,6 +207,8 @@ def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
     assert found["curve"] == [[1, [0.1, 0.2, 0.3, 0.4]]] and (tmp_path / "division.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="no finished run of drop in"):
         division.run(division.Flags(variant="drop", runs=tmp_path, results=tmp_path))
+    with pytest.raises(UserError, match="variant got 'full', expected one of mod-all"):  # nothing is divided there
+        division.Flags(variant="full")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@
     python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
 
 Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
-for word. `mod-all` is compared with the variants of about its cost, and with full computation, seed by seed, by paired
-t-tests with Holm's correction; so it is with what it is without one of the preset's choices; so is `mod`, the
-interleaved pattern, with its rivals, and, on another task, `now-even` (see `RIVALS`). Each of the four families is
-corrected by itself.
+for word. Variants are compared seed by seed, by paired t-tests, in four families, each with Holm's correction:
+`mod-all` with the variants of about its cost and with full computation; `mod-all` with itself, one of the preset's
+choices undone; `mod`, the interleaved pattern, with its rivals; and, on another task, `now-even` (see `RIVALS`).
 
 Every variant is trained for as many steps, with the same rates. Routed layers begin dense and narrow down, whoever
 chooses (the preset's `dense_steps` and `narrow_steps`), which "training FLOPs" counts.

@@ -30,6 +30,7 @@ from mod.study.crowd import VARIANTS
 from mod.study.routers import equip
 
 SHOWN = 5  # seeds in the picture, at most
+DIVIDED = [name for name, variant in VARIANTS.items() if variant.model["layers"] == "all"]  # every layer is routed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Flags:
 
     def __post_init__(self):
         require(self.clips >= 1, f"clips must be at least 1, got {self.clips}")
-        require(self.variant in VARIANTS, f"variant got {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        require(self.variant in DIVIDED, f"variant got {self.variant!r}, expected one of {', '.join(DIVIDED)}")
 
 
 def divide(flags: Flags, result: dict, weights: Path) -> dict:
