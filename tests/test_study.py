@@ -156,6 +156,9 @@ class TestCrowd:
         row = crowd.compare(one, {"other": other}).loc["`other`"]
         assert row["difference"] == "+0.300" and row["95% interval"] == "+0.052 to +0.548"
         assert row["difference / its spread"] == "+3.0" and row["p, corrected"] == "0.0351"
+        # Without spread a gap is certain, unless there is none.
+        found = crowd.compare(dict.fromkeys(one, 0.75), {"less": dict.fromkeys(one, 0.5), "same": dict.fromkeys(one, 0.75)})
+        assert list(found["p, corrected"]) == ["< 0.0001", "1.0000"]
 
     def test_a_report_shows_what_is_finished_and_compares_what_has_three_seeds(self, tmp_path):
         """Without the variant that others are compared with, with too few seeds, and with enough."""

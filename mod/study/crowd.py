@@ -180,7 +180,8 @@ def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
         pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
         gaps = pairs["one"] - pairs["other"]
         wide = student.ppf(0.975, len(gaps) - 1) * gaps.sem()
-        pvalues.append(ttest_rel(pairs["one"], pairs["other"]).pvalue if gaps.std() > 0 else 1.0)
+        # Gaps that are all the same have no spread to test: no gap at all says nothing, any other one is certain.
+        pvalues.append(ttest_rel(pairs["one"], pairs["other"]).pvalue if gaps.std() > 0 else float(gaps.mean() == 0))
         rows[f"`{name}`"] = {"difference": f"{gaps.mean():+.3f}",
                              "95% interval": f"{gaps.mean() - wide:+.3f} to {gaps.mean() + wide:+.3f}",
                              "difference / its spread": f"{gaps.mean() / gaps.std():+.1f}" if gaps.std() > 0 else "-"}
