@@ -77,7 +77,8 @@ class MoDBlock(nn.Module):
             return self.block(x, turn, plan.pos, past=past)
         router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        chosen, weight, scores = router(*frames)
+        neighbour = router.take_turns and trace and trace[-1].layer == router.layer - 1
+        chosen, weight, scores = router(*frames, trace[-1].kept if neighbour else None)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(router.layer, kept, scores))
@@ -147,6 +148,8 @@ class Decoder(nn.Module):
         cache  a KVCache, told of this plan by `begin`, that the new tokens are appended to
         trace  a list that collects what the routed layers decided
         """
+        if self.config.take_turns and trace is None:
+            trace = []  # a layer reads there what the one before has kept
         turn = self.rope.turn(plan.pos if cache is None else cache.places, self.config.head_dim, x.dtype)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None

@@ -32,10 +32,14 @@ from torch import Tensor, nn
 from mod.config import ModelConfig, UserError, keep_count
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins."""
+def top_k(scores: Tensor, k: int, last: Tensor | None = None) -> Tensor:
+    """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins.
+    Those marked in `last` (F, N) come after all others."""
     # torch.topk breaks ties arbitrarily; a stable sort does not.
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    if last is not None:
+        order = order.gather(1, last.gather(1, order).byte().sort(dim=-1, stable=True).indices)
+    return order[:, :k].sort(dim=-1).values
 
 
 class Router(nn.Module):
@@ -48,7 +52,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
-        self.kept, self.keep_last = keep_count(keep_ratio, frame_tokens), False
+        self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, False
         self.asleep = False  # every mu is one then, and nothing is learned
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
@@ -59,12 +63,14 @@ class Router(nn.Module):
         """mu of each token, (F, N) -> (F, N). One, unless the scores are learned."""
         return torch.ones_like(scores)
 
-    def forward(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, pos: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N)."""
-        scores = self.score(tokens, pos)
-        ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf) if self.keep_last else scores
-        chosen = top_k(ranked, self.kept)
+        and all scores (F, N). `before` (F, N) marks what the layer before kept, when layers take turns."""
+        ranked = scores = self.score(tokens, pos)
+        if self.keep_last:
+            ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)
+            before = None if before is None else F.pad(before[:, :-1], (0, 1))
+        chosen = top_k(ranked, self.kept, before)
         mu = self.weight(scores).gather(1, chosen)
         # Times zero, so that the weights have a gradient, which several processes wait for.
         return chosen, 1 + 0 * mu if self.asleep else mu, scores.detach()
@@ -128,5 +134,5 @@ def new_router(config: ModelConfig, layer: int) -> Router:
     if config.select not in ROUTERS:
         raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
     router = ROUTERS[config.select](config.dim, config.frame_tokens, config.keep_ratios[layer], layer, config.gate)
-    router.keep_last = config.keep_last
+    router.keep_last, router.take_turns = config.keep_last, config.take_turns
     return router

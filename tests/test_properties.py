@@ -46,7 +46,8 @@ def configs(draw, layers: str | None = None, ratios=(0.01, 0.1, 0.2, 0.34, 0.5, 
         "ffn_hidden": draw(st.integers(4, 12)), "qk_norm": draw(st.booleans()), "qkv_bias": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()), "layers": layers, "keep_ratio": draw(st.sampled_from(ratios)),
         "select": draw(st.sampled_from(["learned", "learned", "random", "uniform"])),
-        "gate": draw(st.sampled_from(get_args(Gate))),
+        "gate": draw(st.sampled_from(get_args(Gate))), "keep_last": draw(st.booleans()),
+        "take_turns": draw(st.booleans()),
     }
     return ModelConfig(**{**sizes, **fixed})
 
