@@ -135,16 +135,39 @@ class TestRouters:
 
 class TestCrowd:
     def test_ceilings_are_those_that_can_be_worked_out_by_hand(self):
-        data, found = HarderData(crowd=10), {}
-        for name, variant in crowd.VARIANTS.items():
-            found[name] = crowd.ceiling(configure(crowd.BASE, variant, 0).model, variant.routers == "once", data)
-        assert all(found[name] == 1 for name in ("full", "mod-all", "mod", "exit", "skip", "exit-2", "skip-2", "random"))
+        found = {looks: {name: self.ceiling(name, HarderData(crowd=10, looks=looks)) for name in crowd.VARIANTS}
+                 for looks in (0.0, 1.0)}
+        for name in ("full", "mod-all", "mod", "exit-2", "skip-2", "random"):
+            assert found[0.0][name] == found[1.0][name] == 1
+        assert found[0.0]["exit"] == found[0.0]["skip"] == 1
+        assert found[0.0]["pool"] is None and found[0.0]["pool-4"] is None
         # A guess is right in one of five, or a little more often, because known sprites leave less room for others.
-        # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25.
-        for name, known in (("drop", (5 + 0.4) / 10), ("random-all", 24 / 25 * (1 - (20 / 25) ** 4) + 1 / 25),
-                            ("uniform-all", 6 / 25)):
-            assert known + (1 - known) / 5 < found[name] < known + (1 - known) / 3.5, name
-        assert found["pool"] is None and found["pool-4"] is None
+        # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25. By chance
+        # two layers keep 10 of the 25 other tokens, and each further one 5 of the 20 that the one before it left.
+        for name, known in (("drop", (5 + 0.4) / 10), ("random-all", 24 / 25 * (1 - 0.6 * 0.75**2) + 1 / 25),
+                            ("uniform-all", 10 / 25)):
+            assert known + (1 - known) / 5 < found[0.0][name] < known + (1 - known) / 3.5, name
+        # One layer cannot look twice. Of the four others of a shape two stand on the fullest of five sides.
+        assert 0.45 < found[1.0]["exit"] == found[1.0]["skip"] < 0.55
+        both = 5 / 10 * 4 / 9
+        assert both + (1 - both) * 0.45 < found[1.0]["drop"] < both + 0.1 + (1 - both) * 0.55
+
+    def ceiling(self, name: str, data: HarderData) -> float | None:
+        variant = crowd.VARIANTS[name]
+        return crowd.ceiling(configure(crowd.BASE, variant, 0).model, variant.routers == "once", data, draws=500)
+
+    @pytest.mark.parametrize(("kept", "cells", "found"), [
+        ([[1, 0, 0], [0, 1, 0]], (3, 4, 0), True),  # first the sprite, then its leader
+        ([[0, 1, 0], [1, 0, 0]], (3, 4, 0), False),  # the wrong order
+        ([[1, 1, 0], [0, 1, 0]], (3, 4, 0), True),
+        ([[1, 1, 0], [1, 0, 0]], (3, 4, 0), False),  # the leader comes later in the frame, unread by the sprite
+        ([[1, 1, 0], [1, 0, 0]], (4, 3, 0), True),  # the sprite has read its leader, and is read itself in the next layer
+        ([[0, 0, 0], [1, 1, 0]], (4, 3, 0), False),  # one layer alone
+    ])
+    def test_two_looks_need_two_layers_in_the_right_order(self, kept, cells, found):
+        """Sprite 0 follows sprite 1; the others of its shape stand on two sides, so a guess is right in half."""
+        mine, *_ = crowd.followed(np.array(cells), np.array(kept, bool), np.arange(3))
+        assert mine == (1.0 if found else 0.5)
 
     def test_holms_correction(self):
         """Worked by hand: .01 * 4, .02 * 3, .03 * 2, and .04 * 1, none below the one before."""

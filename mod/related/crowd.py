@@ -1,8 +1,8 @@
 """A crowd: more sprites in every frame than any routed layer keeps tokens, and questions about any of them.
 
 Between two frames everybody is put into a cell by chance, silently, so that what is new in a frame says nothing about
-what matters. Sometimes one of them leaves a trail where it was. That is narrated: its name, and then the height at
-which it is now, "moves red-disc top". How hard it is, is told by numbers:
+what matters. Sometimes one of them leaves a trail where it was. That is narrated: its name, and then the side on which
+it is now, "moves red-disc left". Nobody asks about it then. How hard it is, is told by numbers:
 
     crowd   sprites in a frame
     asks    questions after a frame, each about another sprite
@@ -18,6 +18,7 @@ may settle on another way instead: look at the frame, and guess the side with th
 A sprite's *leader* is the sprite of its own shape that has the colour of its badge, a small square in its middle.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +53,11 @@ class CrowdScene(Scene):
         rng, cells = self.rng, [divmod(cell, CELLS) for cell in range(CELLS * CELLS)]
         mover = None
         if not self.sprites:
-            names = rng.permutation(len(NAMES))[: self.config.crowd]
-            self.sprites = [Member(*NAMES[name], row=-1, column=-1, jitter=(0, 0)) for name in names]
+            # As few shapes as the crowd needs: among few of its shape a leader would be guessed.
+            shapes = rng.permutation(SHAPES)[: math.ceil(self.config.crowd / len(COLOURS))]
+            names = [name for name in NAMES if name[1] in shapes]
+            self.sprites = [Member(*names[number], row=-1, column=-1, jitter=(0, 0))
+                            for number in rng.permutation(len(names))[: self.config.crowd]]
             for shape in SHAPES:
                 same = [sprite for sprite in self.sprites if sprite.shape == shape]
                 for sprite, leader in zip(same, same[1:] + same[:1], strict=True):
@@ -66,7 +70,7 @@ class CrowdScene(Scene):
             sprite.row, sprite.column = cells[cell]
             sprite.jitter = tuple(rng.integers(0, 2, 2))
             sprite.first = sprite.first or sprite.side
-        return f"moves {mover.name} {mover.height}" if mover else None
+        return f"moves {mover.name} {mover.side}" if mover else None
 
     def truth(self) -> dict[str, str]:
         answers, echo = {}, self.config.echo
@@ -81,8 +85,9 @@ class CrowdScene(Scene):
         rng, questions = self.rng, []
         if rng.random() >= self.config.question_rate:
             return questions
-        for number in rng.permutation(len(self.sprites))[: self.config.asks]:
-            name, (two, past) = self.sprites[number].name, rng.random(2)
+        silent = [sprite for sprite in self.sprites if not sprite.trail]  # where the mover is has just been said
+        for number in rng.permutation(len(silent))[: self.config.asks]:
+            name, (two, past) = silent[number].name, rng.random(2)
             question = f"where did the {name} appear ?" if past < self.config.later else f"where is the {name} ?"
             leader = f"where is the leader of the {name} ?"
             questions.append(leader if two < self.config.looks and leader in truth else question)

@@ -18,6 +18,7 @@ What a kind of method *can* reach is computed beside it: see `ceiling`. Finished
 never repeated. Writes results/crowd.json, .md and .png.
 """
 
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -32,12 +33,12 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from mod.config import PATTERNS, Gate, ModelConfig, require, routed_layers
-from mod.data import CELLS
+from mod.data import CELLS, COLOURS
 from mod.live.costs import dense
 from mod.live.picture import BLUE, VERMILION, save
 from mod.related.data import HarderData
 from mod.related.world import WORLD
-from mod.router import UniformRouter
+from mod.router import new_router
 from mod.study.ablate_report import Values, mean_and_error, mean_error, number_of_seeds
 from mod.study.common import command, markdown, publish
 from mod.study.costs import average_text, decoder_flops, kv_bytes
@@ -76,6 +77,7 @@ UNDONE = {gate: Variant(f"gate {gate}", ALL | {"gate": gate}) for gate in get_ar
     "at-once": Variant("few tokens from the first step on", ALL, train={"dense_steps": 0, "narrow_steps": 0}),
     "fast-routers": Variant("routers learn at the rate of the rest", ALL, train={"router_rate": 1.0}),
     "compete": Variant("the last token competes", ALL | {"keep_last": False}),
+    "own-choice": Variant("each layer chooses on its own", ALL | {"take_turns": False}),
 }
 VARIANTS |= UNDONE
 # What is compared with what: four families.
@@ -128,40 +130,69 @@ def costs(name: str, text: float) -> dict[str, float]:
 
 
 def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000) -> float | None:
-    """The share of one-look questions that can be answered if every sprite is known that *some* layer keeps, and the
-    fullest guess is made about the others: the side with the most cells that are not known to hold somebody else.
+    """The share of questions that can be answered, if a sprite is known that *some* layer keeps. Otherwise the fullest
+    guess is made: the side with the most cells that are not known to hold somebody else.
 
-    What a layer keeps is simulated: all, by chance, always the same tokens, or as many sprites as there is room for,
-    others in each layer or chosen `once`. Pooled tokens mix sprites, so nothing is said of them.
+    A question with two looks needs the sprite in one layer and its leader in a later one; or both in one layer, where
+    the leader comes first and is read by the sprite, and the sprite in a later one. The guess is then the side with the
+    most others of the shape. Pooled tokens mix sprites, so nothing is said of them.
     """
     if config.grid < CELLS:
         return None
     rng, right = np.random.default_rng(0), 0.0
-    tokens, cells = config.frame_tokens, CELLS * CELLS
-    alike = UniformRouter(config.dim, tokens, config.keep_ratio, layer=0)
-    alike.keep_last = config.keep_last
-    chosen, _, _ = alike(torch.zeros(1, tokens, 1), torch.arange(tokens)[None])
-    uniform = set((chosen[0] - 1).tolist())  # cells: token 0 is the CLS
-    spared = {cells - 1} if config.keep_last else set()  # what every routed layer keeps, whoever stands there
-    free_tokens = tokens - len(spared)
-    for _ in range(draws):
-        crowd = rng.permutation(cells)[: data.crowd]
-        known: set[int] = set()
-        for k in config.keep_counts:
-            if k == tokens:
-                known |= set(crowd)
-            elif k and config.select == "random":
-                known |= set(crowd) & (set(rng.permutation(free_tokens)[: k - len(spared)] - 1) | spared)
-            elif k and config.select == "uniform":
-                known |= set(crowd) & uniform
-            elif k and not (once and known):
-                known |= set(crowd) & spared
-                known |= set([cell for cell in crowd if cell not in known][: k - len(spared)])
-        free = np.ones(cells)
-        free[list(known)] = 0
+    crowds = np.argsort(rng.random((draws, CELLS * CELLS)), axis=1)[:, : data.crowd]
+    layers = kept_cells(config, once, crowds)
+    for crowd, kept in zip(crowds, layers.swapaxes(0, 1), strict=True):
+        seen = kept[:, crowd]  # layers x sprites
+        known, free = seen.any(0), np.ones(CELLS * CELLS)
+        free[crowd[known]] = 0
         guess = free.reshape(CELLS, CELLS).sum(0).max() / free.sum()
-        right += (len(known) + (data.crowd - len(known)) * guess) / data.crowd
+        one = (known.sum() + (~known).sum() * guess) / data.crowd
+        names = rng.permutation(len(COLOURS) * math.ceil(data.crowd / len(COLOURS)))[: data.crowd]
+        same = [np.flatnonzero(names // len(COLOURS) == shape) for shape in set(names // len(COLOURS))]
+        two = [found for those in same for found in followed(crowd, seen, those)] or [one]
+        right += (1 - data.looks) * one + data.looks * sum(two) / len(two)
     return float(right / draws)
+
+
+def followed(crowd: np.ndarray, seen: np.ndarray, same: np.ndarray) -> list[float]:
+    """Of each sprite of a shape: with what chance can its leader be found? `crowd`: cells; `seen`: layers x sprites."""
+    found = []
+    later = np.maximum.accumulate(seen[::-1], 0)[::-1][1:]  # does any layer after this one keep it?
+    for sprite, leader in zip(same, np.roll(same, -1), strict=True):
+        if sprite == leader:
+            continue
+        first, both = seen[:-1, sprite], seen[:-1, sprite] & seen[:-1, leader] & (crowd[leader] < crowd[sprite])
+        can = (first & later[:, leader]).any() or (both & later[:, sprite]).any()
+        sides = np.bincount(crowd[same[same != sprite]] % CELLS)
+        found.append(1.0 if can else sides.max() / sides.sum())
+    return found
+
+
+def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarray:
+    """Which cells the layers keep, (layers, draws, cells): routers without weights as they choose; learned ones as many
+    sprites as there is room for, in turns, or the same in every layer if they choose `once`."""
+    draws, tokens = len(crowds), config.frame_tokens
+    rows, before, turn, layers = np.arange(draws)[:, None], None, 0, []
+    pos = torch.arange(draws * tokens).view(draws, tokens)
+    for layer, k in enumerate(config.keep_counts):
+        kept = np.zeros((draws, tokens), bool)
+        if k in (0, tokens) or config.select != "learned":
+            if 0 < k < tokens:
+                chosen = new_router(config, layer)(torch.zeros(draws, tokens, 1), pos, before)[0]
+                before = torch.zeros(draws, tokens, dtype=torch.bool).scatter(1, chosen, True)
+                kept = before.numpy()
+                before = before if config.take_turns else None
+            else:
+                kept[:], before = k > 0, None
+        else:
+            kept[:, -1] = config.keep_last  # whoever stands there
+            room = k - config.keep_last
+            places = np.arange(turn, turn + room) % crowds.shape[1] if room < crowds.shape[1] else slice(None)
+            kept[rows, 1 + crowds[:, places]] = True  # token 0 is the CLS
+            turn += 0 if once else room
+        layers.append(kept[:, 1:])
+    return np.stack(layers)
 
 
 def holm(pvalues: list[float]) -> list[float]:
