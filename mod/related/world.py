@@ -42,12 +42,11 @@ PRESETS = {
         data=HarderData(drift=0.3, sparks=0.4, question_rate=0.8, ahead=0.5, landmark=0.8, wide=0.5, distractors=8),
         train=TrainConfig(steps=500, batch_size=8, eval_every=0, save_every=250, eval_clips=128),
     ),
-    # More sprites than any routed layer keeps, and questions that need two looks: here learned routing, chance,
-    # dropping and a single dense layer can differ.
+    # More sprites than any routed layer keeps: here learned routing, chance and dropping can differ.
     "crowd": RelatedRun(
         model=FieldModel(vocab_size=96, gate="sigmoid-read", keep_last=True, take_turns=True),
-        data=HarderData(frames=4, crowd=10, asks=4, looks=0.5, event_rate=0.5, question_rate=0.75),
-        train=TrainConfig(steps=900, vit_steps=400, router_rate=0.1, dense_steps=300, narrow_steps=300, save_every=300),
+        data=HarderData(frames=4, crowd=10, asks=4, event_rate=0.5, question_rate=0.75),
+        train=TrainConfig(steps=600, vit_steps=400, router_rate=0.1, dense_steps=150, narrow_steps=250, save_every=300),
     ),
 }
 
