@@ -7,12 +7,13 @@
     python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
 
 Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
-for word. Variants are compared seed by seed, by paired t-tests, in four families, each with Holm's correction:
+for word. Variants are compared seed by seed, by paired t-tests, in five families, each with Holm's correction:
 `mod-all` with the variants of about its cost and with full computation; `mod-all` with itself, one of the preset's
-choices undone; `mod`, the interleaved pattern, with its rivals; and, on another task, `now-even` (see `RIVALS`).
+choices undone; `mod`, the interleaved pattern, with its rivals; and on two other tasks `two-mod-all` and `now-even` with
+theirs (see `RIVALS`).
 
-Every variant is trained for as many steps, with the same rates. Routed layers begin dense and narrow down, whoever
-chooses (the preset's `dense_steps` and `narrow_steps`), which "training FLOPs" counts.
+Every variant of a table is trained for as many steps, with the same rates. Routed layers begin dense and narrow down,
+whoever chooses (`dense_steps` and `narrow_steps`), which "training FLOPs" counts.
 
 What a kind of method *can* reach is computed beside it: see `ceiling`. Finished runs are kept in results/crowd and are
 never repeated. Writes results/crowd.json, .md and .png.
@@ -21,7 +22,7 @@ never repeated. Writes results/crowd.json, .md and .png.
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -71,6 +72,10 @@ VARIANTS |= {
     "now-even-random": Variant("chance in layers 0 and 2", {"layers": "0,2", "select": "random"}, **NOW),
     "now-odd": Variant("MoD in layers 1 and 3", {"layers": "1,3"}, **NOW),
 }
+# Questions that need two looks, which one dense layer cannot take: learned later, so trained longer.
+TWO = {"data": {"looks": 0.33}, "train": {"steps": 1200, "dense_steps": 400, "narrow_steps": 400}}
+VARIANTS |= {f"two-{name}": Variant(VARIANTS[name].title, VARIANTS[name].model, **TWO)
+             for name in ("full", "mod-all", "random-all", "exit", "skip")}
 # What lets the layers divide a crowd: the preset's choices, each undone alone. Gates are varied in both their parts.
 ALL = {"layers": "all"}
 UNDONE = {gate: Variant(f"gate {gate}", ALL | {"gate": gate}) for gate in get_args(Gate) if gate != BASE.model.gate} | {
@@ -80,10 +85,11 @@ UNDONE = {gate: Variant(f"gate {gate}", ALL | {"gate": gate}) for gate in get_ar
     "own-choice": Variant("each layer chooses on its own", ALL | {"take_turns": False}),
 }
 VARIANTS |= UNDONE
-# What is compared with what: four families.
+# What is compared with what: five families.
 RIVALS = (("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full")),
           ("mod-all", tuple(UNDONE)),
           ("mod", ("random", "exit-2", "skip-2", "pool-4", "full")),
+          ("two-mod-all", ("two-random-all", "two-exit", "two-skip", "two-full")),
           ("now-even", ("now-full", "now-skip-first", "now-even-random", "now-odd")))
 MEASURES = {
     "quality": lambda run: run["question_accuracy"],
@@ -118,7 +124,7 @@ def costs(name: str, text: float) -> dict[str, float]:
     whole, full = configure(BASE, VARIANTS[name], 0), dense(BASE.model)
     config = whole.model
     live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
-    clip, steps = (BASE.data.frames, text), BASE.train.steps
+    clip, steps = (BASE.data.frames, text), whole.train.steps
     widths = (narrowed(whole, step).model for step in range(steps))
     training = sum(decoder_flops(width, *clip) for width in widths) / steps / decoder_flops(full, *clip)
 
@@ -126,7 +132,7 @@ def costs(name: str, text: float) -> dict[str, float]:
         return cost(config, *stream) / cost(full, *stream)
 
     return {"flops": share(decoder_flops, live), "kv": share(kv_bytes, live), "training flops": training,
-            "ceiling": ceiling(config, VARIANTS[name].routers == "once", BASE.data)}
+            "ceiling": ceiling(config, VARIANTS[name].routers == "once", whole.data)}
 
 
 def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000) -> float | None:
@@ -225,7 +231,10 @@ def heading(name: str) -> str:
     """Of the table that a variant stands in."""
     if name in UNDONE:
         return "`mod-all` without one of the preset's choices"
-    return "Where answers do not repeat the name" if VARIANTS[name].data else "Methods"
+    data = VARIANTS[name].data
+    if "looks" in data:
+        return f"A third of the questions need two looks, {VARIANTS[name].train['steps']} steps"
+    return "Where answers do not repeat the name" if data else "Methods"
 
 
 def report(data: dict) -> str:
@@ -277,12 +286,14 @@ def plot(data: dict, path: Path) -> None:
 
 
 def run(flags: Flags) -> int:
-    base, runs, out, seeds = BASE, Path("runs/crowd"), Path("results/crowd"), flags.seeds  # results of runs and table
+    base, variants, seeds = BASE, VARIANTS, flags.seeds
+    runs, out = Path("runs/crowd"), Path("results/crowd")  # results of runs, and the table beside them
     if flags.quick:
+        variants = {name: replace(one, train={}) for name, one in VARIANTS.items()}
         base, runs, out, seeds = quick(base), Path("runs/crowd-quick"), Path("runs/crowd-quick/crowd"), min(seeds, 2)
     if not flags.report:
-        sweep(runs, out, base, VARIANTS, flags.names, seeds, flags.jobs)
-    found = {name: some for name, some in collect(out, base, VARIANTS, seeds).items() if some}
+        sweep(runs, out, base, variants, flags.names, seeds, flags.jobs)
+    found = {name: some for name, some in collect(out, base, variants, seeds).items() if some}
     require(found, f"no finished run in {out}; train first, without --report")
     _, source = WORLD.build(base, torch.device("cpu"))
     text = average_text(source.validation(64), source.words)
