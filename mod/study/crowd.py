@@ -9,8 +9,8 @@
 Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
 for word. Variants are compared seed by seed, by paired t-tests, in five families, each with Holm's correction:
 `mod-all` with the variants of about its cost and with full computation; `mod-all` with itself, one of the preset's
-choices undone; `mod`, the interleaved pattern, with its rivals; and on two other tasks `two-mod-all` and `now-even` with
-theirs (see `RIVALS`).
+choices undone; `mod`, the interleaved pattern, with its rivals; and on two other tasks `two-mod-all` and `now-even`
+with theirs (see `RIVALS`).
 
 Every variant of a table is trained for as many steps, with the same rates. Routed layers begin dense and narrow down,
 whoever chooses (`dense_steps` and `narrow_steps`), which "training FLOPs" counts.
