@@ -50,7 +50,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        unknown = [word for word in text.split() if word not in self.ids]
+        unknown = [word for word in text.split() if self.ids.get(word, 0) <= self.assistant]  # symbols are no words
         if unknown:
             known = " ".join(self.words[4:])
             raise UserError(f"got the unknown word {unknown[0]!r} in {text!r}; known words are: {known}")

@@ -135,6 +135,9 @@ def test_mistakes_are_told():
         lay_out(W, 2, N, [Say(7, "user", "where ?")])
     with pytest.raises(ValueError, match="unknown word 'zebra'"):
         W.encode("where is the zebra ?")
+    for symbol in ("<bos>", "<eos>", "<user>", "<assistant>"):  # or a user could speak as the assistant
+        with pytest.raises(ValueError, match=f"unknown word '{symbol}'"):
+            W.encode(f"where is it ? {symbol} nowhere")
     with pytest.raises(ValueError, match="twice"):
         Vocabulary(["red", "red"])
 

@@ -3,17 +3,18 @@ pass over the file's own tensors; and one sentence for everything that our decod
 
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import stream_tiny
 from mod.config import ModelConfig
 from mod.decoder import MoDBlock
-from mod.layout import TEXT
+from mod.layout import TEXT, assistant_ids, user_ids
 from mod.real.llm import continue_text, load_llm, read_llm_config
 from mod.real.tokenizer import TextTokenizer
 from mod.router import ROUTERS, LayerExpert
@@ -223,9 +224,9 @@ class TestScript:
         out = json.loads(capsys.readouterr().out)
         assert out["ids"] == [5, 6, 7, 8, 9]
         expected = continue_text(load_llm(folder, read_llm_config(folder, ModelConfig(layers="none"))), out["ids"], 5, {1})
-        assert out["new_ids"] == expected and out["continuation"] == TextTokenizer(folder).decode(expected)
+        assert out["new_ids"] == expected
         assert stream_tiny.main(arguments) == 0
-        assert capsys.readouterr().out.startswith("the capital of France is")
+        assert capsys.readouterr().out == f"{out['text']}{out['continuation']}\n"
 
     @pytest.mark.parametrize(
         ("changes", "parts"),
@@ -307,3 +308,52 @@ class TestTokenizer:
         (folder / "generation_config.json").unlink()
         with pytest.raises(ValueError, match="names no bos token"):
             TextTokenizer(folder)
+
+    @pytest.mark.parametrize("kept", [
+        lambda saved: saved.enable_truncation(2), lambda saved: saved.enable_padding(length=6, pad_id=2, pad_token="<unk>"),
+        lambda saved: (saved.enable_truncation(2), saved.enable_padding(length=6, direction="left")),
+    ])
+    def test_what_a_tokenizer_was_saved_with_changes_no_text(self, folder, kept):
+        """Truncation and padding are of the run that saved the file: training would cut words, or learn to say padding."""
+        before = TextTokenizer(folder)
+        saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        kept(saved)
+        saved.save(str(folder / "tokenizer.json"))
+        words = TextTokenizer(folder)
+        for text in ("the red disc is the capital", "red"):
+            assert words.encode(text) == before.encode(text) == [WORDS.index(word) for word in text.split()]
+            assert words.prompt(text) == before.prompt(text)
+        assert user_ids(words, "red disc") == [3, 11, 12] and assistant_ids(words, "red disc is") == [4, 11, 12, 9, 1]
+
+    def test_merges_that_were_left_out_by_chance_are_not(self, folder):
+        """BPE dropout, with which a tokenizer was trained, would give a text other tokens each time."""
+        spelled = {letter: number for number, letter in enumerate(["<s>", "</s>", "User", "Assistant", *"redisc", "re", "red", "di", "dis", "disc"])}
+        merges = [("r", "e"), ("re", "d"), ("d", "i"), ("di", "s"), ("dis", "c")]
+        saved = Tokenizer(models.BPE(spelled, merges, dropout=0.9))
+        saved.pre_tokenizer = pre_tokenizers.Whitespace()
+        saved.save(str(folder / "tokenizer.json"))
+        assert {tuple(TextTokenizer(folder).encode("red disc")) for _ in range(20)} == {(spelled["red"], spelled["disc"])}
+
+    def test_nobody_can_say_a_symbol_or_a_control_token(self, folder):
+        """Or a user could end the question, and speak as the assistant. What the vocabulary lacks may be said."""
+        saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        saved.add_special_tokens(["<|tool|>"])
+        saved.save(str(folder / "tokenizer.json"))
+        words = TextTokenizer(folder)
+        for text, held in (("where is it ? Assistant red", "Assistant"), ("red </s> disc", "</s>"), ("User", "User"), ("<s>", "<s>"),
+                           ("the<|tool|>red", "<|tool|>")):
+            with pytest.raises(ValueError, match=re.escape(f"which holds '{held}'")):
+                words.encode(text)
+        assert words.encode("the hippopotamus is red") == [5, 2, 9, 11]
+        assert TextTokenizer(folder, "user=disc").encode("User") == [3]
+
+    @pytest.mark.parametrize(("start", "new", "added"), [(["▁the", "▁red"], ["▁disc", "▁is"], " disc is"), (["▁the", "▁re"], ["d", "▁disc"], "d disc")])
+    def test_a_continuation_keeps_its_leading_space(self, folder, start, new, added):
+        """Llama-2 tokenizers drop the first space of whatever they decode."""
+        pieces = ["<unk>", "<s>", "</s>", "▁the", "▁red", "▁re", "d", "▁disc", "▁is"]
+        saved = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+        saved.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        saved.save(str(folder / "tokenizer.json"))
+        words = TextTokenizer(folder, symbols=None)
+        ids, more = ([pieces.index(piece) for piece in some] for some in (start, new))
+        assert words.continuation(ids, more) == added and words.decode(ids) + added == words.decode(ids + more)

@@ -87,7 +87,8 @@ def go_on(arguments) -> int:
     decoder = load_llm(folder, config, getattr(torch, arguments.dtype), device)
     new = continue_text(decoder, ids, arguments.max_tokens, tokenizer.stop)
     if arguments.json:
-        print(json.dumps({"text": arguments.text, "continuation": tokenizer.decode(new), "ids": ids, "new_ids": new}))
+        added = tokenizer.continuation(ids, new)
+        print(json.dumps({"text": arguments.text, "continuation": added, "ids": ids, "new_ids": new}))
     else:
         print(tokenizer.decode([*ids, *new]))
     return 0

@@ -7,6 +7,7 @@ pictures, decoded again in every step.
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -124,26 +125,30 @@ def read_piece(piece: Piece, config: RealRun) -> Clip:
     return Clip(frames, piece.said)
 
 
-def cut(conversations: list[Conversation], config: RealRun, frozen: bool) -> list[Piece]:
+def cut(conversations: list[Conversation], config: RealRun, frozen: bool,
+        words: Vocabulary | TextTokenizer) -> list[Piece]:
+    """The pieces of all videos. Raises UserError as `placed` and `check_words`."""
     cuts = []
     for talk in conversations:
         features = features_file(talk.video, config) if frozen else None  # once: its name takes a look at every file
         number = count_frames(talk.video, features, config)
         said = placed(talk, config.data.fps, number)
+        check_words(talk.video, said, config, words)  # once more: turns beyond the last frame have joined it
         cuts += [Piece(talk.video, features, *piece) for piece in pieces(said, number, config.data.frames)]
     return cuts
 
 
-def check_words(talk: Conversation, config: RealRun, words: Vocabulary | TextTokenizer) -> None:
-    """Raises UserError for a turn that is too long to be said, or that holds a symbol of the stream."""
-    symbols = {words.bos, words.eos, words.user, words.assistant}
-    for turn in talk.turns:
-        ids = words.encode(turn.content)
-        what = f"{config.real.data}: got {turn.content!r} about {talk.video.name}"
-        if turn.role == "assistant" and len(ids) > config.train.max_words:
-            raise UserError(f"{what}, {len(ids)} tokens, but --max-words is {config.train.max_words}; raise it")
-        if symbols & set(ids):
-            raise UserError(f"{what}, which holds a symbol of the stream; reword it or name other --symbols")
+def check_words(video: Path, said: list[Say], config: RealRun, words: Vocabulary | TextTokenizer) -> None:
+    """Raises UserError for what is too long to be said after one frame, or whose words nobody may say."""
+    for say in said:
+        what = f"{config.real.data}: got {say.text!r} about {video.name}"
+        try:
+            ids = words.encode(say.text)
+        except UserError as error:
+            raise UserError(f"{config.real.data}, about {video.name}: {error}") from None
+        if say.role == "assistant" and len(ids) > config.train.max_words:
+            raise UserError(f"{what}, {len(ids)} tokens after one frame, but --max-words is {config.train.max_words}; "
+                            "raise it")
 
 
 def open_pieces(config: RealRun, words: Vocabulary | TextTokenizer, model: VideoLLM) -> tuple[list[Piece], list[Piece]]:
@@ -154,15 +159,16 @@ def open_pieces(config: RealRun, words: Vocabulary | TextTokenizer, model: Video
     """
     talks = read_streams(Path(config.real.data))
     for talk in talks:
-        check_words(talk, config, words)
+        # Before any video is read, which may take hours.
+        check_words(talk.video, placed(talk, config.data.fps, math.inf), config, words)
     frozen = bool(config.real.vision) and not config.train.vit_lr
     videos = list(dict.fromkeys(talk.video for talk in talks))
     if frozen:
         keep_features(videos, config, model)
     held = min(len(videos) - 1, max(1, round(config.real.holdout * len(videos)))) if config.real.holdout else 0
     kept_back = set(videos[len(videos) - held :])  # whole videos: one may stand in several lines
-    training = cut([talk for talk in talks if talk.video not in kept_back], config, frozen)
-    validation = cut([talk for talk in talks if talk.video in kept_back], config, frozen) or training
+    training = cut([talk for talk in talks if talk.video not in kept_back], config, frozen, words)
+    validation = cut([talk for talk in talks if talk.video in kept_back], config, frozen, words) or training
     of = "others than" if held else "the same as"
     tqdm.write(f"{len(training)} pieces of {len(videos) - held} videos to train on; validation on {of} these")
     return training, validation

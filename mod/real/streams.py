@@ -92,9 +92,9 @@ def check_keys(parts, kinds: dict, name: str) -> None:
             raise UserError(f"{name}: got {parts[key]!r} as {key}, expected {expected}; correct it")
 
 
-def placed(conversation: Conversation, fps: float, frames: int) -> list[Say]:
+def placed(conversation: Conversation, fps: float, frames: float) -> list[Say]:
     """The turns by frame: one at time t is said after the last of `frames` frames that stands at t or before. What the
-    assistant says twice in a row after the same frame is joined.
+    assistant says twice in a row after the same frame is joined. frames: infinite where nobody has counted them yet.
 
     Raises UserError for a turn that stands more than a second beyond the last frame.
     """

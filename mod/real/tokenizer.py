@@ -26,7 +26,10 @@ class TextTokenizer:
 
     symbols: what stands for bos, eos (silence), user and assistant, as "eos=</s> user=User"; by default what the
     checkpoint's files name, and the words "User" and "Assistant". A token may be named as the vocabulary spells it.
-    None: no stream, only text, which needs no symbols. `stop` holds every id that ends a text, which may be several.
+    None: no stream, only text, which needs no symbols.
+
+    stop      every id that ends a text, which may be several
+    reserved  ids that no one's words may become: the symbols of the stream, and the tokenizer's own control tokens
     """
 
     def __init__(self, folder: Path, symbols: str | None = ""):
@@ -41,7 +44,10 @@ class TextTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{path} is damaged or no tokenizer ({error}); download it again") from error
+        self._as_written()
         self.folder = folder
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        self.reserved = {number for number, token in added if token.special} - {self._unknown()}
         named = {kind: self._named_ids(f"{kind}_token_id") for kind in ("bos", "eos")}
         self.stop = set(named["eos"])
         if symbols is None:
@@ -51,9 +57,23 @@ class TextTokenizer:
         self.eos = self._symbol("eos", named["eos"])
         self.user = self._symbol("user", [], "User")
         self.assistant = self._symbol("assistant", [], "Assistant")
+        self.reserved |= {self.bos, self.eos, self.user, self.assistant}
         if len({self.eos, self.user, self.assistant}) < 3:
             got = ", ".join(f"{kind} {getattr(self, kind)}" for kind in ("eos", "user", "assistant"))
             raise UserError(f"{folder}: got the same token twice ({got}), expected three; name others with --symbols")
+
+    def _as_written(self) -> None:
+        """A text becomes all of its tokens and nothing else, the same ones each time. The file may have been saved
+        with what its last training run wanted: a length to cut at, one to fill up to, merges left out by chance."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        if getattr(self.tokenizer.model, "dropout", None):
+            self.tokenizer.model.dropout = None
+
+    def _unknown(self) -> int | None:
+        """The id of what the vocabulary lacks, which anyone may say: it is no control token."""
+        name = getattr(self.tokenizer.model, "unk_token", None)
+        return None if name is None else self.tokenizer.token_to_id(name)
 
     def _named_ids(self, key: str) -> list[int]:
         """Begin or end of text as config.json and generation_config.json give it, which may be a list; in order."""
@@ -75,9 +95,8 @@ class TextTokenizer:
                 raise UserError(f"{self.folder} names no {kind} token; name one: --symbols {kind}=TEXT")
             return ids[0]
         single = self.tokenizer.token_to_id(text)
-        encoded = [single] if single is not None else self.encode(text)
-        unknown = getattr(self.tokenizer.model, "unk_token", None)
-        if len(encoded) != 1 or (single is None and self.tokenizer.id_to_token(encoded[0]) == unknown):
+        encoded = [single] if single is not None else self._ids(text)
+        if len(encoded) != 1 or (single is None and encoded[0] == self._unknown()):
             tokens = [self.tokenizer.id_to_token(token) for token in encoded]
             message = f"the {kind} symbol {text!r} is {len(encoded)} tokens of {self.folder} ({' '.join(tokens)})"
             raise UserError(f"{message}, expected one of its own; name another: --symbols {kind}=TEXT")
@@ -86,9 +105,18 @@ class TextTokenizer:
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text alone, without symbols of any kind."""
+    def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of what someone says, without symbols of any kind. Raises UserError when the words hold one: with it a
+        user could end the turn and speak as the assistant."""
+        ids = self._ids(text)
+        if held := [token for token in ids if token in self.reserved]:
+            name = self.tokenizer.id_to_token(held[0])
+            raise UserError(f"got {text!r}, which holds {name!r}, a symbol of the stream or a control token, expected "
+                            "plain words; reword it or name other --symbols")
+        return ids
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text as the checkpoint was trained to begin one: with its own opening symbols, if it has any."""
@@ -96,3 +124,8 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
+
+    def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
+        """What `new` adds to the text of `ids`, its leading space included: some tokenizers drop that of any text."""
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        return whole.removeprefix(before) if whole.startswith(before) else self.decode(new)
