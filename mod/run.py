@@ -149,6 +149,8 @@ def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Ques
 def run_script(script: Callable[[], int], name: str) -> int:
     """Call a script; a user's mistake becomes one sentence on stderr and exit code 2."""
     try:
+        for stream in (stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show ends no stream
         return script()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -178,7 +180,7 @@ def pick_device(name: str, dtype: str = "float32") -> torch.device:
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: readers see the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name[-60:] + ".tmp")  # a name may be as long as the file system allows
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -196,7 +198,7 @@ def to_json(value, indent: int | None = None) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
     """As `write_text`. Raises UserError when there is no room."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name[-60:] + ".tmp")
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
         temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone
@@ -253,16 +255,14 @@ def config_from(parts: dict) -> Config:
 def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises UserError when the folder is no run of this project."""
     path = folder / "config.json"
-    require(path.is_file(), f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name "
-            "a run's folder")
+    require(path.is_file(), f"no run in {folder} (config.json is missing); train first or name a run's folder")
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
         if "model" not in parts or "train" not in parts:
             raise ValueError("it has no model and training settings")
         return config_from(parts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"{path} is not the configuration of a run of this project ({error}); name another folder"
-        raise UserError(told) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not the configuration of a run of this project ({error}); name another") from error
 
 
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):

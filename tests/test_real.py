@@ -223,6 +223,20 @@ class TestReloading:
         stream = Stream(assemble(config, CPU), words)
         assert not stream.never[words.eos] and stream.never[words.user] and stream.never[words.assistant]
 
+    def test_a_video_may_have_a_very_long_name(self, files, tmp_path, capsys):
+        """Its features and its saved stream have longer ones; two that begin alike have features of their own."""
+        names = ["x" * 240 + f"{number}.mp4" for number in range(2)] + ["\N{hiragana letter a}" * 82 + ".mp4"]
+        lines = [{"video": name, "conversation": [{"time": 0, "role": "assistant", "content": "red"}]} for name in names]
+        for number, name in enumerate(names):
+            shutil.copy(files / "videos" / f"clip-000{number}.mp4", tmp_path / name)
+        (tmp_path / "streams.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        arguments = flags(files, tmp_path / "run", "--data", str(tmp_path / "streams.jsonl"), "--features", str(tmp_path / "features"), "--steps", "1", data=False)
+        assert train_tiny.main(arguments) == 0
+        assert len(list((tmp_path / "features").iterdir())) == 3
+        state = tmp_path / ("s" * 238 + ".safetensors")
+        assert stream_tiny.main(["--checkpoint", str(tmp_path / "run"), "--video", str(tmp_path / names[2]), "--state", str(state), "--device", "cpu"]) == 0
+        assert read_tensors(state)[0] and not list(tmp_path.glob("*.tmp"))
+
     def test_damaged_features_are_made_again(self, trained, files, tmp_path):
         features = shutil.copytree(files / "features", tmp_path / "features")
         path = sorted(features.iterdir())[3]

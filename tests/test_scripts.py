@@ -1,16 +1,27 @@
 """The two scripts as a user runs them: what they write, and one sentence with exit code 2 for every mistake."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 import stream_tiny
 import train_tiny
+from mod.config import UserError
 from mod.data import synthetic
-from mod.run import read_config, read_tensors
+from mod.live.picture import save
+from mod.run import read_config, read_tensors, run_script, write_tensors, write_text
+
+ROOT = Path(__file__).parent.parent
 
 QUICK = ["--steps", "4", "--batch-size", "2", "--vit-steps", "2", "--frames", "4", "--eval-clips", "4", "--eval-every",
          "2", "--device", "cpu"]
@@ -296,3 +307,39 @@ def test_help_names_every_flag(main, capsys):
     }[main]
     for flag in wanted.split():
         assert f"--{flag}" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_an_output_that_cannot_show_a_character_shows_another(encoding, monkeypatch):
+    """On a terminal of another encoding a stream goes on, and so do errors about a file's name."""
+    bytes_of = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, raw in bytes_of.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+
+    def script():
+        print("a red disc \N{grinning face} appears, caf\xe9 \udc80")
+        raise UserError("got \N{snowman}\udcff.mp4, expected a video")
+
+    assert run_script(script, "stream_tiny.py") == 2
+    for name in bytes_of:
+        getattr(sys, name).flush()
+    assert bytes_of["stdout"].getvalue().startswith(b"a red disc ? appears, caf") and bytes_of["stdout"].getvalue().endswith(b" ?\n")
+    assert bytes_of["stderr"].getvalue() == b"stream_tiny.py: got ??.mp4, expected a video\n"
+
+
+def test_the_methods_are_listed_in_ascii():
+    """Their names and formulas hold characters that not every terminal has."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "train_tiny.py", "--method", "list"], cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 0 and len(done.stdout) > 500 and b"Traceback" not in done.stderr
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    """255 bytes; the temporary name that is written first must not be longer."""
+    for name in ("x" * 250 + ".json", "\N{hiragana letter a}" * 83 + ".json", "\N{grinning face}" * 62 + ".json"):
+        write_text(tmp_path / name, "{}")
+        write_tensors(tmp_path / name, {"a": torch.ones(2)})
+        assert read_tensors(tmp_path / name)[0]["a"].tolist() == [1, 1]
+    picture = tmp_path / ("x" * 251 + ".png")
+    save(Figure(), picture)
+    assert picture.is_file() and len(list(tmp_path.iterdir())) == 4

@@ -93,6 +93,11 @@ def drawing(moment: Moment, config: ModelConfig, width: int = 100, colour: bool 
 
 
 def terminal(moment: Moment, config: ModelConfig) -> str:
-    """The frame and what was kept of it, as wide as the terminal; without colours where these are not wanted."""
+    """The frame and what was kept of it, as wide as the terminal; without colours where these are not wanted, or where
+    half blocks cannot be shown."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    try:
+        "▀".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        colour = False
     return drawing(moment, config, shutil.get_terminal_size((100, 24)).columns, colour=colour)

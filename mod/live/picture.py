@@ -23,7 +23,7 @@ SHADE = 0.25  # brightness of a skipped patch
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to a temporary name, then rename."""
-    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
+    temporary = path.with_name(path.stem[-50:] + ".tmp" + path.suffix)
     figure.savefig(temporary, dpi=130)
     os.replace(temporary, path)
 

@@ -8,6 +8,7 @@ pictures, decoded again in every step.
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -56,8 +57,9 @@ def features_file(video: Path, config: RealRun) -> Path:
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in held]
     seen = {name: value for name, value in asdict(config.model).items()
             if name.startswith(("vit", "image", "patch", "grid"))}
+    stem = os.fsencode(video.stem)[:100].decode(errors="ignore")  # for people; names of files end at 255 bytes
     key = json.dumps([FORMAT, stamps, config.data.fps, seen, config.train.dtype])
-    return Path(config.real.features) / f"{video.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return Path(config.real.features) / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def video_frames(video: Path, config: RealRun) -> Iterator[np.ndarray]:
