@@ -36,6 +36,10 @@ CONFIGS = {  # model: (config.json, in old or new spelling; head width; files)
         {"model_type": "llama", "rope_theta": 1e5, "rope_interleaved": False, "tie_word_embeddings": True,
          "rope_scaling": {"type": "default"}}, 6, 1,
     ),
+    "rope told twice": (
+        {"model_type": "llama", "rope_theta": 300.0, "rope_scaling": {"type": "llama3", **LLAMA3},
+         "rope_parameters": {"rope_theta": 300.0, "rope_type": "default", "partial_rotary_factor": 1.0}}, 6, 1,
+    ),
     "qwen2": ({"model_type": "qwen2", "rope_theta": 1e6, "sliding_window": 32, "use_sliding_window": False}, 6, 1),
     "qwen3, new spelling": ({"model_type": "qwen3", "head_dim": 10, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
                              "layer_types": ["full_attention"] * 3}, 10, 2),
@@ -96,7 +100,7 @@ def plain_llama(w: dict, config: dict, head_dim: int, ids: list[int]) -> torch.T
     """The whole model in float64, head by head and angle by angle, written from the public description."""
     w = {name: tensor.double() for name, tensor in w.items()}
     eps, positions = config["rms_norm_eps"], torch.arange(len(ids)).double()
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
 
     def norm(x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -105,7 +109,7 @@ def plain_llama(w: dict, config: dict, head_dim: int, ids: list[int]) -> torch.T
         y, half = torch.empty_like(x), head_dim // 2
         for i in range(half):
             f = rope["rope_theta"] ** (-2 * i / head_dim)
-            if rope.get("rope_type") == "llama3":
+            if "llama3" in (rope.get("rope_type"), rope.get("type")):
                 length, old = 2 * math.pi / f, rope["original_max_position_embeddings"]
                 if length > old / rope["low_freq_factor"]:
                     f /= rope["factor"]
@@ -242,6 +246,15 @@ class TestScript:
             ({"rope_scaling": {"rope_type": "yarn"}}, ["rope_type is 'yarn'"]),
             ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["lacks low_freq_factor"]),
             ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
+            ({"rope_parameters": {"rope_type": "llama3", **LLAMA3}, "rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 4.0}}, ["factor is told as 4.0 and as 8.0"]),
+            ({"rope_parameters": {"rope_theta": 5e5}}, ["rope_theta is told as 10000.0 and as 500000.0"]),
+            ({"rope_parameters": {"rope_type": "linear"}, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, ["rope_type is told as 'llama3' and as 'linear'"]),
+            ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, ["partial_rotary_factor is 0.25"]),
+            ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}}, ["mrope_section is [1, 1, 1]"]),
+            ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "mrope_section": [1, 1, 1]}}, ["mrope_section is [1, 1, 1]"]),
+            ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention is"]),
+            ({"rope_scaling": {"factor": 2.0}}, ["factor is 2.0"]),
+            ({"rope_interleaved": True}, ["rope_interleaved is True"]),
             ({"rms_norm_eps": None}, ["lacks rms_norm_eps"]),
             ({"vocab_size": 99}, ["(13, 24)", "(99, 24)"]),
             ({"num_hidden_layers": 4}, ["lacks the tensor model.layers.3"]),
@@ -275,6 +288,25 @@ class TestScript:
         (tmp_path / "config.json").write_text("[1]")
         self.refused(arguments, capsys, "config.json holds no JSON object")
         self.refused(["--llm", str(tmp_path / "nowhere"), "--text", "the"], capsys, "no folder")
+
+    def test_one_whole_file_is_used_though_an_old_index_names_others(self, tmp_path, capsys):
+        config, head_dim, _ = CONFIGS["llama-2, old spelling"]
+        write_checkpoint(tmp_path, config, head_dim)
+        arguments = ["--llm", str(tmp_path), "--text", "the capital of France is", "--json", "--device", "cpu"]
+        assert stream_tiny.main(arguments) == 0
+        whole = capsys.readouterr().out
+        index = tmp_path / "model.safetensors.index.json"
+        for stale in ({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}, {"weight_map": 3}, []):
+            index.write_text(json.dumps(stale))
+            assert stream_tiny.main(arguments) == 0 and capsys.readouterr().out == whole
+
+    @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "other/model.safetensors", "..", "", 3])
+    def test_an_index_names_files_of_its_own_folder(self, tmp_path, capsys, file):
+        config, head_dim, _ = CONFIGS["llama-2, old spelling"]
+        write_checkpoint(tmp_path / "llm", config, head_dim)
+        (tmp_path / "llm" / "model.safetensors").rename(tmp_path / "secret.safetensors")
+        (tmp_path / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+        self.refused(["--llm", str(tmp_path / "llm"), "--text", "the"], capsys, "model.safetensors.index.json", "; download it again")
 
     def test_mistakes_in_the_flags(self, tmp_path, capsys):
         self.refused(["--llm", str(tmp_path)], capsys, "--llm and --text go together")

@@ -83,32 +83,52 @@ def read_json(path: Path) -> dict:
         parts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}; expected the folder of a Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no JSON ({error}); download it again") from error
     if not isinstance(parts, dict):
         raise UserError(f"{path} holds no JSON object; download it again")
     return parts
 
 
+ROPE = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+        "rope_context": "original_max_position_embeddings"}  # what llama3 scaling is told by
+PLAIN_ROPE = {"partial_rotary_factor": 1, "attention_factor": 1, "factor": 1}  # says nothing where it says this
+
+
+def rope_told(parts: dict, path: Path) -> dict:
+    """All that a config.json says about RoPE, in any spelling, as one dict. Raises UserError where it contradicts
+    itself. A place that names no kind of scaling, or the default, does not contradict one that does."""
+    said: dict = {}
+    top = {key: parts.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    for place in (top, parts.get("rope_scaling") or {}, parts.get("rope_parameters") or {}):
+        place = {**place, "rope_type": place.get("rope_type", place.get("type"))}
+        place.pop("type", None)
+        for key, value in place.items():
+            if value is None or (key == "rope_type" and value == "default"):
+                continue
+            if said.setdefault(key, value) != value:
+                raise UserError(f"{path}: {key} is told as {said[key]!r} and as {value!r}, expected one; correct it")
+    return said
+
+
 def rope_fields(parts: dict, path: Path) -> dict:
-    """RoPE's settings, wherever this spelling keeps them."""
-    new = parts.get("rope_parameters") or {}
-    scaling = new or parts.get("rope_scaling") or {}
-    base = new.get("rope_theta", scaling.get("rope_theta", parts.get("rope_theta", 10000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """RoPE's settings, wherever this spelling keeps them. Raises UserError for what our RoPE cannot be."""
+    if parts.get("rope_interleaved"):
+        raise UserError(f"{path}: rope_interleaved is True, but our RoPE turns halves; use another checkpoint")
+    said = rope_told(parts, path)
+    kind, fields = said.pop("rope_type", "default"), {"rope_base": float(said.pop("rope_theta", 10000.0))}
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: rope_type is {kind!r}, expected default or llama3; use another checkpoint")
-    if (got := parts.get("partial_rotary_factor")) not in (1.0, None):
-        raise UserError(f"{path}: partial_rotary_factor is {got}, expected 1; use another checkpoint")
-    fields = {"rope_base": float(base)}
     if kind == "llama3":
-        names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
-                 "rope_context": "original_max_position_embeddings"}
-        missing = [key for key in names.values() if key not in scaling]
+        missing = [key for key in ROPE.values() if key not in said]
         if missing:
             raise UserError(f"{path}: rope_type llama3 lacks {missing[0]}; download it again")
-        fields |= {ours: scaling[theirs] for ours, theirs in names.items()}
-        fields = {name: int(value) if name == "rope_context" else float(value) for name, value in fields.items()}
+        scaling = {ours: said.pop(theirs) for ours, theirs in ROPE.items()}
+        fields |= {name: int(value) if name == "rope_context" else float(value) for name, value in scaling.items()}
+    for key, value in said.items():
+        if value != PLAIN_ROPE.get(key):
+            raise UserError(f"{path}: {key} is {value!r}, but our RoPE of the kind {kind} has none; use another "
+                            "checkpoint")
     return fields
 
 
@@ -176,20 +196,28 @@ def read_sizes(folder: Path) -> dict:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of the checkpoint -> the file that holds it. Raises UserError when a file is missing."""
+    """Name of every tensor of the checkpoint -> the file that holds it: one file, or shards where there is no such.
+
+    An index may be left over from shards that were put together since, so the one file comes first. Raises UserError
+    when a file is missing, or when the index names one in another folder.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        with told(index):
-            files = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
-        absent = sorted({str(file) for file in files.values() if not file.is_file()})
-        if absent:
-            raise UserError(f"{index} names {absent[0]}, which is missing; download it again")
-        return files
-    if not single.is_file():
+    if single.is_file():
+        with open_tensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
         message = f"no model.safetensors and no model.safetensors.index.json in {folder} (.bin files are not read)"
         raise UserError(f"{message}; download the weights")
-    with open_tensors(single) as file:
-        return dict.fromkeys(file.keys(), single)
+    with told(index):
+        named = read_json(index).get("weight_map", {})
+        for file in named.values():
+            if Path(file).name != file:
+                raise UserError(f"{index} names {file!r}, expected files of its own folder; download it again")
+        files = {name: folder / file for name, file in named.items()}
+    absent = sorted({str(file) for file in files.values() if not file.is_file()})
+    if absent:
+        raise UserError(f"{index} names {absent[0]}, which is missing; download it again")
+    return files
 
 
 def open_tensors(path: Path):
