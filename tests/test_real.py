@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from mod.train import train
 from tests.helpers import as_batch, assert_cache_holds_what_was_kept, in_chunks, offline, plan_of, routed
 from tests.test_llm import write_checkpoint
 from tests.test_scripts import refused
+from tests.test_video import numbered, write
 from tests.test_vision import write_tower
 
 SYMBOLS = ["<s>", "</s>", "<unk>", "User", "Assistant"]
@@ -201,6 +203,19 @@ class TestReloading:
         assert stream_tiny.main([*arguments, "--fps", "4", "--frames", "7"]) == 0
         printed = capsys.readouterr().out
         assert "    6   1.50 s" in printed and "    7 " not in printed and "truth" not in printed and "cache:" in printed
+
+    def test_questions_are_refused_only_when_the_end_has_come(self, trained, files, tmp_path, capsys):
+        """The header knows of 2.5 s; three recordings last 7.5. What comes after the end was not asked, and that is said."""
+        video = tmp_path / "three.mkv"
+        write(video, numbered(5, 32), rate=Fraction(2))
+        video.write_bytes(video.read_bytes() * 3)
+        arguments = ["--checkpoint", str(trained), "--video", str(video), "--device", "cpu", "--json", "--ask", "6s:where is it ?"]
+        assert stream_tiny.main([*arguments, "--ask", "14:where did it appear ?", "--ask", "9s:where is the red disc ?"]) == 0
+        told = capsys.readouterr()
+        lines = [json.loads(line) for line in told.out.splitlines()]
+        assert [(line["frame"], line["text"]) for line in lines if line["role"] == "user"] == [(12, "where is it ?"), (14, "where did it appear ?")]
+        assert lines[-1]["frame"] == 14 and "never asked, because the video ended first: where is the red disc ?" in told.err
+        assert told.err.count("its clock was set anew 2 times") == 1
 
     def test_streaming_reads_nothing_of_the_training_data(self, trained, files, tmp_path, capsys):
         run = shutil.copytree(trained, tmp_path / "run")

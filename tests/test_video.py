@@ -1,6 +1,7 @@
 """Frames of videos, and conversations about them, on files that the tests write."""
 
 import builtins
+import io
 import json
 import math
 import subprocess
@@ -35,8 +36,8 @@ def write(path, pictures, times=None, rate=Fraction(10), tick=None, codec=None, 
     codec = codec or ("ffv1" if path.suffix == ".mkv" else "png")
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate, options=options)
-        stream.pix_fmt = {"png": "rgb24", "ffv1": "bgr0", "libx264": "yuv444p"}[codec]
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = {"png": "rgb24", "ffv1": "bgr0", "libx264": "yuv444p"}.get(codec, "yuv420p")
+        stream.height, stream.width, stream.bit_rate = *pictures[0].shape[:2], 10**7
         stream.codec_context.time_base = tick or 1 / Fraction(rate)
         if matrix:
             stream.set_display_matrix(matrix)
@@ -52,6 +53,34 @@ def write(path, pictures, times=None, rate=Fraction(10), tick=None, codec=None, 
 def numbered(count, side=16):
     """Pictures that say which one they are: the number is the red level times 256 plus the green one."""
     return [np.full((side, side, 3), (number // 256, number % 256, 0), np.uint8) for number in range(count)]
+
+
+def steps(count, side=64):
+    """Grey pictures that say which one they are, and that any codec keeps apart."""
+    return [np.full((side, side, 3), 16 + 5 * number, np.uint8) for number in range(count)]
+
+
+def steps_of(frames) -> list[int]:
+    return [round(((frame.mean() + 1) * 127.5 - 16) / 5) for frame in frames]
+
+
+def with_sound(path, pictures, times, tick=Fraction(1, 100), seconds=8.0):
+    """As `write`, with a track of sound that begins at 0; in the codecs that the container is used with."""
+    video, sound, rate = ("libvpx", "libopus", 48000) if path.suffix == ".webm" else ("libx264", "aac", 44100)
+    with av.open(str(path), "w") as file:
+        tracks = [file.add_stream(video, rate=10), file.add_stream(sound, rate=rate)]
+        tracks[0].height, tracks[0].width = pictures[0].shape[:2]
+        tracks[0].pix_fmt, tracks[0].codec_context.time_base = "yuv420p", tick
+        for number in range(int(seconds * rate / 1024)):
+            tone = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            tone.sample_rate, tone.pts, tone.time_base = rate, 1024 * number, Fraction(1, rate)
+            file.mux(tracks[1].encode(tone))
+        for picture, at in zip(pictures, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = at, tick
+            file.mux(tracks[0].encode(frame))
+        for track in tracks:
+            file.mux(track.encode())
 
 
 def read(path, fps, size=16) -> np.ndarray:
@@ -170,9 +199,9 @@ def times_of(tmp_path, *given):
     """Times and lengths for pictures of the times and lengths, in ticks of 0.01 s, that a decoder may give, None included."""
     write(tmp_path / "a.mp4", numbered(3))
     with Video(str(tmp_path / "a.mp4"), 2, 16) as video:
-        pictures = [SimpleNamespace(pts=pts, duration=length) for pts, length in given]
-        stream = SimpleNamespace(guessed_rate=Fraction(10), time_base=Fraction(1, 100))
-        with changed(video, stream=stream, _decoded=lambda: iter(pictures)):
+        pictures = [(SimpleNamespace(duration=length), pts) for pts, length in given]
+        stream = SimpleNamespace(guessed_rate=Fraction(10), time_base=Fraction(1, 100), sample_aspect_ratio=None)
+        with changed(video, stream=stream, zero=None, _decoded=lambda: iter(pictures)):
             return [(at + MS / 2, length + MS) for _, at, length in video._timed()]
 
 
@@ -184,6 +213,141 @@ def test_missing_and_falling_times_go_on_after_the_picture_before(tmp_path):
     same = times_of(tmp_path, (5, 0), (15, 0), (15, 0), (25, 0))  # the later of two pictures of one time is shown
     assert [at for at, _ in same] == [0, tenth, tenth, 2 * tenth]
     assert times_of(tmp_path, (0, 0), (30, 0))[-1] == (3 * tenth, 3 * tenth)  # no length: the gap before it
+
+
+# --- a player's time -------------------------------------------------------------------------------------------------
+
+
+def piped(path, fps, monkeypatch) -> Video:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BufferedReader(io.FileIO(path))))
+    return Video("-", fps, 16)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts", "a.webm"])
+def test_pictures_that_begin_later_than_the_sound_stand_at_a_players_time(tmp_path, monkeypatch, name):
+    """The first picture at 3.05 s: it stands in the gap before, and no later one is shown too early. A pipe agrees."""
+    with_sound(tmp_path / name, steps(40), [305 + 10 * k for k in range(40)])
+    expected = [max(0, math.floor((k / 2 - 3.05) * 10 + 1e-9)) for k in range(14)]
+    videos = [Video(str(tmp_path / name), 2, 16)] + ([] if name in ("a.mp4", "a.mov") else [piped(tmp_path / name, 2, monkeypatch)])
+    for video in videos:
+        with video:
+            assert steps_of(video)[:14] == expected and video.jumps == 0  # where the last ends, containers differ
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.flv", "a.ts", "a.nut"])
+def test_a_source_without_sound_begins_with_its_first_picture(tmp_path, name):
+    codec = {".mkv": "ffv1"}.get(Path(name).suffix, "libx264")
+    write(tmp_path / name, steps(20), times=[700 + 100 * k for k in range(20)], tick=Fraction(1, 1000), codec=codec)
+    assert steps_of(read(tmp_path / name, 10)) == list(range(20))
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), [
+    ("a.avi", "libx264", {"bf": "2"}), ("a.wmv", "libx264", {"bf": "2"}), ("a.asf", "libx264", {"bf": "3"}), ("a.avi", "mpeg4", {"bf": "2"}),
+    ("a.avi", "mpeg2video", {"bf": "2"}), ("a.mp4", "libx264", {"bf": "2"}), ("a.h264", "libx264", {"bf": "2"}),
+])
+def test_pictures_that_are_decoded_in_another_order_are_shown_in_theirs(tmp_path, name, codec, options):
+    """AVI and ASF have no presentation times: with B-frames FFmpeg guesses them one or two pictures late."""
+    rate = Fraction(25 if codec == "mpeg2video" else 10)
+    write(tmp_path / name, steps(40), rate=rate, codec=codec, **options)
+    with Video(str(tmp_path / name), rate, 16) as video:
+        assert steps_of(video) == list(range(40)) and video.skipped == 0
+
+
+def test_a_damaged_packet_moves_no_other_picture(tmp_path):
+    """Where pictures are counted, one that the decoder drops, without a word, counts too."""
+    write(tmp_path / "a.avi", steps(20), codec="mpeg4", g="1")
+    with Video(str(tmp_path / "a.avi"), 10, 16) as video:
+        packets = [packet for packet in video.container.demux(video.stream) if packet.size]
+        broken = av.Packet(b"\x00\x00\x01\xb6" + bytes(4))
+        broken.pts, broken.dts, broken.time_base = packets[5].pts, packets[5].dts, packets[5].time_base
+        packets[5] = broken
+        with changed(video, container=SimpleNamespace(demux=lambda stream: iter(packets), close=lambda: None)):
+            shown = steps_of(video)
+    assert shown[:5] + shown[6:] == [number for number in range(20) if number != 5]
+
+
+def test_a_picture_that_stays_is_no_damage(tmp_path):
+    """AVI and Theora write an empty packet where nothing changes; the last ones last as long as they say."""
+    write(tmp_path / "a.avi", steps(4), times=[0, 1, 2, 8], codec="mpeg4", g="1")
+    with Video(str(tmp_path / "a.avi"), 10, 16) as video:
+        assert steps_of(video) == [0, 1, 2, 2, 2, 2, 2, 2, 3] and video.skipped == 0 and video.remarks() == []
+    write(tmp_path / "b.mkv", steps(1))
+    with Video(str(tmp_path / "b.mkv"), 10, 16) as video:
+        packets = [packet for packet in video.container.demux(video.stream) if packet.size]
+        empty = [SimpleNamespace(dts=100 * k, pts=100 * k, size=0, duration=100) for k in range(1, 28)]
+        with changed(video, container=SimpleNamespace(demux=lambda stream: iter(packets + empty), close=lambda: None)):
+            assert steps_of(video) == [0] * 28 and video.skipped == 0
+
+
+def two_recordings(tmp_path, offset) -> Path:
+    """Two transport streams of two seconds one after the other, the second one's clock so many seconds on."""
+    write(tmp_path / "a.ts", steps(20), codec="libx264")
+    write(tmp_path / "b.ts", steps(40)[20:], times=[10 * offset + k for k in range(20)], codec="libx264")
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    return joined
+
+
+@pytest.mark.parametrize("offset", [600, 80000, 0])
+def test_a_clock_that_is_set_anew_does_not_stop_the_video(tmp_path, monkeypatch, capsys, offset):
+    """Forward, so far that the clock wraps, and back: time goes on where it was, and that is told once."""
+    joined = two_recordings(tmp_path, offset)
+    for video in (Video(str(joined), 2, 16), piped(joined, 2, monkeypatch)):
+        with video:
+            assert steps_of(video) == [0, 5, 10, 15, 20, 25, 30, 35] and video.jumps == 1
+            assert video.remarks() == ["its clock was set anew once; time went on where it was"]
+
+
+def test_a_pause_is_no_jump(tmp_path):
+    """Nine seconds without a picture in a transport stream, ten minutes elsewhere: the picture before stays."""
+    shown = steps_of(read(two_recordings(tmp_path, 11), 10))
+    assert shown == [*range(19), *[19] * 89, *range(20, 40)]
+    write(tmp_path / "a.mkv", steps(3), times=[0, 1, 6000], codec="ffv1")
+    with Video(str(tmp_path / "a.mkv"), 0.1, 16) as video:
+        assert steps_of(video) == [0, *[1] * 59, 2] and video.jumps == 0
+
+
+def test_no_stamp_makes_a_video_endless(tmp_path):
+    """A damaged time or length, of centuries: the pictures are shown one after the other."""
+    with_far = [(0, 10), (10, 10), (2**60, 10), (2**60 + 10, 2**61)]
+    assert [at for at, _ in times_of(tmp_path, *with_far)] == [Fraction(k, 10) for k in range(4)]
+    assert times_of(tmp_path, *with_far)[-1][1] == 0
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mpg"])
+def test_a_video_goes_on_though_its_header_says_it_has_ended(tmp_path, monkeypatch, name):
+    """Three recordings one after the other; the header knows of the first alone, and FFmpeg's reader loses the third."""
+    codec, rate = {".mkv": "ffv1", ".ts": "libx264", ".mpg": "mpeg2video"}[Path(name).suffix], Fraction(25)
+    write(tmp_path / name, steps(40), rate=rate, codec=codec)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * 3)
+    for video in (Video(str(tmp_path / name), rate, 16), piped(tmp_path / name, rate, monkeypatch)):
+        with video:
+            assert steps_of(video) == [*range(40)] * 3 and video.jumps == 2
+            assert video.about_frames is None or video.about_frames <= 40 or name != "a.mkv"
+
+
+@pytest.mark.parametrize("rest", [b"\x1a\x45\xdf\xa3" + bytes(50), b"garbage", b"\x1a\x45\xdf\xa3\x84abcd\x18\x53\x80\x67\x84abcd"])
+def test_what_follows_a_recording_and_is_none_ends_it(tmp_path, rest):
+    write(tmp_path / "a.mkv", numbered(5))
+    (tmp_path / "a.mkv").write_bytes((tmp_path / "a.mkv").read_bytes() + rest)
+    assert numbers(read(tmp_path / "a.mkv", 10)) == list(range(5))
+
+
+def test_of_two_picture_tracks_the_default_one_is_shown(tmp_path):
+    for default in (0, 1, None):
+        with av.open(str(tmp_path / "a.mkv"), "w") as file:
+            tracks = [file.add_stream("ffv1", rate=10) for _ in range(2)]
+            for number, track in enumerate(tracks):
+                track.height, track.width, track.pix_fmt = 16, 16, "bgr0"
+                track.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+            for picture in (3, 4):
+                for number, track in enumerate(tracks):
+                    frame = av.VideoFrame.from_ndarray(numbered(20)[picture + 10 * number], format="rgb24")
+                    frame.pts, frame.time_base = picture - 3, Fraction(1, 10)
+                    file.mux(track.encode(frame))
+            for track in tracks:
+                file.mux(track.encode())
+        assert numbers(read(tmp_path / "a.mkv", 10)) == ([13, 14] if default else [3, 4])
 
 
 # --- geometry --------------------------------------------------------------------------------------------------------
@@ -209,12 +373,18 @@ def colour_at(frame, y, x) -> str:
         ((0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30), "blue red white green"),  # right becomes down: clockwise
         ((-65536, 0, 0, 0, -65536, 0, 0, 0, 1 << 30), "white blue green red"),
         ((0, -65536, 0, 65536, 0, 0, 0, 0, 1 << 30), "green white red blue"),
+        ((-65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), "green red white blue"),  # a mirror on the wall: selfies
+        ((65536, 0, 0, 0, -65536, 0, 0, 0, 1 << 30), "blue white red green"),
+        ((0, 65536, 0, 65536, 0, 0, 0, 0, 1 << 30), "red blue green white"),  # rows become columns
+        ((0, -65536, 0, -65536, 0, 0, 0, 0, 1 << 30), "white green blue red"),
+        ((64000, 9000, 0, -9000, 64000, 0, 0, 0, 1 << 30), "red green blue white"),  # eight degrees: not worth a turn
+        ((0,) * 9, "red green blue white"),  # damaged
     ],
 )
 def test_a_video_is_turned_as_its_metadata_says(tmp_path, matrix, corners):
     write(tmp_path / "a.mp4", [quarters(32, 64)] * 2, matrix=matrix)
     frame = read(tmp_path / "a.mp4", 10, 32)[0]
-    upright = matrix[0] == 0
+    upright = matrix[0] == 0 and any(matrix)
     ys, xs = ((4, 27), (11, 20)) if upright else ((11, 20), (4, 27))
     assert " ".join(colour_at(frame, y, x) for y in ys for x in xs) == corners
     black = frame[:, :, :8] if upright else frame[:, :8]

@@ -151,18 +151,16 @@ def divide_memory(arguments, settings: StreamConfig, config: Config, asked: int)
     return replace(settings, window=window, memory_mb=0.0), room
 
 
-def how_long(arguments, sources: Sequence, remembers_all: bool) -> tuple[float, float]:
-    """The most frames that are streamed, and how many there will be as far as is known, which questions go by."""
+def how_long(arguments, sources: Sequence, remembers_all: bool) -> float:
+    """The most frames that are streamed. A file ends by itself: the length that its header gives is an estimate."""
     if not arguments.video or arguments.frames is not None:
-        return arguments.frames, arguments.frames
-    known = [source.about_frames for source in sources]
-    there = max(known) if all(known) else math.inf
+        return arguments.frames
     if not remembers_all:
-        return math.inf, there
-    most = math.inf if there < math.inf else ENDLESS  # a file ends by itself; its length is an estimate
+        return math.inf
+    most = math.inf if all(source.about_frames for source in sources) else ENDLESS
     for asked, limit in ((arguments.save, MOST_PICTURED), (arguments.html, MOST_PAGED)):
         most = min(most, limit) if asked else most
-    return most, there
+    return most
 
 
 def open_sources(arguments, config: Config, source: Source, fps: Fraction, opened: ExitStack) -> Sequence:
@@ -194,13 +192,15 @@ def run(argv: list[str], parser: Parser, doc: str) -> int:
     with ExitStack() as opened:
         fps = Fraction(str(arguments.fps or config.data.fps))
         sources = open_sources(arguments, config, source, fps, opened)
-        frames, there = how_long(arguments, sources, not (settings.window or settings.memory_mb))
+        frames = how_long(arguments, sources, not (settings.window or settings.memory_mb))
         if arguments.save:
             check_file("--save", arguments.save, (".png", ".pdf", ".svg", ".jpg"))
             require(frames <= MOST_PICTURED,
                     f"--save draws at most {MOST_PICTURED} frames, got {frames}; pass fewer --frames")
         require(not arguments.html or frames <= MOST_PAGED or frames == math.inf,
                 f"--html shows at most {MOST_PAGED} frames, got {frames}; pass fewer --frames")
+        # Nobody knows when a video ends before it has: what was to be asked later is told then.
+        there = frames if arguments.frames is not None else math.inf
         questions = [parse_ask(ask, there, fps, source.words) for ask in arguments.ask]
         about = {name: getattr(settings, name) for name in ("window", "memory_mb", "sinks", "forget", "positions")}
         about |= {"run": saved.fingerprint(arguments.checkpoint), "fps": str(fps), "dtype": arguments.dtype,
@@ -351,8 +351,9 @@ def finish(arguments, setting: Setting, live: Live, happened: bool, moments: lis
     if not setting.knows_truth:
         if arguments.frames is None and max(live.last) + 1 == setting.frames:
             note(f"stopped after {setting.frames} frames; for more pass --frames")
-        if damaged := sum(video.skipped for video in setting.sources):
-            note(f"skipped {damaged} damaged packets or pictures")
+        for name, video in zip(setting.about["source"], setting.sources, strict=True):
+            for remark in video.remarks():
+                note(f"{name}: {remark}")
     if late := [text for queue in live.questions for _, _, text in queue]:
         note(f"never asked, because the video ended first: {', '.join(late)}")
     if arguments.save and moments:

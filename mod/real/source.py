@@ -34,7 +34,7 @@ from mod.run import write_tensors
 from mod.videollm import VideoLLM
 
 AT_ONCE = 16  # frames through the encoder
-FORMAT = 1  # to be raised when frames are made in another way
+FORMAT = 2  # to be raised when frames are made in another way
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def features_file(video: Path, config: RealRun) -> Path:
 
 
 def video_frames(video: Path, config: RealRun) -> Iterator[np.ndarray]:
-    """Frames (3, side, side) in [-1, 1]; then a line on stderr says how much of the video was damaged."""
+    """Frames (3, side, side) in [-1, 1]; then a line on stderr says what was damaged or odd about the video."""
     with Video(str(video), config.data.fps, config.model.image_size) as frames:
         yield from frames
-        if frames.skipped:
-            tqdm.write(f"{video}: skipped {frames.skipped} damaged packets or pictures", file=sys.stderr)
+        for remark in frames.remarks():
+            tqdm.write(f"{video}: {remark}", file=sys.stderr)
 
 
 @torch.inference_mode()
