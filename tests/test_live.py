@@ -236,3 +236,66 @@ def test_questions_between_left_out_frames_come_before_the_next_one():
     assert zero.number == 0
     assert [(one.number, one.question) for one in rest][:3] == [(0, ASKED[1]), (0, ASKED[0]), (5, None)]
     assert [one.time for one in rest if one.question is None] == [Fraction(k, 2) for k in (5, 6, 7)]
+
+
+@settings(max_examples=40)
+@given(timelines(), timelines(), st.integers(0, 20), st.data())
+def test_what_the_model_is_only_told_is_fed_as_training_lays_it_out(one, other, seed, data):
+    """Asked before the first frame or in the middle of the stream, answered some frames later or never: what the model
+    says after later frames follows as narrations. In two streams at once, beside questions that are answered."""
+    model, both = small_model(seed), [one, other]
+    answered = [[data.draw(st.booleans()) for _ in questions] for *_, questions in both]
+    live = live_of(model, both, StreamConfig(threshold=0.3), (0, 1))
+    for row, (_, _, questions) in enumerate(both):
+        for (time, text), to_answer in zip(questions, answered[row], strict=True):
+            live.ask(row, time, text, to_answer)
+    happened = list(run(live))
+    for row, (frames, fps, questions) in enumerate(both):
+        mine = [each for each in happened if each.row == row]
+        narrations = [each.reply for each in mine if each.question is None]
+        order = sorted(range(len(questions)), key=lambda i: questions[i][0])
+        heard = [each for each in mine if each.question is not None]
+        assert [(each.question, each.told, each.reply is None) for each in heard] == [(questions[i][1], not answered[row][i], not answered[row][i]) for i in order]
+        replies = {i: each.reply for i, each in zip(order, heard, strict=True)}
+        said = [say for say in written(frames, fps, questions, narrations, replies) if say.text is not None]
+        layout = lay_out(WORDS_ALL, frames, model.config.frame_tokens, said)
+        assert live.stream.fed[row] == list(zip(layout.ids, layout.frame, strict=True))
+
+
+def test_an_answer_that_is_due_later_comes_from_the_same_tokens_as_in_training():
+    """The layout of a conversation with a question at -1 and its answer after frame 3, fed live: token for token."""
+    model = small_model(3)
+    stream = Logged(model, WORDS_ALL, settings=StreamConfig(threshold=0.0), max_words=3)
+    live = Live(stream, [Paced(list(random_pixels(5, model.config)), Fraction(2))], [Fraction(2)])
+    live.ask(0, Fraction(-1), ASKED[0], answered=False)
+    live.ask(0, Fraction(1), ASKED[1], answered=False)
+    for happened in run(live):
+        if happened.number == 3 and happened.question is None:
+            stream.never[:] = True
+            stream.never[WORDS_ALL.encode("red")] = False
+            stream.respond([True])  # as the model does when it finds that it is time
+    said = [Say(-1, "user", ASKED[0]), Say(2, "user", ASKED[1]), Say(3, "assistant", "red red red")]
+    layout = lay_out(WORDS_ALL, 5, model.config.frame_tokens, said)
+    assert stream.fed[0] == list(zip(layout.ids, layout.frame, strict=True))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_what_is_still_to_be_told_survives_a_crash(tmp_path, cut):
+    """And a file from before there was anything to tell: all of its questions are answered."""
+    model, frames = small_model(2), (6, Fraction(2), [])
+    whole = live_of(model, [frames], StreamConfig(threshold=0.3), (1,))
+    for time, text, to_answer in ((-1, ASKED[0], False), (1, ASKED[1], False), (1, ASKED[2], True), (2, ASKED[0], False)):
+        whole.ask(0, Fraction(time), text, to_answer)
+    for _ in range(cut):
+        whole.step()
+    save(whole, tmp_path / "live", {})
+    expected = [(one.time, one.question, one.told, one.reply) for one in run(whole)]
+    for old in (False, True):
+        tensors, note = read_saved(tmp_path / "live", {})
+        again = live_of(model, [frames], StreamConfig(threshold=0.3), (1,), first=[note["last"][0] + 1])
+        if old:
+            note["questions"] = [[entry[:3] for entry in row] for row in note["questions"]]
+        restore(again, tensors, note)
+        goes_on = [(one.time, one.question, one.told, one.reply) for one in run(again)]
+        assert old or goes_on == expected
+        assert not old or not any(told for _, _, told, _ in goes_on)

@@ -126,6 +126,28 @@ def test_a_question_given_again_in_other_words_is_asked_once_and_still_judged(tr
     assert "user: where did it appear ?" in out and "   ?" not in out and "of 1 answers" in out
 
 
+def test_what_the_model_is_told_gets_no_answer_of_its_own(trained, tmp_path, capsys):
+    """Shown, put on the page, and not judged; in the order in which it was given among questions of the same time."""
+    flags = ["--checkpoint", trained, "--frames", 6, "--threshold", 0.0, "--tell", "start:where is it?", "--ask", "3:where is it ?",
+             "--tell", "3:where did it appear ?", "--tell", "1.2s:where is the red disc ?", "--state", tmp_path / "s"]
+    said = lines(capsys, *flags, "--html", tmp_path / "s.html")
+    talk = [(line["frame"], line["role"], line["text"]) for line in said if line["role"] != "silence"]
+    [answer] = [text for _, role, text in talk if role == "assistant"]
+    assert talk == [(-1, "user", "where is it ?"), (2, "user", "where is the red disc ?"), (3, "user", "where is it ?"), (3, "assistant", answer),
+                    (3, "user", "where did it appear ?")]
+    layers = [line["cache_entries"][0] for line in said]
+    told = 5  # <user>, and four words
+    assert layers[0] == 1 + told and layers[1] == layers[0] + 26, "nothing but its own words was fed"
+    data = json.loads((tmp_path / "s.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert [(line["role"], line["text"]) for moment in data["moments"] for line in moment["said"] if line["truth"] in (None, "")][:1] == [("user", "where is it ?")]
+    assert lines(capsys, *flags) == [], "it is not told again"
+    assert stream_tiny.main([*map(str, flags[:-2]), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("   user: ") == 4 and "of 1 answers" in printed
+    refused(stream_tiny.main, ["--checkpoint", str(trained), "--tell", "99:where is it ?"], capsys, "--tell got '99:where is it ?'")
+    refused(stream_tiny.main, ["--checkpoint", str(trained), "--tell", "where is it ?"], capsys, "--tell got", "expected WHEN:QUESTION")
+
+
 def test_saving_every_few_frames_counts_frames_of_time(trained, tmp_path, capsys, monkeypatch):
     moments = []
     keep = saved.save

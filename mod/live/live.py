@@ -105,7 +105,11 @@ class Paced:
 
 @dataclass(frozen=True)
 class Happened:
-    """What has happened in one stream: a frame, or a question, and what the model said then (None: nothing)."""
+    """What has happened in one stream: a frame, or a question, and what the model said then (None: nothing).
+
+    refused  there was no room for the question
+    told     the user only told the model something: nothing is said then
+    """
 
     row: int
     time: Fraction
@@ -113,7 +117,8 @@ class Happened:
     picture: np.ndarray | None
     question: str | None
     reply: str | None
-    refused: bool = False  # was there no room for the question?
+    refused: bool = False
+    told: bool = False
 
 
 class Live:
@@ -134,15 +139,16 @@ class Live:
         self.coming: list[tuple[int, np.ndarray] | None] = [None] * stream.rows  # a frame that has been read ahead
         self.ended = [False] * stream.rows
         self.last = [-1] * stream.rows  # number of the last frame that was seen
-        self.questions: list[list[tuple[Fraction, int, str]]] = [[] for _ in sources]
+        self.questions: list[list[tuple[Fraction, int, str, bool]]] = [[] for _ in sources]  # True: to be answered
         self.asked = 0  # questions so far
         # Of every remembered answer: how many frames had been seen then, and its tokens with those of its question.
         self.answered: list[list[tuple[int, int]]] = [[] for _ in sources]
         self.kept: dict = {}  # for the caller, saved with the rest
 
-    def ask(self, row: int, time: Fraction, text: str) -> None:
-        """Put a question into a row's queue. One whose time has passed already is next."""
-        heapq.heappush(self.questions[row], (Fraction(time), self.asked, text))
+    def ask(self, row: int, time: Fraction, text: str, answered: bool = True) -> None:
+        """Put a question into a row's queue, or something that the model is only told and does not answer at once, such
+        as what to look out for. One whose time has passed already is next."""
+        heapq.heappush(self.questions[row], (Fraction(time), self.asked, text, answered))
         self.asked += 1
 
     def _next(self, row: int) -> tuple[Fraction, int] | None:
@@ -178,24 +184,25 @@ class Live:
         return [Happened(row, number / self.fps[row], number, picture, None, replies[row])
                 for row, number, picture in zip(rows, numbers, pictures, strict=True)]
 
-    def _fits(self, row: int, text: str) -> bool:
-        """Is there room for this question and the longest answer beside those that are remembered?"""
+    def _fits(self, row: int, text: str, answered: bool) -> bool:
+        """Is there room for this question and the longest answer, if any, beside those that are remembered?"""
         if self.question_room is None:
             return True
         rule, seen = self.stream.settings, self.stream.seen[row]
         self.answered[row] = [(frames, tokens) for frames, tokens in self.answered[row]
                               if not rule.window or frames <= rule.sinks or frames > seen - rule.window]
-        longest = len(user_ids(self.stream.words, text)) + self.stream.max_words + 2
+        longest = len(user_ids(self.stream.words, text)) + (self.stream.max_words + 2 if answered else 0)
         return sum(tokens for _, tokens in self.answered[row]) + longest <= self.question_room
 
     def _answer(self, rows: list[int]) -> list[Happened]:
-        texts = {row: self.questions[row][0] for row in rows}
-        fits = {row for row in rows if self._fits(row, texts[row][2])}
+        asked = {row: self.questions[row][0] for row in rows}
+        fits = {row for row in rows if self._fits(row, *asked[row][2:])}
         before = list(self.stream.position)
-        replies = self.stream.ask([texts[row][2] if row in fits else None for row in range(self.stream.rows)])
+        self.stream.hear([asked[row][2] if row in fits else None for row in range(self.stream.rows)])
+        replies = self.stream.respond([row in fits and asked[row][3] for row in range(self.stream.rows)])
         for row in rows:
             heapq.heappop(self.questions[row])
             if row in fits and self.question_room is not None:
                 self.answered[row].append((self.stream.seen[row], self.stream.position[row] - before[row]))
-        return [Happened(row, texts[row][0], self.last[row], None, texts[row][2], replies[row], refused=row not in fits)
-                for row in rows]
+        return [Happened(row, asked[row][0], self.last[row], None, asked[row][2], replies[row], row not in fits,
+                         told=not asked[row][3]) for row in rows]

@@ -118,7 +118,7 @@ class Recorder:
             moment.said.append(Line("user", happened.question))
         said = "" if happened.reply is None else happened.reply or NOTHING
         said = REFUSED if happened.refused else said
-        if said or (truth or happened.question is not None):
+        if said or truth or (happened.question is not None and not happened.told):
             moment.said.append(Line("assistant", said, truth))
         moment.entries, moment.held = self.stream.cache.entries(self.row), self.stream.held(self.row)
         moment.flops, moment.seconds = tuple(self.flops), moment.seconds + seconds

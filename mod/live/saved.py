@@ -78,7 +78,7 @@ def save(live: Live, path: Path, about: dict) -> None:
     `about` says what it is a stream of.
     """
     tensors, numbers = stream_state(live.stream)
-    queues = [[(str(time), number, text) for time, number, text in row] for row in live.questions]
+    queues = [[(str(time), *rest) for time, *rest in row] for row in live.questions]
     note = {"about": about, "stream": numbers, "last": live.last, "questions": queues, "asked": live.asked,
             "answered": live.answered, "kept": live.kept}
     write_tensors(path, tensors, {"live": json.dumps(note)})
@@ -109,7 +109,8 @@ def restore(live: Live, tensors: dict, note: dict) -> None:
     restore_stream(live.stream, tensors, note["stream"])
     live.last, live.asked, live.kept = list(note["last"]), note["asked"], note["kept"]
     live.answered = [[(frames, tokens) for frames, tokens in row] for row in note["answered"]]
-    live.questions = [[(Fraction(time), number, text) for time, number, text in row] for row in note["questions"]]
+    # Older files do not say which are to be answered: all are.
+    live.questions = [[(Fraction(time), *[*rest, True][:3]) for time, *rest in row] for row in note["questions"]]
 
 
 def fingerprint(folder: Path) -> str:

@@ -30,11 +30,11 @@ class Synthetic:
             yield clip.frames[0]
 
     def truth(self, happened: Happened) -> str | None:
-        """What should have been said ("": nothing), None where nobody knows."""
+        """What should have been said ("": nothing), None where nobody knows, or where nothing is to be said."""
         clip = self.truths.get(happened.number)
         if happened.question is None:
             return clip.said[0].text if clip.said else ""
-        return clip.truth[0].get(happened.question) if clip else None
+        return clip.truth[0].get(happened.question) if clip and not happened.told else None
 
 
 class Printer:
@@ -60,12 +60,15 @@ class Printer:
             if happened.question:
                 self._json(happened, "user", happened.question, [number - replied for number in entries])
             role = "refused" if happened.refused else "silence" if happened.reply is None else "assistant"
-            self._json(happened, role, said, entries)
+            if happened.refused or not happened.told:
+                self._json(happened, role, said, entries)
             return
         label, when = self._label(happened.row), f"{happened.number:>5} {float(happened.time):>6.2f} s"
         if happened.question:
             when = " " * len(when)
-            print(f"{label}{when}   user: {happened.question}")
+            print(f"{label}{when}   user: {happened.question}", flush=True)
+            if happened.told and not happened.refused:
+                return
         known = "" if not self.knows_truth else "?" if truth is None else truth or "."
         shown = "." if happened.reply is None else said or NOTHING
         if happened.refused:

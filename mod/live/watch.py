@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mod.config import Config, ModelConfig, require
+from mod.config import Config, ModelConfig, UserError, require
 from mod.data import Source
 from mod.layout import Vocabulary, user_ids
 from mod.live import calibrate, saved
@@ -39,6 +39,10 @@ ENDLESS = 1000  # frames of a source that does not know its length, unless --fra
 MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could not be looked at
 
 
+class Told(str):
+    """What --tell was given, in the list of --ask: the two happen in the order in which they were given."""
+
+
 def extend(parser: Parser, doc: str) -> Parser:
     """Add the flags of all that this folder does; `doc` shows how they are used."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -51,6 +55,8 @@ def extend(parser: Parser, doc: str) -> Parser:
     add("--video", action="append", help="stream this file instead, the whole of it if there is no --frames; - is "
         "standard input, /dev/video0 a camera. Repeatable: all at once")
     add("--fps", type=float, help="frames to look at per second of --video; the run's if not given")
+    add("--tell", action="append", dest="ask", type=Told, default=argparse.SUPPRESS, metavar="WHEN:WORDS", help="as "
+        "--ask, but the model is only told, and speaks when it is time: start:tell me when it moves. Repeatable")
     add = parser.add_argument_group("surviving, calibrating").add_argument
     add("--state", type=Path, help="keep the live stream in this file, and go on from it if it is there")
     add("--state-every", type=int, default=1, metavar="FRAMES", help="frames between two savings, which is what a "
@@ -112,7 +118,7 @@ class Setting:
     frames: float
     settings: StreamConfig
     question_room: int | None
-    questions: list[Question]
+    questions: list[tuple[Question, bool]]  # True: to be answered at once
     about: dict
     kept: tuple[dict, dict] | None
 
@@ -173,6 +179,15 @@ def open_sources(arguments, config: Config, source: Source, fps: Fraction, opene
     return [Synthetic(source, seed, arguments.frames) for seed in seeds]
 
 
+def parse_told(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> tuple[Question, bool]:
+    """A question, or what the model is only told, and whether it is to be answered. Raises UserError as `parse_ask`."""
+    answered = not isinstance(ask, Told)
+    try:
+        return parse_ask(str(ask), frames, fps, words), answered
+    except UserError as error:
+        raise error if answered else UserError(str(error).replace("--ask", "--tell", 1)) from None
+
+
 def run(argv: list[str], parser: Parser, doc: str) -> int:
     """Parse, stream and show; returns the exit code. `parser` has the flags of the core, `doc` shows them all."""
     arguments = extend(parser, doc).parse_args(argv)
@@ -201,7 +216,7 @@ def run(argv: list[str], parser: Parser, doc: str) -> int:
                 f"--html shows at most {MOST_PAGED} frames, got {frames}; pass fewer --frames")
         # Nobody knows when a video ends before it has: what was to be asked later is told then.
         there = frames if arguments.frames is not None else math.inf
-        questions = [parse_ask(ask, there, fps, source.words) for ask in arguments.ask]
+        questions = [parse_told(ask, there, fps, source.words) for ask in arguments.ask]
         about = {name: getattr(settings, name) for name in ("window", "memory_mb", "sinks", "forget", "positions")}
         about |= {"run": saved.fingerprint(arguments.checkpoint), "fps": str(fps), "dtype": arguments.dtype,
                   "source": arguments.video or [f"seed {arguments.seed + i}" for i in range(arguments.streams)]}
@@ -212,7 +227,8 @@ def run(argv: list[str], parser: Parser, doc: str) -> int:
             settings, room = replace(settings, window=before["window"], memory_mb=0.0), before["question_room"]
         elif settings.memory_mb:
             longest = config.train.max_words + 2
-            asked = sum(len(user_ids(source.words, question.text)) + longest for question in questions)
+            asked = sum(len(user_ids(source.words, question.text)) + longest * answered
+                        for question, answered in questions)
             settings, room = divide_memory(arguments, settings, config, asked)
         return watch(arguments, Setting(model, source.words, config, sources, fps, frames, settings, room, questions,
                                         about, kept))
@@ -286,11 +302,14 @@ def begin(arguments, setting: Setting, stream: LiveStream) -> tuple[Live, list[P
         saved.restore(live, tensors, note)
         print(f"going on after frame {max(note['last'])}, as {arguments.state} has it", file=sys.stderr)
     known = live.kept.get("given", [])  # answered already, or in the queue
-    new = [question for question in setting.questions if [str(question.time), question.text] not in known]
-    for question in new:
+    asked = list(known)
+    for question, answered in setting.questions:
+        given_as = [str(question.time), question.text, *([] if answered else ["told"])]
+        if given_as in known:
+            continue
+        asked.append(given_as)
         for row in range(stream.rows):
-            live.ask(row, question.time, question.text)
-    asked = known + [[str(question.time), question.text] for question in new]
+            live.ask(row, question.time, question.text, answered)
     live.kept = {"given": asked, "window": setting.settings.window, "question_room": setting.question_room}
     return live, paced
 
@@ -354,7 +373,7 @@ def finish(arguments, setting: Setting, live: Live, happened: bool, moments: lis
         for name, video in zip(setting.about["source"], setting.sources, strict=True):
             for remark in video.remarks():
                 note(f"{name}: {remark}")
-    if late := [text for queue in live.questions for _, _, text in queue]:
+    if late := [text for queue in live.questions for _, _, text, _ in queue]:
         note(f"never asked, because the video ended first: {', '.join(late)}")
     if arguments.save and moments:
         save(draw_stream(moments, model), arguments.save)
