@@ -187,7 +187,6 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(value, indent: int | None = None) -> str:
     """JSON as every reader takes it: a number that is not one (nothing was counted) becomes null."""
-
     def plain(part):
         if isinstance(part, dict):
             return {key: plain(inner) for key, inner in part.items()}
@@ -218,9 +217,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); restore it or train again") from error
 
 
-def load_weights(
-    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to
-) -> None:
+def load_weights(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path,
+                 like: Callable = Tensor.to) -> None:
     """Copy tensors into parameters. Raises UserError naming the first that is missing, left over or misshapen. `like`
     splits a tensor as its parameter is split, where several processes share it."""
     for name, parameter in own.items():
@@ -239,10 +237,8 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def config_from(parts: dict) -> Config:
-    """What `write_config` wrote back to a Config; an entry that is not there has its default.
-
-    Raises UserError, KeyError or TypeError when `parts` is no configuration of this project.
-    """
+    """What `write_config` wrote, as a Config; what is missing has its default. Raises UserError, KeyError or TypeError
+    when `parts` is no configuration of this project."""
     kind = find_world(parts.get("world", "core")).config
     read = {}
     for name, section in sections(kind).items():
@@ -266,12 +262,16 @@ def read_config(folder: Path) -> Config:
 
 
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
-    """A trained run: model, source of clips, configuration. Raises UserError when it is missing, unfinished, damaged or
-    another project's."""
+    """A trained run: model, source of clips, configuration. Raises UserError if it is missing, unfinished, damaged."""
     config, path = read_config(folder), folder / "model.safetensors"
     finished = path.is_file() or not (folder / "state.safetensors").is_file()
     require(finished, f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
     config = replace(config, train=replace(config.train, dtype=dtype))
+    tensors, sizes = read_tensors(path)[0], config.model
+    widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
+              sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}  # before memory for them is asked for
+    strange = widths - {side for tensor in tensors.values() for side in tensor.shape} if config.world != "real" else 0
+    require(not strange, f"{folder}: no weight is {strange} wide, as its config.json says; it belongs to another model")
     model, source = find_world(config.world).build(config, device)
-    load_weights(model.weights(), read_tensors(path)[0], path)
+    load_weights(model.weights(), tensors, path)
     return model.to(getattr(torch, dtype)).eval(), source, config

@@ -180,7 +180,7 @@ def earlier_log(path: Path, step: int | None, steps: int) -> str:
     """What an earlier run logged up to `step`, where this one goes on. Its last line may be cut by a crash."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step is not None else ():
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
             if entry["step"] <= step and not repeated:

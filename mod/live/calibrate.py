@@ -114,5 +114,5 @@ def calibrated(folder: Path) -> float | None:
         if not 0 <= threshold <= 1:
             raise ValueError
         return threshold if run == fingerprint(folder) else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is no calibration; write it anew with --calibrate or pass --threshold") from None

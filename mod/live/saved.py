@@ -5,6 +5,7 @@ Read next: costs.py
 
 import hashlib
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def restore_cache(cache: KVCache, tensors: dict[str, Tensor]) -> None:
         for name in ("k", "v") if fits else ():
             now, then = getattr(layer, name), held[name]
             fits &= then.shape[:2] == now.shape[:2] and then.shape[3:] == now.shape[3:] and then.dtype == now.dtype
+            fits &= then.shape[2:3] == held["pos"].shape[1:]
         require(fits, "the saved stream is of another model or number of streams; name another file")
         saved.append(held)
     for layer, held in zip(cache.layers, saved, strict=True):
@@ -94,7 +96,7 @@ def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
     try:
         note = json.loads(metadata["live"])
         other = [name for name in about if note["about"].get(name) != about[name]]
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path} is no saved stream of this project; name another file") from None
     require("run" not in other,
             f"{path} is a stream of other weights; go on with its own --checkpoint or name another file")
@@ -104,8 +106,69 @@ def read_saved(path: Path, about: dict) -> tuple[dict, dict]:
     return tensors, note
 
 
+def counts(values, number: int, least: int = 0) -> bool:
+    """Is it a list of so many whole numbers, of at least `least`?"""
+    return (isinstance(values, list) and len(values) == number
+            and all(type(value) is int and least <= value < 2**53 for value in values))
+
+
+def is_queue(row) -> bool:
+    """Is it a list of questions as `save` writes them? A time is a fraction, never a power that fills the memory."""
+    kinds = [(str, int, str), (str, int, str, bool)]
+    return isinstance(row, list) and all(isinstance(entry, list) and tuple(map(type, entry)) in kinds
+                                         and re.fullmatch(r"-?\d{1,30}(/[1-9]\d{0,30})?", entry[0]) for entry in row)
+
+
+def check_note(live: Live, tensors: dict, note: dict) -> None:
+    """Raises UserError unless the note is one that `save` writes for such a stream, and fits the tensors."""
+    stream, rows, layers = live.stream, live.stream.rows, len(live.stream.cache.layers)
+    held = [tensors.get(f"{number}.length") for number in range(layers)]
+    kept = [tensors.get(f"{number}.pos") for number in range(layers)]
+    good = all(length is not None and pos is not None and length.dtype == pos.dtype == torch.int64
+               and length.shape == (rows,) and pos.ndim == 2 and len(pos) == rows
+               and int(length.min()) >= 0 and int(length.max()) <= pos.shape[1]
+               for length, pos in zip(held, kept, strict=True))
+    numbers = note.get("stream")
+    good = good and isinstance(numbers, dict) and all(
+        counts(numbers.get(name), rows) for name in ("seen", "position", "quiet")
+    )
+    good = good and counts(note.get("last"), rows, -1) and counts([note.get("asked")], 1)
+    for name in ("answered", "questions"):
+        good = good and isinstance(note.get(name), list) and len(note[name]) == rows
+    good = good and all(isinstance(row, list) and all(counts(pair, 2) for pair in row) for row in note["answered"])
+    good = good and all(map(is_queue, note["questions"])) and isinstance(note.get("kept"), dict)
+    if good and isinstance(stream.cache, WindowCache):
+        good = fits_window(numbers.get("window"), rows, layers, torch.stack(held).T.tolist())
+    require(good, "the saved stream is damaged or of another kind; name another file")
+    for row in note["questions"]:
+        for entry in row:
+            stream.words.encode(entry[2])  # or somebody's file could say what no user can
+
+
+def fits_window(state, rows: int, layers: int, lengths: list[list[int]]) -> bool:
+    """Is it what `WindowCache.state` gives, of a cache with so many entries in each row's layers?"""
+    parts = [state.get(name) for name in ("segments", "starts", "gone")] if isinstance(state, dict) else [None] * 3
+    if not (all(isinstance(part, list) and len(part) == rows for part in parts) and counts(parts[2], rows)):
+        return False
+    for segments, starts, length in zip(parts[0], parts[1], lengths, strict=True):
+        if not (isinstance(segments, list) and segments and counts(starts, layers)):
+            return False
+        for number, segment in enumerate(segments):
+            kinds = tuple(map(type, segment)) if isinstance(segment, list) else ()
+            if kinds != (bool, int, list) or segment[1] < 0 or segment[0] != (number > 0):
+                return False
+            if not counts(segment[2], 0 if number + 1 == len(segments) else layers):
+                return False
+        before = [sum(entries) for entries in zip(*(segment[2] for segment in segments[:-1]), strict=True)]
+        if starts != (before or [0] * layers) or any(map(int.__gt__, starts, length)):
+            return False
+    return True
+
+
 def restore(live: Live, tensors: dict, note: dict) -> None:
-    """Put a saved stream's state into `live`, whose sources begin with the frames after `note["last"]`."""
+    """Put a saved stream's state into `live`, whose sources begin with the frames after `note["last"]`. Raises
+    UserError, with nothing changed, for what `save` has not written."""
+    check_note(live, tensors, note)
     restore_stream(live.stream, tensors, note["stream"])
     live.last, live.asked, live.kept = list(note["last"]), note["asked"], note["kept"]
     live.answered = [[(frames, tokens) for frames, tokens in row] for row in note["answered"]]

@@ -1,10 +1,11 @@
 """The settings of a run with real parts: which checkpoints and videos, and what of the decoder is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig, check, require
 
+MOST = 2**20  # of any size: no model is wider, and what is damaged is told before memory is asked for
 LLAMA, SIGLIP = "<Llama-3-8B>", "<SigLIP-L/16-384>"  # in the place of folders: the preset "paper" wants them named
 
 
@@ -53,6 +54,8 @@ class RealModel(ModelConfig):
     def fit(self) -> "RealModel":
         """This. Raises UserError when a size is none, or when sizes do not fit together."""
         check(self, {"rope_factor": 1, "rope_context": 1})
+        for name in (each.name for each in fields(self) if each.type is int and each.name != "rope_context"):
+            require(getattr(self, name) <= MOST, f"{name} must be at most {MOST}, got {getattr(self, name)}")
         super().__post_init__()
         require(self.rope_low < self.rope_high,
                 f"rope_low must be below rope_high, got {self.rope_low} and {self.rope_high}")

@@ -73,7 +73,7 @@ def told(path: Path):
         yield
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         raise UserError(f"{path} has an entry of an unexpected kind ({error}); download it again") from error
 
 
@@ -211,7 +211,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     with told(index):
         named = read_json(index).get("weight_map", {})
         for file in named.values():
-            if Path(file).name != file:
+            if Path(file).name != file or len(file) > 200 or not file.isprintable():
                 raise UserError(f"{index} names {file!r}, expected files of its own folder; download it again")
         files = {name: folder / file for name, file in named.items()}
     absent = sorted({str(file) for file in files.values() if not file.is_file()})

@@ -60,7 +60,8 @@ def read_words(config: RealRun) -> Vocabulary | TextTokenizer:
     llm, rows = config.real.llm, config.model.vocab_size
     words = TextTokenizer(Path(llm), config.real.symbols) if llm else Vocabulary(WORDS)
     whose, do = (f"{llm}: its tokenizer", "use the checkpoint's own tokenizer") if llm else ("the stream", "raise it")
-    require(len(words) <= rows, f"{whose} has {len(words)} tokens, but vocab_size is {rows}; {do}")
+    ids = 1 + max(words.tokenizer.get_vocab().values(), default=0) if llm else len(words)  # numbers may be left out
+    require(ids <= rows, f"{whose} has {ids} tokens, but vocab_size is {rows}; {do}")
     return words
 
 
@@ -80,7 +81,6 @@ def assemble(config: RealRun, device: torch.device) -> RealVideoLLM:
 
     model = sizes_only(sizes)  # so that no part is ever held twice
     if real.vision:
-        model.vit = ViT(sizes)
         load_vision(Path(real.vision), model.vit)
         model.vit.to(device, torch.float32 if config.train.vit_lr else dtype)
     else:

@@ -83,12 +83,15 @@ def in_batches(frames: Iterator, size: int) -> Iterator[list]:
         yield some
 
 
-def is_whole(path: Path) -> bool:
-    """Can the file be read? A damaged one is made again."""
+def is_whole(path: Path, config: RealRun) -> bool:
+    """Does the file hold features as this run's encoder makes them? A damaged one is made again."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "features" in file.keys()  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError):
+            held = file.get_slice("features")
+            frames, *rest = held.get_shape()
+            fits = frames > 0 and rest == [config.model.frame_tokens, config.model.vit_dim]
+            return fits and held.get_dtype() == {"float32": "F32", "bfloat16": "BF16"}[config.train.dtype]
+    except (OSError, SafetensorError, ValueError):
         return False
 
 
@@ -96,7 +99,7 @@ def keep_features(videos: list[Path], config: RealRun, model: VideoLLM) -> None:
     """Compute what is not on disk yet; of several processes each takes its share of the videos."""
     several = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    missing = {video for video in videos if not is_whole(features_file(video, config))}
+    missing = {video for video in videos if not is_whole(features_file(video, config), config)}
     if missing and rank == 0:
         tqdm.write(f"{len(missing)} of {len(videos)} videos to encode once, into {config.real.features}")
     Path(config.real.features).mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 {"video": "clips/a.mp4", "conversation": [{"time": 3.2, "role": "assistant", "content": "a red disc appears"}]}
 
-The video's path is relative to the file's folder. A video nobody talks about has the conversation [].
+The video's path is relative to the file's folder, and stays in it. A video nobody talks about has the conversation [].
 """
 
 import json
@@ -37,22 +37,27 @@ class Conversation:
 
 def read_streams(path: Path) -> list[Conversation]:
     """Every line of a streams.jsonl. Raises UserError that names the first wrong line, counted from 1, and why."""
+    conversations = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut inside of strings
+        # Line by line: the whole file is never in memory. Other ends of lines may stand inside of strings.
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    conversations.append(read_line(line, path, number))
     except FileNotFoundError:
         raise UserError(f"got no file {path}, expected one JSON object per line; check the name") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"got {path} ({error}), expected a text file in UTF-8; name another file") from error
-    conversations = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                conversations.append(read_conversation(line, path.parent))
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
     if not conversations:
         raise UserError(f"got {path} without a line, expected one JSON object per line; write at least one")
     return conversations
+
+
+def read_line(line: str, path: Path, number: int) -> Conversation:
+    try:
+        return read_conversation(line, path.parent)
+    except UserError as error:
+        raise UserError(f"{path}, line {number}: {error}") from None
 
 
 def read_conversation(line: str, folder: Path) -> Conversation:
@@ -75,10 +80,27 @@ def read_conversation(line: str, folder: Path) -> Conversation:
         if not entry["content"].strip():
             raise UserError(f"{name}: got empty content, expected some words; write them or remove the turn")
         turns.append(Turn(float(entry["time"]), entry["role"], entry["content"]))
-    video = folder / parts["video"]
-    if not video.is_file():
+    name, said = Path(parts["video"]), [turn.content for turn in turns]
+    if not all(map(encodable, [parts["video"], *said])):
+        raise UserError("got text with half a character or a zero in it, expected text; correct it")
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"got the video {parts['video']!r}, expected one in the file's folder or below; put it there")
+    video = folder / name
+    try:
+        there = video.is_file()
+    except OSError:  # such as a name that no file can have
+        there = False
+    if not there:
         raise UserError(f"got no file {video}, expected the video there; correct the path or put the video there")
     return Conversation(video, tuple(turns))
+
+
+def encodable(text: str) -> bool:
+    """Can it be written in UTF-8, and be part of a file's name? JSON can say what no text holds."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def check_keys(parts, kinds: dict, name: str) -> None:

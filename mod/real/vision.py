@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mod.config import ModelConfig, UserError
-from mod.real.llm import open_tensors, read_json, tensor_files, told
+from mod.real.llm import open_tensors, place, read_json, tensor_files, told
 from mod.vit import NORM_EPS, ViT
 
 DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -99,7 +99,8 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def load_vision(folder: Path, vit: ViT) -> None:
-    """Fill a ViT, made after `read_vision_config`, with a checkpoint's weights, tensor by tensor.
+    """Give a ViT, made after `read_vision_config`, a checkpoint's weights in float32, tensor by tensor. It may be made
+    on the meta device: then nothing asks for memory that the weights themselves do not need.
 
     Raises UserError naming the first tensor that is missing, left over, or of another shape.
     """
@@ -127,8 +128,4 @@ def load_vision(folder: Path, vit: ViT) -> None:
                     tensor = resize_positions(tensor, vit.config.patches_per_side)
                 # Queries, keys and values, in this order, may be stacked into one tensor.
                 for name, piece in zip(ours, tensor.chunk(len(ours)), strict=True):
-                    own = vit.get_parameter(name)
-                    if own.shape != piece.shape:
-                        got, expected = tuple(piece.shape), tuple(own.shape)
-                        raise UserError(f"{path}: {theirs} is {got}, but its config.json says {expected}")
-                    own.copy_(piece)
+                    place(vit, name, piece.to(torch.float32, copy=True), f"{path}: {theirs}")

@@ -29,12 +29,23 @@ def read_log(folder: Path) -> list[dict]:
         if not all(isinstance(entry, dict) and "kind" in entry for entry in entries):
             raise ValueError("a line is no entry")
         return entries
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy or train again") from error
 
 
 def curve(folder: Path) -> Figure:
-    """Losses, validation accuracies and what the routers keep, step by step, from the run's log."""
+    """Losses, validation accuracies and what the routers keep, step by step, from the run's log. Raises UserError when
+    the log is missing or damaged."""
+    try:
+        return drawn(folder)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        told = f"{folder / 'log.jsonl'} has an entry of an unexpected kind ({error}); restore it or train again"
+        raise UserError(told) from error
+
+
+def drawn(folder: Path) -> Figure:
     entries, model = read_log(folder), read_config(folder).model
     train = [entry for entry in entries if entry["kind"] == "train"]
     evals = [entry for entry in entries if entry["kind"] == "eval"]
