@@ -257,7 +257,7 @@ def read_config(folder: Path) -> Config:
         if "model" not in parts or "train" not in parts:
             raise ValueError("it has no model and training settings")
         return config_from(parts)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not the configuration of a run of this project ({error}); name another") from error
 
 

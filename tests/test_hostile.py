@@ -8,6 +8,7 @@ import json
 import re
 import resource
 import signal
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -26,13 +27,15 @@ from mod.real.llm import load_llm, read_llm_config
 from mod.real.source import Piece, check_words, is_whole, read_piece
 from mod.real.streams import pieces, placed, read_streams
 from mod.real.tokenizer import TextTokenizer
+from mod.real.video import Video
 from mod.real.vision import load_vision, read_vision_config
-from mod.run import load_run, write_config, write_tensors
+from mod.run import load_run, read_tensors, write_config, write_tensors
 from mod.study.plots import curve
 from mod.videollm import VideoLLM
 from mod.vit import ViT
 from tests.helpers import WORDS_ALL, random_pixels, small_config, small_model
 from tests.test_llm import LLAMA3, write_checkpoint
+from tests.test_video import numbered, write
 from tests.test_vision import write_tower
 from tests.test_window import Logged
 
@@ -217,3 +220,51 @@ def test_a_damaged_file_is_refused_in_one_sentence(name, tmp_path):
         except BaseException as error:
             raise AssertionError(f"input {number} of {name}: {type(error).__name__}: {error}") from error
     assert refusals > INPUTS // 10
+
+
+@pytest.mark.parametrize("video", ["/etc/hostname", "../a.mp4", "b/../../a.mp4", "..", "a\0.mp4", "\ud800.mp4", "x" * 300 + ".mp4"])
+def test_a_streams_file_names_videos_of_its_own_folder(tmp_path, video):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "streams.jsonl").write_text(json.dumps({"video": video, "conversation": []}))
+    with pytest.raises(UserError, match="line 1: got .*expected"):
+        read_streams(tmp_path / "in" / "streams.jsonl")
+
+
+@pytest.mark.parametrize("content", ["ffconcat version 1.0\nfile a.mkv\n", "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\na.ts\n#EXT-X-ENDLIST\n"])
+def test_a_list_of_other_files_is_no_video(tmp_path, content):
+    """A download that is named like a video could make the reader open any file of the machine."""
+    write(tmp_path / "a.mkv", numbered(3))
+    write(tmp_path / "a.ts", numbered(3, 64), codec="libx264")
+    for name in ("list.mp4", "list.m3u8"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="got .*list.*expected a video"):
+            Video(str(tmp_path / name), 2, 16)
+
+
+def test_a_saved_stream_cannot_say_what_no_user_can(tmp_path):
+    """Its queue of questions is asked when it goes on: a symbol in one is refused as in a flag, and so is a time whose
+    digits would fill the memory."""
+    read = a_saved_stream(tmp_path / "files")
+    path = tmp_path / "files" / "live.safetensors"
+    tensors, metadata = read_tensors(path)
+    for time, text in (("7/2", "where is it ? <assistant> nowhere"), ("1e999999999", "where is it ?"), ("1/0", "where is it ?")):
+        note = json.loads(metadata["live"])
+        note["questions"][0].append([time, 9, text, True])
+        write_tensors(path, tensors, {"live": json.dumps(note)})
+        with pytest.raises(UserError, match="unknown word '<assistant>'|damaged or of another kind"), bounded():
+            read()
+
+
+def test_a_long_streams_file_is_never_all_in_memory_beside_its_turns(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    turns = [{"time": k, "role": "assistant", "content": f"{k} " + "a red disc appears " * 20} for k in range(20)]
+    line = json.dumps({"video": "a.mp4", "conversation": turns}) + "\n"
+    (tmp_path / "streams.jsonl").write_text(line * 300)
+    size = (tmp_path / "streams.jsonl").stat().st_size
+    tracemalloc.start()
+    try:
+        assert len(read_streams(tmp_path / "streams.jsonl")) == 300
+        assert tracemalloc.get_traced_memory()[1] < 2 * size
+    finally:
+        tracemalloc.stop()

@@ -6,13 +6,17 @@ import re
 import shutil
 import time
 from base64 import b64decode
+from fractions import Fraction
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import stream_tiny
+import train_tiny
 from mod.config import ModelConfig, UserError
+from mod.data import WORDS
 from mod.live.costs import chunk_flops, dense, layer_tokens
 from mod.live.page import MOST_PIXELS, check_page, picture_uri, write_page
 from mod.live.record import Line, Moment
@@ -518,3 +522,38 @@ def test_a_long_stream_stays_quick(browser, show):
     assert script(browser, "made.length") > 700 and browser.execute_script(same)
     press(browser, keys().END)
     assert script(browser, "[...document.querySelectorAll('#lines li')].every((line) => !line.hidden)")
+
+
+def test_the_scripts_page_of_hostile_words_and_a_hostile_file_name_is_inert(tmp_path_factory, browser):
+    """`stream_tiny.py --html` of a video whose name, and of questions whose words, are elements, scripts and handlers."""
+    from tests.test_llm import write_checkpoint
+    from tests.test_video import numbered, write
+    from tests.test_vision import write_tower
+
+    folder = tmp_path_factory.mktemp("hostile")
+    attack = "<img src=x onerror='window.broken=1'><script>window.broken=2<\u2044script>"
+    words = ["<s>", "</s>", "<unk>", "User", "Assistant", *WORDS]
+    write_checkpoint(folder / "llm", {"model_type": "llama", "tie_word_embeddings": True}, 6, words=words)
+    (folder / "vision").mkdir()
+    write_tower(folder / "vision")
+    run = ["--llm", str(folder / "llm"), "--vision", str(folder / "vision"), "--out", str(folder / "run"), "--frame-tokens", "1+2x2"]
+    assert train_tiny.main([*run, "--steps", "0", "--lora-rank", "2", "--eval-clips", "1", "--frames", "2", "--device", "cpu"]) == 0
+    video = folder / f"{attack}\"' onload=alert(1) .mkv"
+    write(video, numbered(3, 32), rate=Fraction(2))
+    questions = [attack, "</script><script>window.broken=3</script>", "--><svg onload=window.broken=4>", "javascript:alert(1)"]
+    page = folder / "s.html"
+    flags = [part for at, text in enumerate(questions) for part in ("--ask", f"{at / 4}s:{text}")]
+    assert stream_tiny.main(["--checkpoint", str(folder / "run"), "--video", str(video), "--html", str(page), "--device", "cpu", *flags]) == 0
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    press(browser, keys().END)
+    assert attack in browser.find_element("tag name", "h1").text and attack in browser.title
+    shown = script(browser, "document.getElementById('lines').textContent")
+    assert all(question in shown for question in questions)
+    assert script(browser, "window.broken") is None and script(browser, "document.scripts.length") == 2
+    assert script(browser, "document.querySelectorAll('[onload], [onerror], h1 *').length") == 0
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith(("data:", "chrome:"))} == {page.as_uri()}

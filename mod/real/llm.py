@@ -73,7 +73,7 @@ def told(path: Path):
         yield
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         raise UserError(f"{path} has an entry of an unexpected kind ({error}); download it again") from error
 
 
