@@ -1,5 +1,6 @@
 """A moment in the terminal, read back from the escape codes: kept patches as the frame has them, skipped ones darker."""
 
+import io
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mod.config import ModelConfig
-from mod.live.draw import GAP, RESET, drawing
+from mod.live.draw import GAP, RESET, drawing, terminal
 from mod.live.picture import draw_stream
 from mod.live.record import Line, Moment, as_square
 
@@ -183,3 +184,11 @@ def test_a_wide_picture_is_shown_as_the_encoder_of_squares_saw_it():
     assert np.array_equal(as_square(square), square)
     assert np.array_equal(as_square(np.pad(square, ((0, 0), (0, 0), (0, 4)), constant_values=np.nan)), square)
     assert np.allclose(as_square(wide), wide.reshape(3, 4, 4, 2).mean(-1))
+
+
+def test_a_terminal_without_half_blocks_gets_characters(monkeypatch):
+    """Its encoding lacks them: colours are not tried, whatever was asked for."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for encoding, colour in (("ascii", False), ("cp1252", False), ("utf-8", True), ("cp437", True)):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert ("\x1b" in terminal(moment(ModelConfig(), (1,)), ModelConfig())) == colour, encoding

@@ -389,3 +389,9 @@ class TestTokenizer:
         words = TextTokenizer(folder, symbols=None)
         ids, more = ([pieces.index(piece) for piece in some] for some in (start, new))
         assert words.continuation(ids, more) == added and words.decode(ids) + added == words.decode(ids + more)
+
+    def test_files_that_begin_with_a_mark_are_read(self, folder):
+        """Some editors put a byte order mark before JSON."""
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+        assert TextTokenizer(folder).encode("red disc") == [11, 12] and read_llm_config(folder, ModelConfig(layers="none")).dim == 24

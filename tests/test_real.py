@@ -423,6 +423,10 @@ class TestRefusals:
         wide = replace(config, model=replace(config.model, vocab_size=7), real=replace(config.real, llm=str(tmp_path / "llm")))
         with pytest.raises(UserError, match="vocab_size is 7"):
             read_words(wide)
+        path = tmp_path / "llm" / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=0).replace('"moves": ', '"moves": 10000'))  # few tokens, with large numbers
+        with pytest.raises(UserError, match=r"has 10000\d+ tokens, but vocab_size is"):
+            read_words(small(files, llm=str(tmp_path / "llm")))
 
 
 def test_preset_paper_needs_no_weights(capsys, tmp_path):

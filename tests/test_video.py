@@ -4,8 +4,10 @@ import builtins
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
@@ -324,6 +326,31 @@ def test_a_video_goes_on_though_its_header_says_it_has_ended(tmp_path, monkeypat
         with video:
             assert steps_of(video) == [*range(40)] * 3 and video.jumps == 2
             assert video.about_frames is None or video.about_frames <= 40 or name != "a.mkv"
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_named_pipe_is_a_pipe(tmp_path, copies):
+    """What a shell makes of <(...): nothing is lost by looking at it first, and it may hold several recordings."""
+    write(tmp_path / "a.mkv", numbered(5))
+    os.mkfifo(tmp_path / "pipe")
+    content = (tmp_path / "a.mkv").read_bytes() * copies
+    feed = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(content))
+    feed.start()
+    assert numbers(read(tmp_path / "pipe", 10)) == list(range(5)) * copies
+    feed.join()
+
+
+def test_a_video_in_fragments_is_read_from_a_file_and_from_a_pipe(tmp_path, monkeypatch):
+    """As screen recorders and cameras write mp4, so that a crash loses little: no table, and no length."""
+    with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "frag_keyframe+empty_moov"}) as file:
+        stream = file.add_stream("libx264", rate=10, options={"g": "5"})
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 10**7
+        for picture in steps(20):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    for video in (Video(str(tmp_path / "a.mp4"), 10, 16), piped(tmp_path / "a.mp4", 10, monkeypatch)):
+        with video:
+            assert steps_of(video) == list(range(20))
 
 
 @pytest.mark.parametrize("rest", [b"\x1a\x45\xdf\xa3" + bytes(50), b"garbage", b"\x1a\x45\xdf\xa3\x84abcd\x18\x53\x80\x67\x84abcd"])

@@ -80,7 +80,7 @@ def told(path: Path):
 def read_json(path: Path) -> dict:
     """Raises UserError when the file is missing or no JSON object."""
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
+        parts = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
         raise UserError(f"no file {path}; expected the folder of a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -78,7 +78,7 @@ def in_file(path: Path) -> list[Section]:
     """The recordings of a file; empty where there is one alone, or none."""
     sections: list[Section] = []
     try:
-        file, start = path.open("rb"), 0
+        file, start = path.open("rb") if path.is_file() else io.BytesIO(), 0  # of a pipe, nothing must be taken
     except OSError:
         return sections  # whoever opens it says why
     while length := length_of(file.read(HEAD)):

@@ -5,6 +5,7 @@ user's turn, the assistant's turn. They are resolved when the tokenizer is loade
 token. Sequences are put together from lists of ids, never by joining strings, so that training and streaming agree.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class TextTokenizer:
         if not path.is_file():
             raise UserError(f"no file {path}; download the tokenizer as well")
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_buffer(path.read_bytes().removeprefix(BOM_UTF8))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{path} is damaged or no tokenizer ({error}); download it again") from error
         self._as_written()

@@ -68,6 +68,9 @@ def recordings(source: str) -> Iterator:
     """What a source consists of, for `open_source`: None for the whole of it, else one recording after the other."""
     if source == "-":
         yield from in_pipe(sys.stdin.buffer)
+    elif Path(source).is_fifo():  # what a shell makes of <(...)
+        with Path(source).open("rb") as pipe:
+            yield from in_pipe(pipe)
     elif not is_camera(source) and (several := in_file(Path(source))):
         yield from several
     else:
