@@ -45,6 +45,8 @@ def need(*packages: str) -> None:
 def start(seed: int = 0) -> None:
     """What every chapter begins with: packages, plot style, seed, versions."""
     need(*NEEDS)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # where the packages mod and tests lie
     import matplotlib.pyplot as plt
     import torch
 
@@ -89,6 +91,13 @@ def show(figure, alt: str) -> None:
     plt.close(figure)
     data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt}
     show_in_notebook(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def diagram(name: str) -> None:
+    """Show one of the project's diagrams, drawn anew."""
+    from mod.study.diagrams import DIAGRAMS
+
+    show(DIAGRAMS[name].figure(), DIAGRAMS[name].alt)
 
 
 def row_of(layout, words) -> str:
