@@ -9,7 +9,8 @@ four layers with random weights and frames of 5 tokens. All of them are 800 pixe
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -141,6 +142,15 @@ def cache_entries(model: VideoLLM, stream: Stream) -> list[list[list[int]]]:
 
 
 # --- one style --------------------------------------------------------------------------------------------------------
+@contextmanager
+def one_style() -> Iterator[None]:
+    """Whatever style a notebook has set."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
 def canvas(height: float) -> tuple[Figure, Axes]:
     """A page 100 units wide and `height` units high; a unit is 8 pixels."""
     figure = Figure(figsize=(WIDTH, WIDTH * height / 100), dpi=PIXELS / WIDTH, layout="none", facecolor="white")
@@ -398,7 +408,7 @@ class Diagram:
     alt: str
 
     def figure(self) -> Figure:
-        with matplotlib.rc_context(RC):
+        with one_style():
             return self.draw()
 
 
@@ -441,7 +451,7 @@ DIAGRAMS = {
 def save(diagram: Diagram, path: Path) -> None:
     """Write an SVG to a temporary name, then rename. The same picture gives the same file."""
     temporary = path.with_name(path.stem + ".tmp" + path.suffix)
-    with matplotlib.rc_context(RC):
+    with one_style():
         diagram.draw().savefig(temporary, metadata={"Title": diagram.alt, "Date": None, "Creator": None})
     os.replace(temporary, path)
 

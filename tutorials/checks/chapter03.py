@@ -1,6 +1,5 @@
 """Chapter 3: the decoder, and positions with gaps."""
 
-import math
 from unittest.mock import patch
 
 import torch
@@ -10,28 +9,41 @@ from . import Wrong, exercise, looks_like, same, something
 
 @exercise(
     "3.1",
-    ("def angle(p, i, E, base):\n    return p * base ** (-i / E)", "factor 2"),
-    ("def angle(p, i, E, base):\n    return p * base ** (2 * i / E)", "faster"),
-    ("import math\ndef angle(p, i, E, base):\n    return math.degrees(p * base ** (-2 * i / E))", "degrees"),
-    ("def angle(p, i, E, base):\n    return base ** (-2 * i / E)", "same at every position"),
-    ("def angle(p, i, E, base):\n    return p * base ** (-2 * (i - 1) / E)", "from 0"),
-    ("import math\ndef angle(p, i, E, base):\n    return p * base ** (-2 * i / E) % (2 * math.pi)", "whole turns"),
+    ("def turned_back(k, d):\n    return rotate(k[None, None], Rope().turn(torch.full((1, len(k)), d), k.shape[-1], k.dtype))[0, 0]", "forward"),
+    ("def turned_back(k, d):\n    return rotate(k[None, None], Rope().turn(torch.arange(len(k))[None] - d, k.shape[-1], k.dtype))[0, 0]", "by the same"),
+    ("def turned_back(k, d):\n    return k", "as they came"),
+    ("def turned_back(k, d):\n    return rotate(k[None, None], Rope().turn(-torch.arange(len(k))[None], k.shape[-1], k.dtype))[0, 0]", "row numbers"),
+    ("def turned_back(k, d):\n    angle = -d * Rope().frequency(k.shape[-1], k.device, k.dtype)\n    u, v = k[:, 0::2], k[:, 1::2]\n"
+     "    out = torch.empty_like(k)\n    out[:, 0::2] = u * angle.cos() - v * angle.sin()\n    out[:, 1::2] = v * angle.cos() + u * angle.sin()\n    return out", "neighbours"),
+    ("def turned_back(k, d):\n    return rotate(k[None, None], Rope(500.0).turn(torch.full((1, len(k)), -d), k.shape[-1], k.dtype))[0, 0]", "base"),
 )
-def angle(answer) -> str:
-    for p, i, width, base in ((7, 3, 32, 10000.0), (100, 1, 8, 500.0)):
-        want, got = p * base ** (-2 * i / width), something(answer(p, i, width, base), f"angle({p}, {i}, {width}, {base})")
-        for mistake, hint in (
-            (p * base ** (-i / width), "The exponent lacks the factor 2: the E/2 pairs share the whole range from 1 down to 1/base."),
-            (p * base ** (2 * i / width), "Later pairs turn faster and faster; the exponent wants a minus sign."),
-            (math.degrees(want), "This is in degrees; sin and cos of torch want radians."),
-            (p * base ** (-2 * (i - 1) / width), "Pairs count from 0: pair 0 turns by one radian a token."),
-            (want % (2 * math.pi) if want > 2 * math.pi else None, "You took whole turns out; leave them in."),
-            (want / p, "Your angle is the same at every position: multiply by p."),
-        ):
-            if mistake is not None:
-                looks_like(got, mistake, hint)
-        same(got, want, f"angle({p}, {i}, {width}, {base})")
-    return "Right: the first pair turns by one radian a token, the last by hardly anything."
+def turned_back(answer) -> str:
+    from mod.layers import Rope, rotate
+
+    rope, width, d = Rope(), 8, 3
+    raw, pos = torch.randn(5, width, dtype=torch.float64), torch.tensor([4, 5, 9, 10, 17])
+
+    def turned(x, at, by=rope):
+        return rotate(x[None, None], by.turn(at[None], width, x.dtype))[0, 0]
+
+    def apart(k):  # pairs of neighbours instead of halves
+        angle, (u, v) = -d * rope.frequency(width, k.device, k.dtype), (k[:, 0::2], k[:, 1::2])
+        return torch.stack((u * angle.cos() - v * angle.sin(), v * angle.cos() + u * angle.sin()), -1).flatten(1)
+
+    k, want, rows = turned(raw, pos), turned(raw, pos - d), torch.arange(5)
+    got = something(answer(k.clone(), d), "turned_back(k, d)")
+    for mistake, hint in (
+        (k, "The keys came back as they came: each is to be turned once more, by the angles of position -d."),
+        (turned(raw, pos + d), "You turned the keys forward, to positions p + d; back is a turn by -d."),
+        (turned(k, rows - d), "You turned each key by another amount. All stood too far by d, so all are turned by the same: -d."),
+        (turned(k, -rows), "You turned by row numbers. Where a key stands is in it already; all are turned by -d."),
+        (apart(k), "You paired neighbours, entries 0 and 1, 2 and 3. Here entry i turns with entry i + E/2."),
+    ):
+        looks_like(got, mistake, hint)
+    for base in (100.0, 500.0, 1000.0, 500_000.0):
+        looks_like(got, turned(k, torch.full((5,), -d), Rope(base)), "Another base: `Rope()` has the one that these keys were turned with.")
+    same(got, want, "turned_back(k, d)")
+    return "Right, and nobody had to say where the keys stood. Chapter 5 does this when a stream forgets."
 
 
 @exercise(
