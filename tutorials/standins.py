@@ -32,7 +32,8 @@ def write_llm(folder: Path, decoder, words: list[str]) -> None:
     """A decoder without routed layers, tied embeddings, and a tokenizer of whole words, as a Llama comes."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = decoder.config
-    tensors = {"model.embed_tokens.weight": decoder.embed.weight.detach(), "model.norm.weight": decoder.norm.weight.detach()}
+    tensors = {"model.embed_tokens.weight": decoder.embed.weight.detach()}
+    tensors["model.norm.weight"] = decoder.norm.weight.detach()
     for number, layer in enumerate(decoder.layers):
         for name, part in parts_of(layer).items():
             tensors[f"model.layers.{number}.{name}.weight"] = part.weight.detach()

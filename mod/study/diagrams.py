@@ -313,7 +313,7 @@ def gates() -> Figure:
         own, read = scales != "read", scales != "update"
         for left, low, wide, text in (
             (8, 52.5, 14, "loss of the text"), (0, 39.5, 14, "later layers\nread the token"),
-            (16, 39.5, 14, "text reads it\nin this layer"),
+            (16, 39.5, 14, "others read it\nin this layer"),
             (0, 26.5, 14, "own update\n" + ("μ·f(h)" if own else "f(h)")),
             (16, 26.5, 14, "its value\n" + ("μ·v" if read else "v")), (8, 16, 14, "μ, from w·x"),
         ):
