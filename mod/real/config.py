@@ -16,6 +16,7 @@ class RealConfig:
     vision: str = ""  # folder or hub name of a SigLIP vision encoder; its sizes replace the encoder's
     data: str = ""  # streams.jsonl: a video and its conversation per line, cut into pieces of --frames at --fps
     frame_tokens: str = ""  # another way to say --grid: 1+7x7 is --grid 7
+    sentences: bool = False  # on synthetic streams: whole sentences in the place of the closed words
     holdout: float = 0.1  # share of the videos, the last ones, kept for validation; 0 validates on all
     features: str = "runs/features"  # folder in which a frozen encoder's features of real videos are kept
     symbols: str = ""  # the tokenizer's symbols, e.g. 'bos=<s> eos=</s> user=User assistant=Assistant'

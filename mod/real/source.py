@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mod.config import UserError
-from mod.data import Clip, Source, synthetic
+from mod.data import WORDS, Clip, Source, synthetic
 from mod.layout import Say, Vocabulary
 from mod.real.config import RealRun
+from mod.real.sentences import make_spoken_clip, spoken_endless
 from mod.real.streams import Conversation, pieces, placed, read_streams
 from mod.real.tokenizer import TextTokenizer
 from mod.real.video import Video
@@ -172,7 +173,8 @@ def real_source(config: RealRun, words: Vocabulary | TextTokenizer, model: Video
     """Clips of `config.real.data`, or of synthetic streams when it names nothing. The first clip asked for opens
     the file, and raises what `open_pieces` raises."""
     if not config.real.data:
-        return replace(synthetic(config), words=words)
+        spoken = (WORDS, make_spoken_clip, spoken_endless) if config.real.sentences else ()
+        return replace(synthetic(config, *spoken), words=words)
 
     @cache
     def opened() -> tuple[list[Piece], list[Piece]]:

@@ -63,6 +63,7 @@ def refuse_idle(config: RealRun, given: set[str]) -> None:
     idle |= {"holdout"} if not real.data else set()
     idle |= {"features"} if not (real.data and real.vision) or config.train.vit_lr else set()
     idle |= {"symbols"} if not real.llm else set()
+    idle |= {"sentences"} if real.data else set()
     idle |= SCENES if real.data and real.vision else set()
     if useless := sorted(idle & given):
         raise UserError(f"{flag_of(useless[0])} does nothing with these parts; leave it out")
