@@ -80,6 +80,14 @@ class RealRun(Config):
 PRESETS = {
     # Tiny sizes wherever no checkpoint is named.
     "real": RealRun(),
+    # A real language model on synthetic streams, in its own words and chat format.
+    "llm": RealRun(
+        RealModel(image_size=56, grid=7),
+        DataConfig(frames=4, event_rate=0.6),
+        RealTrain(steps=100, batch_size=4, optimizer="adamw", adam_lr=1e-3, warmup=10, max_words=16, log_every=10,
+                  eval_every=50, eval_clips=32),
+        RealConfig(sentences=True, lora_rank=16, lora_alpha=32.0),
+    ),
     # The paper's model: SigLIP-L/16-384, Llama-3-8B, LoRA 128/256, r = 0.2 interleaved, the score as the gate, 2 fps.
     # Steps and batch are the base paper's two epochs in order of magnitude only: they depend on the data.
     "paper": RealRun(

@@ -85,9 +85,9 @@ class TextTokenizer:
         self.bos = (bos or [self.assistant])[0]
         whole = all(self.encode(symbol) == [self.tokenizer.token_to_id(symbol)] for symbol in needed)
         if not whole or self.opening["user"] == self.opening["assistant"]:
-            got = " ".join(map(self.tokenizer.id_to_token, self.opening["assistant"]))
-            raise UserError(f"{self.folder}: the assistant's turn would open with {got}, expected {' and '.join(needed)} "
-                            "as tokens of their own and another opening than the user's; name others with --symbols")
+            got, expected = " ".join(map(self.tokenizer.id_to_token, self.opening["assistant"])), " and ".join(needed)
+            raise UserError(f"{self.folder}: the assistant's turn would open with {got}, expected {expected} as tokens "
+                            "of their own and another opening than the user's; name others with --symbols")
 
     def _named_ids(self, key: str) -> list[int]:
         """Begin or end of text as config.json and generation_config.json give it, which may be a list; in order."""

@@ -36,6 +36,8 @@ def settle(config: RealRun, given: set[str]) -> RealRun | None:
         return print_paper(replace(config, model=config.model.fit()))
     require(real.llm != LLAMA and real.vision != SIGLIP,
             "--preset paper got one of --llm and --vision, expected both, or none to see what it takes")
+    require(bool(real.llm) or not real.sentences,
+            "sentences need a language model that can write them; name its folder or hub name with --llm")
     if real.llm:
         real = replace(real, llm=str(find(real.llm).resolve()))
         sizes |= llm_sizes(Path(real.llm))
