@@ -17,6 +17,7 @@ from mod.config import UserError
 from mod.data import COLOURS, HEIGHTS, SHAPES, SIDES, synthetic
 from mod.evaluate import free_running, teacher_forced
 from mod.layout import NO_LABEL, TEXT, Say, assistant_ids, collate, lay_out, user_ids
+from mod.real.align import align, label_vectors, targets
 from mod.real.llm import load_llm, read_llm_config
 from mod.real.parts import assemble
 from mod.real.sentences import in_sentences, sentence
@@ -47,11 +48,11 @@ def write_chat_model(folder, symbols, bos: int, eos: int):
     tokenizer.train_from_iterator(map(sentence, CLOSED), trainer)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"model_type": "llama", "rope_theta": 1e4, "tie_word_embeddings": True}
+    config = {"model_type": "llama", "rope_theta": 1e4, "tie_word_embeddings": True, "head_dim": 8}
     size = tokenizer.get_vocab_size()
     (folder / "config.json").write_text(json.dumps({**SIZES, "vocab_size": size, **config}))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos}))
-    save_file(tensors(config, 6, range(size)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors(config, 8, range(size)), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -62,10 +63,10 @@ def llm(request, tmp_path_factory):
 
 
 def small(llm, **train):
-    """The preset on a small model, full computation in every other layer undone."""
+    """The preset on a small model, without warm-ups."""
     base = WORLD.presets["llm"]
-    real = replace(base.real, llm=str(llm), lora_rank=4, lora_alpha=8.0)
-    config = replace(base, real=real, train=replace(base.train, device="cpu", vit_steps=0, **train))
+    train = replace(base.train, device="cpu", vit_steps=0, **train)
+    config = replace(base, real=replace(base.real, llm=str(llm), align_steps=0), train=train)
     return WORLD.settle(config, {"device"})
 
 
@@ -221,10 +222,34 @@ def test_text_alone_is_the_checkpoints_at_step_0(llm):
     assert torch.equal(ours, theirs)
 
 
+def test_the_connector_begins_as_the_words_for_what_is_seen(llm):
+    """What its tokens should be is the sum of the words' embeddings; training it comes nearer, and moves nothing else."""
+    config = small(llm)
+    made, source = build(config, CPU)
+    embedding, words = made.decoder.embed.weight.detach(), source.words
+    labels = torch.zeros(1, 49, 5, dtype=torch.long)
+    labels[0, 8] = torch.tensor([1, 2, 1, 1, 0])  # a red disc at the top, on the far left
+    labels[0, 30, 4] = 1
+
+    def mean(text):
+        return embedding[words.encode(text)].mean(0)
+
+    wanted = targets(labels, label_vectors(words, embedding), 7)
+    sprite = mean(" red") + mean(" disc") + mean(" top") + mean(" far left")
+    torch.testing.assert_close(wanted[0, 9], sprite)
+    torch.testing.assert_close(wanted[0, 31], mean(" moves"))
+    torch.testing.assert_close(wanted[0, 0], sprite + mean(" moves"))
+    assert wanted.shape == (1, 50, 24) and not wanted[0, [1, 8, 10, 32]].any()
+    before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
+    assert align(made, source, 30) < 0.9 * align(build(config, CPU)[0], source, 1)
+    moved = {name for name, parameter in made.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.startswith("connector.")}
+
+
 def test_the_preset_runs_end_to_end(llm, tmp_path, capsys):
     out = str(tmp_path / "run")
-    flags = ["--preset", "llm", "--llm", str(llm), "--out", out, "--lora-rank", "4", "--lora-alpha", "8", "--steps", "2",
-             "--vit-steps", "1", "--batch-size", "2", "--eval-every", "0", "--eval-clips", "2", "--device", "cpu"]
+    flags = ["--preset", "llm", "--llm", str(llm), "--out", out, "--steps", "2", "--vit-steps", "1", "--align-steps",
+             "1", "--batch-size", "2", "--eval-every", "0", "--eval-clips", "2", "--device", "cpu"]
     assert train_tiny.main(flags) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 <= metrics["free_running"]["silence_accuracy"] <= 1 and metrics["flop_ratio"] < 0.8
@@ -242,7 +267,7 @@ def test_what_cannot_be_written_is_refused_in_one_sentence(tmp_path, capsys):
     parts = json.loads(text)
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] != "<|im_start|>"]
     (folder / "tokenizer.json").write_text(json.dumps(parts))
-    run = ["--preset", "llm", "--llm", str(folder), "--lora-rank", "4", "--out", str(tmp_path / "none")]
+    run = ["--preset", "llm", "--llm", str(folder), "--out", str(tmp_path / "none")]
     refused(train_tiny.main, run, capsys, "<|im_start|> and <|im_end|> as tokens of their own", "--symbols")
     (folder / "tokenizer.json").write_text(text)
     refused(train_tiny.main, [*run, "--symbols", "user=assistant"], capsys, "the user symbol 'assistant' is", "--symbols")

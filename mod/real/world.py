@@ -44,7 +44,7 @@ def settle(config: RealRun, given: set[str]) -> RealRun | None:
     if real.vision:
         real = replace(real, vision=str(find(real.vision).resolve()))
         sizes |= vision_sizes(Path(real.vision))
-        train = replace(train, vit_steps=0)  # a real encoder needs no warm-up
+        train, real = replace(train, vit_steps=0), replace(real, align_steps=0)  # a real encoder needs no warm-up
         # Positions can be interpolated to the size of the frames; so they may have been in a run that goes on.
         if "image_size" in given or "vision" not in given:
             sizes.pop("image_size")
@@ -65,6 +65,7 @@ def refuse_idle(config: RealRun, given: set[str]) -> None:
     idle |= {"holdout"} if not real.data else set()
     idle |= {"features"} if not (real.data and real.vision) or config.train.vit_lr else set()
     idle |= {"symbols"} if not real.llm else set()
+    idle |= {"align_steps"} if real.vision or not real.llm else set()
     idle |= {"sentences"} if real.data else set()
     idle |= SCENES if real.data and real.vision else set()
     if useless := sorted(idle & given):
