@@ -21,12 +21,14 @@ RATE = 2e-3  # AdamW's learning rate
 
 
 def label_vectors(words: TextTokenizer, embedding: Tensor) -> list[Tensor]:
-    """For each kind of label, the embeddings (values, D) of its words, zero for none; of several tokens the mean."""
-    found = []
-    for names in NAMES:
-        own = [embedding[words.encode(" " + name.replace("-", " "))].mean(0) for name in names]
-        found.append(torch.stack([torch.zeros_like(own[0]), *own]))
-    return found
+    """For each kind of label, the embeddings (values, D) of its words, of several tokens the mean. Where there is no
+    sprite it is that of "nothing": a token of zeros would have no direction for the decoder's norms to keep."""
+
+    def vector(name: str) -> Tensor:
+        return embedding[words.encode(" " + name.replace("-", " "))].mean(0)
+
+    none = [vector("nothing"), *[torch.zeros_like(embedding[0])] * (len(NAMES) - 1)]
+    return [torch.stack([zero, *map(vector, names)]) for zero, names in zip(none, NAMES, strict=True)]
 
 
 def targets(labels: Tensor, vectors: list[Tensor], grid: int) -> Tensor:
@@ -55,7 +57,7 @@ def align(model: VideoLLM, source: Source, steps: int) -> float:
         with torch.no_grad():
             features = model.vit(clip_pixels(clips).to(model.vit.position))
         # Tokens that show something weigh as much as the many that do not.
-        there = wanted.abs().sum(-1) > 0
+        there = (wanted - vectors[0][0]).abs().sum(-1) > 1e-6
         errors = (model.connector(features.float()) - wanted).square().mean(-1)
         left = errors[there].mean() / wanted[there].square().mean()
         (errors[there].mean() + errors[~there].mean()).backward()
