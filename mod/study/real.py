@@ -34,7 +34,7 @@ from mod.live.costs import dense
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.real.world import WORLD
 from mod.run import config_from, load_weights, pick_device, read_tensors, to_json, write_tensors, write_text
-from mod.study.ablate_report import mean_and_error
+from mod.study.ablate_report import mean_and_error, number_of_seeds
 from mod.study.common import PURPLE, SKY, command, markdown, publish
 from mod.study.costs import decoder_flops, kv_bytes
 from mod.study.pretrained import distances, own_eyes, perplexities, states
@@ -245,24 +245,19 @@ def read(path: Path) -> dict | None:
 
 
 def report(data: dict) -> str:
-    values, rows = data["values"], {}
+    values, rows, parts = data["values"], {}, []
     for name, found in values.items():
-        cost = data["costs"][name]
-        rows[f"`{name}` {VARIANTS[name].title}"] = {
-            measure: mean_and_error(found[measure])
-            for measure in ("quality", "narration", "questions", "speak", "silence", "free-running narration")
-        } | {"text": mean_and_error(found["perplexity of text, merged"]), "FLOPs": f"{cost['flops']:.2f}",
-             "KV": f"{cost['kv']:.2f}"}
-    seeds = {len(found["quality"]) for found in values.values()}
-    number = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    parts = []
+        cost, shown = data["costs"][name], ("quality", "narration", "questions", "speak", "silence",
+                                            "free-running narration")
+        rows[f"`{name}` {VARIANTS[name].title}"] = {measure: mean_and_error(found[measure]) for measure in shown} | {
+            "text": mean_and_error(found["perplexity of text, merged"]), "FLOPs": f"{cost['flops']:.2f}",
+            "KV": f"{cost['kv']:.2f}"}
     if values:
-        inside = data["inside"]["text"]
         parts += [f"After {data['steps']} steps of {data['batch']} clips, on {data['clips']} validation clips; "
-                  f"{number} seeds (± standard error where several). Quality: the mean of narration and questions. "
-                  "Text: perplexity of a paragraph with the low-rank changes merged; of the checkpoint "
-                  f"{inside['checkpoint']:.2f}, and of every run with its adapters off the same. FLOPs "
-                  f"and KV cache: of a stream of {LIVE[0]} frames, as a share of full computation.\n",
+                  f"{number_of_seeds(values)} seeds (± standard error where several). Quality: the mean of narration "
+                  "and questions. Text: perplexity of a paragraph with the low-rank changes merged; it is "
+                  f"{data['inside']['text']['checkpoint']:.2f} of the checkpoint, and of every run with its adapters "
+                  f"off. FLOPs and KV cache: of a stream of {LIVE[0]} frames, as a share of full computation.\n",
                   markdown(pd.DataFrame.from_dict(rows, orient="index"))]
     if data["inside"]:
         found = data["inside"]["distances"]
