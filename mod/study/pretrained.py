@@ -20,6 +20,7 @@ from mod.real.lora import changes
 from mod.real.tokenizer import TextTokenizer
 from mod.real.world import WORLD
 from mod.run import load_weights, read_tensors
+from mod.train import half
 from mod.videollm import VideoLLM
 
 PARAGRAPH = Path(__file__).parent / "moby_dick.txt"
@@ -68,7 +69,7 @@ def states(config: RealRun, seen: Path, device: torch.device) -> tuple[list[Tens
     for layer in model.decoder.layers:
         layer.register_forward_hook(lambda module, inputs, output: found.append(output.float().flatten(0, 1).cpu()))
     batch = clip_batch(source.words, source.validation(CLIPS), config.model).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), half(config, device):
         model.eval().hidden(batch.ids, model.see(batch.pixels), batch.plan)
     kind = torch.zeros(batch.ids.numel(), dtype=torch.long)
     kind[batch.plan.vision.flatten().cpu()] = 1
