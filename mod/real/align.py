@@ -1,8 +1,8 @@
 """The connector's warm-up: let every token of a frame begin as the words for what it shows, in the language model's own
 embeddings, so that the decoder can read it from the first step on.
 
-DEVIATION: the paper's connector begins random. It stands in for the alignment that a real encoder's connector gets from
-many captions, for which a run on a CPU has no time.
+The paper's connector begins random. This stands in for what a connector learns from many captions, for which a run on a
+CPU has no time.
 """
 
 import torch

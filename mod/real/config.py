@@ -86,8 +86,8 @@ PRESETS = {
         RealModel(image_size=56, grid=7),
         DataConfig(frames=4, event_rate=0.7),
         RealTrain(steps=140, batch_size=2, adam_lr=1e-3, warmup=10, max_words=16, log_every=5, eval_every=20,
-                  eval_clips=48, vit_steps=400),
-        RealConfig(sentences=True, lora_rank=16, lora_alpha=32.0, align_steps=200),
+                  eval_clips=48, save_every=20, vit_steps=400),
+        RealConfig(sentences=True, lora_rank=16, lora_alpha=32.0, align_steps=150),
     ),
     # The paper's model: SigLIP-L/16-384, Llama-3-8B, LoRA 128/256, r = 0.2 interleaved, the score as the gate, 2 fps.
     # Steps and batch are the base paper's two epochs in order of magnitude only: they depend on the data.

@@ -39,8 +39,7 @@ from mod.study.common import PURPLE, SKY, command, markdown, publish
 from mod.study.costs import decoder_flops, kv_bytes
 from mod.study.pretrained import distances, own_eyes, perplexities, states
 from mod.study.real_times import TimesFlags, peak_bytes, times, times_report
-from mod.study.sweep import encoder
-from mod.train import train
+from mod.train import train, warm_up_vit
 
 PRESET = WORLD.presets["llm"]
 LIVE = 24, 12 * 24  # frames and text tokens of the stream that costs are told of
@@ -134,17 +133,22 @@ def configure(flags: Flags, name: str, seed: int):
 
 
 def eyes(flags: Flags, seed: int) -> Path:
-    """The file of a seed's encoder and connector after their warm-ups, which all variants begin with. Made on the CPU
-    if it is not there yet."""
+    """The file of a seed's encoder and connector after their warm-ups, which all variants begin with, and which a run
+    of the preset makes for itself. Made on one thread of the CPU if it is not there yet."""
     config = configure(flags, "full", seed)
     config = replace(config, train=replace(config.train, device="cpu", dtype="float32"))
-    vision = encoder(config, flags.runs)
-    key = json.dumps([vision.name, config.real.align_steps, Path(config.real.llm).name])
+    own = {name: value for name, value in asdict(config.model).items() if name.startswith(("vit", "image", "patch"))}
+    key = json.dumps([own, asdict(config.data), config.train.vit_steps, config.real.align_steps, seed,
+                      Path(config.real.llm).name])
     path = flags.runs / f"eyes-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
         model, source = WORLD.build(config, torch.device("cpu"))
-        load_weights(dict(model.vit.named_parameters()), read_tensors(vision)[0], vision)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        warm_up_vit(model.vit, source, config.train)
         source.warmed(model)
+        torch.set_num_threads(threads)
+        flags.runs.mkdir(parents=True, exist_ok=True)
         write_tensors(path, own_eyes(model))
     return path
 
