@@ -10,7 +10,7 @@ Written down before the runs. The primary measure is `quality`: the mean of the 
 answers that are right, word for word, given the true conversation so far, on the preset's validation clips after its
 last step. Variants are trained for as many steps, at the same rates, on the same clips, through the same frozen
 encoder, and start from the same checkpoint. They are compared seed by seed; with one seed a difference is a difference
-between two runs and nothing more.
+between two runs and nothing more. A run whose loss is no number any more has diverged, and has no values.
 
 The preset is `llm`. Finished runs are kept in results/real and are never repeated; runs of another precision have a
 folder of their own. Writes results/real.json, .md and .png.
@@ -29,7 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mod.config import Gate, require
+from mod.config import Gate, UserError, require
 from mod.live.costs import dense
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.real.world import WORLD
@@ -198,10 +198,16 @@ def train_one(flags: Flags, name: str, seed: int) -> None:
     model, source = WORLD.build(config, pick_device(flags.device, flags.dtype))
     load_weights(own_eyes(model), read_tensors(seen)[0], seen)
     ready = replace(config, train=replace(config.train, vit_steps=0))
-    metrics = train(ready, out, model, source, resume=True, validate=WORLD.validate)
+    try:
+        metrics = train(ready, out, model, source, resume=True, validate=WORLD.validate)
+    except UserError as error:
+        if not str(error).startswith("the loss became"):
+            raise
+        metrics = {"diverged": str(error)}  # a result, too: it has no other values
     if metrics is None:
         raise KeyboardInterrupt
-    metrics["text"] = perplexities(model.decoder, source.words)
+    if "diverged" not in metrics:
+        metrics["text"] = perplexities(model.decoder, source.words)
     flags.results.mkdir(parents=True, exist_ok=True)
     write_text(path, to_json({"config": identity(config), **metrics, "curve": curve(out)}) + "\n")
 
@@ -261,7 +267,8 @@ def report(data: dict) -> str:
                   f"{number_of_seeds(values)} seeds (± standard error where several). Quality: the mean of narration "
                   "and questions. Text: perplexity of a paragraph with the low-rank changes merged; it is "
                   f"{data['inside']['text']['checkpoint']:.2f} of the checkpoint, and of every run with its adapters "
-                  f"off. FLOPs and KV cache: of a stream of {LIVE[0]} frames, as a share of full computation.\n",
+                  f"off. A run without numbers has diverged. FLOPs and KV cache: of a stream of {LIVE[0]} frames, as a "
+                  "share of full computation.\n",
                   markdown(pd.DataFrame.from_dict(rows, orient="index"))]
     if data["inside"]:
         found = data["inside"]["distances"]
@@ -320,8 +327,8 @@ def run(flags: Flags) -> int:
         "steps": any_run and any_run["config"]["train"]["steps"],
         "batch": any_run and any_run["config"]["train"]["batch_size"],
         "clips": any_run and any_run["config"]["train"]["eval_clips"],
-        "values": {name: {measure: {seed: get(run) for seed, run in runs.items()} for measure, get in MEASURES.items()}
-                   for name, runs in found.items()},
+        "values": {name: {measure: {seed: None if "diverged" in run else get(run) for seed, run in runs.items()}
+                          for measure, get in MEASURES.items()} for name, runs in found.items()},
         "costs": {name: costs(config_from(next(iter(runs.values()))["config"]))
                   for name, runs in found.items()},
         "curves": {name: {seed: run["curve"] for seed, run in runs.items()} for name, runs in found.items()},
