@@ -77,9 +77,13 @@ def states(config: RealRun, seen: Path, device: torch.device) -> tuple[list[Tens
     return found, kind
 
 
-def distances(own: list[Tensor], whole: list[Tensor], kind: Tensor) -> dict[str, list[float]]:
+def distances(own: list[Tensor], whole: list[Tensor], kind: Tensor) -> dict[str, list[float | None]]:
     """After each layer: the distance of a token's hidden state to that of full computation, as a share of the norm
-    there, mean over text tokens and over vision tokens."""
+    there, mean over text tokens and over vision tokens; None where it is no number, because states have exploded."""
+
+    def known(value: float) -> float | None:
+        return round(value, 5) if math.isfinite(value) else None
+
     gaps = [(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(own, whole, strict=True)]
-    return {name: [round(gap[kind == number].mean().item(), 5) for gap in gaps]
+    return {name: [known(gap[kind == number].mean().item()) for gap in gaps]
             for name, number in (("text", 0), ("vision", 1))}

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -254,6 +255,10 @@ def read(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def shown_gap(gap: float | None) -> str:
+    return "none" if gap is None else f"{gap:.2f}" if gap < 100 else f"{gap:.0e}"
+
+
 def report(data: dict) -> str:
     values, rows, parts = data["values"], {}, []
     for name, found in values.items():
@@ -273,7 +278,7 @@ def report(data: dict) -> str:
     if data["inside"]:
         found = data["inside"]["distances"]
         some = range(0, len(next(iter(found.values()))["text"]), 5)
-        table = {f"`{name}`": {f"layer {layer}": f"{one['text'][layer]:.2f} / {one['vision'][layer]:.2f}"
+        table = {f"`{name}`": {f"layer {layer}": " / ".join(shown_gap(one[kind][layer]) for kind in ("text", "vision"))
                                for layer in some} for name, one in found.items()}
         parts += ["Before any training: distance of hidden states to those of full computation, as a share of their "
                   "norm, mean over text / vision tokens after a layer.\n",
@@ -294,8 +299,8 @@ def plot(data: dict, path: Path) -> None:
             axis.plot(means.index, means, marker=".", color=COLOURS.get(name), label=name)
         axis.set(title=measure, xlabel="training step", ylabel="share right, teacher-forced", ylim=(-0.02, 1.05))
     for name, found in ((data["inside"] or {}).get("distances") or {}).items():
-        axes[4].plot(range(len(found["text"])), found["text"], color=COLOURS.get(name), label=name)
-    axes[4].set(title="Before training: text tokens' distance to full computation", xlabel="layer",
+        axes[4].plot(range(len(found["text"])), np.array(found["text"], float), color=COLOURS.get(name), label=name)
+    axes[4].set(yscale="symlog", title="Before training: text tokens' distance to full computation", xlabel="layer",
                 ylabel="share of the norm")
     for name, points in ((data["times"] or {}).get("streaming") or {}).items():
         axes[5].plot([point["context"] for point in points], [1000 * point["seconds"] for point in points],
