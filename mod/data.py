@@ -292,6 +292,7 @@ class Source:
     live: Callable[[int], Iterator[Clip]] | None = None  # a seed -> an endless stream, frame by frame
     probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # routers' recall
     warm_up: Callable[[int], list[Clip]] | None = None  # step -> clips whose patch labels teach a new vision encoder
+    warmed: Callable = lambda model: None  # what follows the warm-up, once
     label_sizes: tuple[int, ...] = LABEL_SIZES
     summary_labels: int = len(LABEL_SIZES)  # the CLS token learns the first this many of them
 

@@ -30,7 +30,7 @@ from einops import rearrange
 from mod.config import ModelConfig
 from mod.data import Clip, clip_batch
 from mod.decoder import Routing
-from mod.layout import Vocabulary, assistant_ids
+from mod.layout import Vocabulary, reply_ids
 from mod.stream import Stream, decides_to_speak
 from mod.videollm import VideoLLM
 
@@ -176,7 +176,7 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
                     if say.role == "assistant":
                         if before == "user":
                             next(rated)  # the end of a question: that an answer follows is no achievement
-                        _, correct, likely = zip(*islice(rated, len(words.encode(say.text)) + 1), strict=True)
+                        _, correct, likely = zip(*islice(rated, len(reply_ids(words, say.text))), strict=True)
                         kind = "answer" if before == "user" else "narration"
                         book.respond(kind, t, list(correct), list(likely), all(correct))
             for turn in book.turns:
@@ -209,7 +209,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
             scores, replies = stream.score(truths), stream.respond(speaks)
             for book, truth, said, logp in zip(told, truths, replies, scores, strict=True):
                 if truth is not None:
-                    ids = torch.tensor(assistant_ids(words, truth)[1:], device=logp.device)
+                    ids = torch.tensor(reply_ids(words, truth), device=logp.device)
                     likely = rearrange(logp.gather(-1, ids[:, None]), "l 1 -> l").tolist()
                     exact = said == words.decode(ids[:-1].tolist())
                     book.respond(kind, t, (logp.argmax(-1) == ids).tolist(), likely, exact)

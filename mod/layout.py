@@ -45,6 +45,8 @@ class Vocabulary:
         if len(self.ids) != len(self.words):
             raise ValueError("the vocabulary holds a word twice")
         self.bos, self.eos, self.user, self.assistant = range(4)
+        # What stands around a turn's words; a checkpoint's own format may need several tokens (mod/real/tokenizer.py).
+        self.opening, self.closing = {"user": [self.user], "assistant": [self.assistant]}, {"user": [], "assistant": []}
 
     def __len__(self) -> int:
         return len(self.words)
@@ -74,12 +76,17 @@ class Say:
 
 def user_ids(words: Vocabulary, text: str) -> list[int]:
     """The tokens of a question: training and streaming both build it here."""
-    return [words.user, *words.encode(text)]
+    return [*words.opening["user"], *words.encode(text), *words.closing["user"]]
+
+
+def reply_ids(words: Vocabulary, text: str) -> list[int]:
+    """The tokens of a response that the model chooses: words and the closing <eos>."""
+    return [*words.encode(text), words.eos]
 
 
 def assistant_ids(words: Vocabulary, text: str) -> list[int]:
-    """The tokens of a response, closing <eos> included."""
-    return [words.assistant, *words.encode(text), words.eos]
+    """The tokens of a whole response."""
+    return [*words.opening["assistant"], *reply_ids(words, text), *words.closing["assistant"]]
 
 
 @dataclass
@@ -119,8 +126,9 @@ def lay_out(words: Vocabulary, frames: int, frame_tokens: int, said: Sequence[Sa
             layout.append(t, [0] * frame_tokens, [NO_LABEL] * (frame_tokens - 1) + [label])
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
-                ids = assistant_ids(words, turn.text)
-                layout.append(TEXT, ids, [*ids[1:], NO_LABEL])
+                ids, chosen = assistant_ids(words, turn.text), reply_ids(words, turn.text)
+                labels = [NO_LABEL] * (len(words.opening["assistant"]) - 1) + chosen
+                layout.append(TEXT, ids, labels + [NO_LABEL] * (len(ids) - len(labels)))
             else:
                 ids = user_ids(words, turn.text)
                 answered = any(after.role == "assistant" for after in turns[number + 1 : number + 2])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mod.cache import KVCache
 from mod.config import ModelConfig
-from mod.layout import PADDING, TEXT, Plan, Vocabulary, assistant_ids, make_plan, to_device, user_ids
+from mod.layout import PADDING, TEXT, Plan, Vocabulary, make_plan, reply_ids, to_device, user_ids
 from mod.videollm import VideoLLM
 
 
@@ -115,10 +115,11 @@ class Stream:
         """Let some rows speak, word by word, the most likely word each time; returns what each said, or None."""
         spoken: list[list[int]] = [[] for _ in range(self.rows)]
         active = list(speaking)
-        texts = [[self.words.assistant] if row else [] for row in active]
+        opening, closing = self.words.opening["assistant"], self.words.closing["assistant"]
+        texts, last = [opening if row else [] for row in active], len(opening) - 1
         while any(active):
-            # A row that is still speaking was fed one token, so its next word is predicted at the chunk's first place.
-            best = self.feed(texts)[:, 0].masked_fill(self.never, -torch.inf).argmax(-1).tolist()
+            best = self.feed(texts)[:, last].masked_fill(self.never, -torch.inf).argmax(-1).tolist()
+            last = 0  # from now on a row that is still speaking is fed one token
             for row in range(self.rows):
                 if not active[row]:
                     texts[row] = []
@@ -126,7 +127,7 @@ class Stream:
                 token = best[row] if len(spoken[row]) < self.max_words else self.words.eos
                 texts[row] = [token]
                 if token == self.words.eos:
-                    active[row] = False
+                    active[row], texts[row] = False, [token, *closing]
                 else:
                     spoken[row].append(token)
         if any(speaking):
@@ -147,13 +148,14 @@ class Stream:
     def score(self, responses: Sequence[str | None]) -> list[Tensor | None]:
         """How the model would rate given responses if they were said now, without saying them.
 
-        Returns, per row, log-probabilities (n, V) of the token after <assistant>, after the first word, and so on.
+        Returns, per row, log-probabilities (n, V) of the token after the opening, after the first word, and so on.
         """
-        texts = [[] if text is None else assistant_ids(self.words, text)[:-1] for text in responses]
+        opening = self.words.opening["assistant"]
+        texts = [[] if text is None else [*opening, *reply_ids(self.words, text)[:-1]] for text in responses]
         if not any(texts):
             return [None] * self.rows
         mark, position, trace, self.trace = self.cache.mark(), list(self.position), self.trace, None
         scores = self.feed(texts).float().log_softmax(-1)
         self.cache.rewind(mark)
         self.position, self.trace = position, trace
-        return [scores[row, : len(text)] if text else None for row, text in enumerate(texts)]
+        return [scores[row, len(opening) - 1 : len(text)] if text else None for row, text in enumerate(texts)]

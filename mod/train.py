@@ -323,6 +323,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
         step = 0
         if settings.vit_steps and source.warm_up:
             right = warm_up_vit(model.vit, source, settings)
+            source.warmed(model)
             log({"kind": "warm-up", "step": 0, "right": right, "seconds": time.monotonic() - started})
         for layer in model.decoder.layers if settings.dense_steps else ():
             if isinstance(layer, MoDBlock) and isinstance(layer.router, LayerExpert):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mod.layout import Vocabulary, user_ids
+from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.live.settings import StreamConfig
 from mod.live.window import WindowCache, open_cache
 from mod.stream import Stream
@@ -191,7 +191,9 @@ class Live:
         rule, seen = self.stream.settings, self.stream.seen[row]
         self.answered[row] = [(frames, tokens) for frames, tokens in self.answered[row]
                               if not rule.window or frames <= rule.sinks or frames > seen - rule.window]
-        longest = len(user_ids(self.stream.words, text)) + (self.stream.max_words + 2 if answered else 0)
+        longest = len(user_ids(self.stream.words, text))
+        if answered:
+            longest += self.stream.max_words + len(assistant_ids(self.stream.words, ""))
         return sum(tokens for _, tokens in self.answered[row]) + longest <= self.question_room
 
     def _answer(self, rows: list[int]) -> list[Happened]:

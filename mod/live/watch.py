@@ -22,7 +22,7 @@ import torch
 
 from mod.config import Config, ModelConfig, UserError, require
 from mod.data import Source
-from mod.layout import Vocabulary, user_ids
+from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.live import calibrate, saved
 from mod.live.costs import window_that_fits
 from mod.live.draw import terminal
@@ -142,12 +142,14 @@ def stream_settings(arguments, config: Config) -> StreamConfig:
     return StreamConfig(**default | given(arguments, StreamConfig))
 
 
-def divide_memory(arguments, settings: StreamConfig, config: Config, asked: int) -> tuple[StreamConfig, int]:
-    """--memory-mb as a window and the room for questions: `asked` tokens of those that are known, or two long ones.
+def divide_memory(arguments, settings: StreamConfig, config: Config, asked: int,
+                  longest: int) -> tuple[StreamConfig, int]:
+    """--memory-mb as a window and the room for questions: `asked` tokens of those that are known, or two long ones;
+    the longest response takes up `longest`.
 
     Raises UserError when not even one frame fits.
     """
-    longest, rows = config.train.max_words + 2, len(arguments.video or range(arguments.streams))
+    rows = len(arguments.video or range(arguments.streams))
     room, number_bytes = max(asked, 2 * (16 + longest)), getattr(torch, arguments.dtype).itemsize
     if settings.contiguous:
         number_bytes = (number_bytes + 4) / 2  # keys that are turned are kept in float32
@@ -226,10 +228,10 @@ def run(argv: list[str], parser: Parser, doc: str) -> int:
             before = kept[1]["kept"]
             settings, room = replace(settings, window=before["window"], memory_mb=0.0), before["question_room"]
         elif settings.memory_mb:
-            longest = config.train.max_words + 2
+            longest = config.train.max_words + len(assistant_ids(source.words, ""))
             asked = sum(len(user_ids(source.words, question.text)) + longest * answered
                         for question, answered in questions)
-            settings, room = divide_memory(arguments, settings, config, asked)
+            settings, room = divide_memory(arguments, settings, config, asked, longest)
         return watch(arguments, Setting(model, source.words, config, sources, fps, frames, settings, room, questions,
                                         about, kept))
 

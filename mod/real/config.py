@@ -17,15 +17,17 @@ class RealConfig:
     vision: str = ""  # folder or hub name of a SigLIP vision encoder; its sizes replace the encoder's
     data: str = ""  # streams.jsonl: a video and its conversation per line, cut into pieces of --frames at --fps
     frame_tokens: str = ""  # another way to say --grid: 1+7x7 is --grid 7
+    sentences: bool = False  # on synthetic streams: whole sentences in the place of the closed words
     holdout: float = 0.1  # share of the videos, the last ones, kept for validation; 0 validates on all
     features: str = "runs/features"  # folder in which a frozen encoder's features of real videos are kept
     symbols: str = ""  # the tokenizer's symbols, e.g. 'bos=<s> eos=</s> user=User assistant=Assistant'
+    align_steps: int = 0  # steps of the connector's warm-up, after the tiny encoder's
     train: Literal["auto", "full", "lora", "connector"] = "auto"  # decoder: auto is lora with --llm, full without
     lora_rank: int = 128  # rank of the low-rank changes
     lora_alpha: float = 256.0  # their scale is alpha / rank
 
     def __post_init__(self):
-        check(self, {"lora_rank": 1, "lora_alpha": 1e-30, "holdout": 0})
+        check(self, {"lora_rank": 1, "lora_alpha": 1e-30, "holdout": 0, "align_steps": 0})
         require(self.holdout < 1, f"holdout is a share, expected 0 to below 1, got {self.holdout}")
         require(bool(self.llm) or self.train in ("auto", "full"),
                 f"train got {self.train!r}, which needs a trained decoder; name one with --llm or pass --train full")
@@ -82,6 +84,14 @@ class RealRun(Config):
 PRESETS = {
     # Tiny sizes wherever no checkpoint is named.
     "real": RealRun(),
+    # A real language model on synthetic streams, in its own words and chat format.
+    "llm": RealRun(
+        RealModel(image_size=56, grid=7),
+        DataConfig(frames=4, event_rate=0.7),
+        RealTrain(steps=140, batch_size=2, adam_lr=1e-3, warmup=10, max_words=16, log_every=5, eval_every=20,
+                  eval_clips=48, save_every=20, vit_steps=400),
+        RealConfig(sentences=True, lora_rank=16, lora_alpha=32.0, align_steps=150),
+    ),
     # The paper's model: SigLIP-L/16-384, Llama-3-8B, LoRA 128/256, r = 0.2 interleaved, the score as the gate, 2 fps.
     # Steps and batch are the base paper's two epochs in order of magnitude only: they depend on the data.
     "paper": RealRun(

@@ -88,6 +88,8 @@ def assemble(config: RealRun, device: torch.device) -> RealVideoLLM:
     model.connector = tiny(MLP(sizes.vit_dim, sizes.dim, sizes.dim))
     model.decoder = load_llm(Path(real.llm), sizes, dtype, device) if real.llm else tiny(Decoder(sizes))
     set_rope(model.decoder, sizes)
+    if real.llm:  # vision tokens begin as loud as words, or the decoder's updates would be lost beside them
+        model.connector.fc2.weight.data.mul_(model.decoder.embed.weight.float().std())
     if config.train.recompute:
         recompute(model.decoder)
     choose_trained(model, config)

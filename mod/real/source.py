@@ -24,9 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mod.config import UserError
-from mod.data import Clip, Source, synthetic
+from mod.data import WORDS, Clip, Source, synthetic
 from mod.layout import Say, Vocabulary
+from mod.real.align import align
 from mod.real.config import RealRun
+from mod.real.sentences import make_spoken_clip, spoken_endless
 from mod.real.streams import Conversation, pieces, placed, read_streams
 from mod.real.tokenizer import TextTokenizer
 from mod.real.video import Video
@@ -182,8 +184,15 @@ def open_pieces(config: RealRun, words: Vocabulary | TextTokenizer, model: Video
 def real_source(config: RealRun, words: Vocabulary | TextTokenizer, model: VideoLLM) -> Source:
     """Clips of `config.real.data`, or of synthetic streams when it names nothing. The first clip asked for opens
     the file, and raises what `open_pieces` raises."""
+    def warmed(model: VideoLLM) -> None:
+        if config.real.align_steps:
+            left = align(model, source_of_frames, config.real.align_steps)
+            tqdm.write(f"connector warmed up: {left:.3f} of what its tokens should say is missing")
+
+    source_of_frames = replace(synthetic(config), words=words)
     if not config.real.data:
-        return replace(synthetic(config), words=words)
+        spoken = (WORDS, make_spoken_clip, spoken_endless) if config.real.sentences else ()
+        return replace(synthetic(config, *spoken), words=words, warmed=warmed)
 
     @cache
     def opened() -> tuple[list[Piece], list[Piece]]:
@@ -202,4 +211,5 @@ def real_source(config: RealRun, words: Vocabulary | TextTokenizer, model: Video
     def validation(number: int) -> list[Clip]:
         return [read_piece(piece, config) for piece in opened()[1][:number]]
 
-    return Source(words, training, validation, warm_up=None if config.real.vision else synthetic(config).warm_up)
+    return Source(words, training, validation, warm_up=None if config.real.vision else source_of_frames.warm_up,
+                  warmed=warmed)

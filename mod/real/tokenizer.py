@@ -1,8 +1,17 @@
-"""A checkpoint's own tokenizer, behind the interface of `mod.layout.Vocabulary`: encode, decode, and four symbols.
+"""A checkpoint's own tokenizer, behind the interface of `mod.layout.Vocabulary`: encode, decode, and what stands around
+the turns.
 
-The stream needs four symbols that are single tokens: where it begins, staying silent (which also ends a response), a
-user's turn, the assistant's turn. They are resolved when the tokenizer is loaded and refused when they are not one
-token. Sequences are put together from lists of ids, never by joining strings, so that training and streaming agree.
+Turns are written in the checkpoint's own chat format where its tokenizer has the symbols of one that we know:
+
+    ChatML   <|im_start|>user\n Where is it? <|im_end|>\n <|im_start|>assistant\n On the left. <|im_end|>\n
+    Llama 3  <|start_header_id|>user<|end_header_id|>\n\n Where is it? <|eot_id|> ...
+
+An opening is several tokens there. Its first is the decision to speak; silence is the token that ends a turn.
+
+Elsewhere, and with symbols of the user's own, the stream needs four symbols that are single tokens: where it begins,
+staying silent (which also ends a response), a user's turn, the assistant's turn. They are resolved when the tokenizer
+is loaded and refused when they are not one token. Sequences are put together from lists of ids, never by joining
+strings, so that training and streaming agree.
 """
 
 from codecs import BOM_UTF8
@@ -11,6 +20,11 @@ from pathlib import Path
 
 from mod.config import UserError
 from mod.real.llm import read_json
+
+# Chat formats: the symbols they need, how a turn opens, the symbol that ends it, and what follows that one.
+CHATS = ((("<|im_start|>", "<|im_end|>"), "<|im_start|>{}\n", "<|im_end|>", "\n"),
+         (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|start_header_id|>{}<|end_header_id|>\n\n",
+          "<|eot_id|>", ""))
 
 
 def parse_symbols(text: str) -> dict[str, str]:
@@ -25,9 +39,9 @@ def parse_symbols(text: str) -> dict[str, str]:
 class TextTokenizer:
     """tokenizer.json through the `tokenizers` package.
 
-    symbols: what stands for bos, eos (silence), user and assistant, as "eos=</s> user=User"; by default what the
-    checkpoint's files name, and the words "User" and "Assistant". A token may be named as the vocabulary spells it.
-    None: no stream, only text, which needs no symbols.
+    symbols: what stands for bos, eos (silence), user and assistant, as "eos=</s> user=User"; by default the chat
+    format's, else what the files name, and the words "User" and "Assistant". A token may be named as the vocabulary
+    spells it. None: no stream, only text, which needs no symbols.
 
     stop      every id that ends a text, which may be several
     reserved  ids that no one's words may become: the symbols of the stream, and the tokenizer's own control tokens
@@ -54,6 +68,10 @@ class TextTokenizer:
         if symbols is None:
             return
         self.symbols = parse_symbols(symbols)
+        chat = next((chat for chat in CHATS if None not in map(self.tokenizer.token_to_id, chat[0])), None)
+        if chat and not self.symbols:
+            self._read_chat(*chat, named["bos"])
+            return
         self.bos = self._symbol("bos", named["bos"] or named["eos"])
         self.eos = self._symbol("eos", named["eos"])
         self.user = self._symbol("user", [], "User")
@@ -62,6 +80,22 @@ class TextTokenizer:
         if len({self.eos, self.user, self.assistant}) < 3:
             got = ", ".join(f"{kind} {getattr(self, kind)}" for kind in ("eos", "user", "assistant"))
             raise UserError(f"{folder}: got the same token twice ({got}), expected three; name others with --symbols")
+        self.opening, self.closing = {"user": [self.user], "assistant": [self.assistant]}, {"user": [], "assistant": []}
+
+    def _read_chat(self, needed: Sequence[str], opens: str, end: str, follows: str, bos: list[int]) -> None:
+        """What stands around the turns of a chat format. Raises UserError where its symbols are no tokens of their own,
+        or where the roles cannot be told apart."""
+        self.eos, after = self.tokenizer.token_to_id(end), self._ids(follows)
+        self.opening = {role: self._ids(opens.format(role)) for role in ("user", "assistant")}
+        self.closing = {"user": [self.eos, *after], "assistant": after}
+        self.user, self.assistant = (self.opening[role][0] for role in ("user", "assistant"))
+        self.bos = (bos or [self.assistant])[0]
+        self.reserved |= {self.bos, self.eos, self.user, self.assistant}
+        whole = all(self._ids(symbol) == [self.tokenizer.token_to_id(symbol)] for symbol in needed)
+        if not whole or self.opening["user"] == self.opening["assistant"]:
+            got, expected = " ".join(map(self.tokenizer.id_to_token, self.opening["assistant"])), " and ".join(needed)
+            raise UserError(f"{self.folder}: the assistant's turn would open with {got}, expected {expected} as tokens "
+                            "of their own and another opening than the user's; name others with --symbols")
 
     def _as_written(self) -> None:
         """A text becomes all of its tokens and nothing else, the same ones each time. The file may have been saved

@@ -36,13 +36,15 @@ def settle(config: RealRun, given: set[str]) -> RealRun | None:
         return print_paper(replace(config, model=config.model.fit()))
     require(real.llm != LLAMA and real.vision != SIGLIP,
             "--preset paper got one of --llm and --vision, expected both, or none to see what it takes")
+    require(bool(real.llm) or not real.sentences,
+            "sentences need a language model that can write them; name its folder or hub name with --llm")
     if real.llm:
         real = replace(real, llm=str(find(real.llm).resolve()))
         sizes |= llm_sizes(Path(real.llm))
     if real.vision:
         real = replace(real, vision=str(find(real.vision).resolve()))
         sizes |= vision_sizes(Path(real.vision))
-        train = replace(train, vit_steps=0)  # a real encoder needs no warm-up
+        train, real = replace(train, vit_steps=0), replace(real, align_steps=0)  # a real encoder needs no warm-up
         # Positions can be interpolated to the size of the frames; so they may have been in a run that goes on.
         if "image_size" in given or "vision" not in given:
             sizes.pop("image_size")
@@ -63,6 +65,8 @@ def refuse_idle(config: RealRun, given: set[str]) -> None:
     idle |= {"holdout"} if not real.data else set()
     idle |= {"features"} if not (real.data and real.vision) or config.train.vit_lr else set()
     idle |= {"symbols"} if not real.llm else set()
+    idle |= {"align_steps"} if real.vision or not real.llm else set()
+    idle |= {"sentences"} if real.data else set()
     idle |= SCENES if real.data and real.vision else set()
     if useless := sorted(idle & given):
         raise UserError(f"{flag_of(useless[0])} does nothing with these parts; leave it out")

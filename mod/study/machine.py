@@ -21,7 +21,10 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 
 
 class Machine:
-    """Where and how things run. `backend`: what torch.compile compiles with."""
+    """Where and how things run. `backend`: what torch.compile compiles with. `folder`: of the checkpoint whose weights
+    are measured, if there is one."""
+
+    folder: Path | None = None
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", compile: bool = False, backend: str = "inductor"):
         require(device != "cuda" or torch.cuda.is_available(),

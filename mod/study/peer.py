@@ -1,4 +1,4 @@
-"""transformers' Llama of a decoder's sizes, measured beside our full computation."""
+"""transformers' Llama of a decoder's sizes, or of a checkpoint, measured beside our full computation."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,11 @@ from mod.study.machine import Machine
 
 
 def llama(machine: Machine, config: ModelConfig) -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import AutoModel, LlamaConfig, LlamaModel
 
+    if machine.folder:
+        made = AutoModel.from_pretrained(machine.folder, dtype=machine.dtype, attn_implementation="sdpa")
+        return made.to(machine.device)
     torch.manual_seed(0)
     sizes = {"hidden_size": config.dim, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
              "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocab_size,
