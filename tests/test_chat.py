@@ -104,7 +104,7 @@ def test_turns_are_the_chat_format(llm):
         text = f"{head.format('user')}Where is it?<|eot_id|>{head.format('assistant')}It is on the left.<|eot_id|>"
         assert (words.bos, words.eos, words.user, words.assistant) == (0, 3, 1, 1)
     assert len(words.opening["assistant"]) > 3, "the tokenizer has no token of its own for the role"
-    assert user_ids(words, "Where is it?") + assistant_ids(words, "It is on the left.") == words.encode(text)
+    assert user_ids(words, "Where is it?") + assistant_ids(words, "It is on the left.") == words._ids(text)
 
 
 def test_the_opening_is_no_choice_but_its_first_token(llm):
