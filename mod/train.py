@@ -267,7 +267,8 @@ def read_state(
                 continue  # it has not been trained yet
             for key, tensor in held.items():  # the same order in every process, which share out split tensors together
                 shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
-                require(tensor is not None and tensor.shape == shape and tensor.dtype == dtype,
+                fits = tensor is not None and tensor.shape == shape and tensor.dtype == dtype
+                require(fits and (key != "step" or 0 <= tensor.item() < 2**53),
                         f"{path}: the optimizer's {key} of {names[parameter]} is missing or of another kind; restore "
                         "the file or train anew")
                 optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)

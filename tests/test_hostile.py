@@ -258,6 +258,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(name, tmp_path):
     lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM].long()}),
     lambda tensors, note: tensors.pop("optimizer/decoder.norm.weight/exp_avg"),
     lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.ones(2)}),
+    lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.tensor(-1e30)}),
     lambda tensors, note: note.update(step="-1"), lambda tensors, note: note.update(step="9" * 30), lambda tensors, note: note.update(seconds="x"),
 ])
 def test_a_training_state_is_refused_before_the_next_step(tmp_path, change):
