@@ -4,12 +4,13 @@ Every reader gets the same kinds of damage: cut off, bits flipped, parts swapped
 kind. What still reads as something is fine; a traceback, a hang or an allocation of what a header claims is not.
 """
 
+import gc
 import json
 import re
 import resource
 import signal
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -317,3 +318,29 @@ def test_a_long_streams_file_is_never_all_in_memory_beside_its_turns(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2 * size
     finally:
         tracemalloc.stop()
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held since `Path("/proc/self/clear_refs")` was last told 5."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_run_needs_no_memory_beyond_twice_its_file(tmp_path, claimed):
+    """Weights of 60 MB, read as they are, and beside a config.json that claims ten thousand times as many."""
+    sizes = small_config(vocab_size=500_000)
+    folder = tmp_path / "run"
+    a_run(folder)
+    config = Config(replace(sizes, image_size=20), DataConfig(frames=2), TrainConfig(device="cpu", max_words=3))
+    write_tensors(folder / "model.safetensors", VideoLLM(config.model).weights())
+    size = (folder / "model.safetensors").stat().st_size
+    if claimed:
+        config = replace(config, model=replace(config.model, vocab_size=5_000_000_000))
+    write_config(folder, config)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    with pytest.raises(UserError, match="5000000000") if claimed else nullcontext():
+        load_run(folder, CPU)
+    assert size > 4e7 and peak() - before < 2.2 * size
