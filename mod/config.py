@@ -80,8 +80,10 @@ class ModelConfig:
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}
         check(self, sizes | {"rope_base": 1e-30, "norm_eps": 1e-30})
-        require(max(self.depth, self.vit_depth) <= 1000, f"got {self.depth} and {self.vit_depth} layers, at most 1000")
-        require(self.image_size >= self.patch_size, f"image_size {self.image_size} is less than a patch's side")
+        require(max(self.depth, self.vit_depth) <= 1000,
+                f"depth {self.depth} and vit_depth {self.vit_depth} must be at most 1000")
+        require(self.image_size >= self.patch_size,
+                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         require(self.grid <= self.patches_per_side,
                 f"grid {self.grid} is finer than the encoder's {self.patches_per_side} patches per side")
         require(self.vit_dim % self.vit_heads == 0,

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mod.config import Config, UserError, require
+from mod.config import Config, ModelConfig, UserError, require
 from mod.layout import Vocabulary
 
 # Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
@@ -149,8 +149,9 @@ def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Ques
 def run_script(script: Callable[[], int], name: str) -> int:
     """Call a script; a user's mistake becomes one sentence on stderr and exit code 2."""
     try:
-        for stream in (stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show ends no stream
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # what a terminal cannot show ends no stream
         return script()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,6 +188,7 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(value, indent: int | None = None) -> str:
     """JSON as every reader takes it: a number that is not one (nothing was counted) becomes null."""
+
     def plain(part):
         if isinstance(part, dict):
             return {key: plain(inner) for key, inner in part.items()}
@@ -237,8 +239,10 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def config_from(parts: dict) -> Config:
-    """What `write_config` wrote, as a Config; what is missing has its default. Raises UserError, KeyError or TypeError
-    when `parts` is no configuration of this project."""
+    """What `write_config` wrote back to a Config; an entry that is not there has its default.
+
+    Raises UserError, KeyError or TypeError when `parts` is no configuration of this project.
+    """
     kind = find_world(parts.get("world", "core")).config
     read = {}
     for name, section in sections(kind).items():
@@ -251,27 +255,37 @@ def config_from(parts: dict) -> Config:
 def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises UserError when the folder is no run of this project."""
     path = folder / "config.json"
-    require(path.is_file(), f"no run in {folder} (config.json is missing); train first or name a run's folder")
+    require(path.is_file(), f"no run in {folder} (config.json is missing); train first (python train_tiny.py) or name "
+            "a run's folder")
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
         if "model" not in parts or "train" not in parts:
             raise ValueError("it has no model and training settings")
         return config_from(parts)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is not the configuration of a run of this project ({error}); name another") from error
+        told = f"{path} is not the configuration of a run of this project ({error}); name another folder"
+        raise UserError(told) from error
+
+
+def check_widths(sizes: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises UserError for a size in config.json that no weight has, before a model of that size asks for memory."""
+    widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
+              sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}
+    strange = widths - {side for tensor in tensors.values() for side in tensor.shape}
+    require(not strange, f"{folder}: its config.json says {max(strange, default=0)}, a size that no weight there has; "
+            "it belongs to another model")
 
 
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
-    """A trained run: model, source of clips, configuration. Raises UserError if it is missing, unfinished, damaged."""
+    """A trained run: model, source of clips, configuration. Raises UserError when it is missing, unfinished, damaged or
+    another project's."""
     config, path = read_config(folder), folder / "model.safetensors"
     finished = path.is_file() or not (folder / "state.safetensors").is_file()
     require(finished, f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
     config = replace(config, train=replace(config.train, dtype=dtype))
-    tensors, sizes = read_tensors(path)[0], config.model
-    widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
-              sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}  # before memory for them is asked for
-    strange = widths - {side for tensor in tensors.values() for side in tensor.shape} if config.world != "real" else 0
-    require(not strange, f"{folder}: no weight is {strange} wide, as its config.json says; it belongs to another model")
+    tensors, _ = read_tensors(path)
+    if config.world != "real":  # which builds on its checkpoints, and holds what was trained alone
+        check_widths(config.model, tensors, folder)
     model, source = find_world(config.world).build(config, device)
     load_weights(model.weights(), tensors, path)
     return model.to(getattr(torch, dtype)).eval(), source, config

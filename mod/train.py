@@ -248,20 +248,30 @@ def read_state(
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     try:
         step, seconds = int(note["step"]), float(note["seconds"])
+        require(0 <= step < 2**53, f"{path} says that it is of step {step}; restore it or train anew")
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = tensor
         torch.set_rng_state(kinds["random"]["cpu"])
-    except (KeyError, ValueError):
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, RuntimeError):
         raise UserError(f"{path} is no training state of this project; train anew or name another folder") from None
     load_weights(model.weights(), kinds["model"], path, engine.like)
     names, memory = {parameter: name for name, parameter in model.named_parameters()}, kinds["optimizer"]
     for optimizer in optimizers:
         keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            for key in keys:  # the same order in every process, which share out split tensors together
-                if (tensor := memory.pop(f"{names[parameter]}/{key}", None)) is not None:
-                    optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
+            held = {key: memory.pop(f"{names[parameter]}/{key}", None) for key in keys}
+            if all(tensor is None for tensor in held.values()):
+                continue  # it has not been trained yet
+            for key, tensor in held.items():  # the same order in every process, which share out split tensors together
+                shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+                fits = tensor is not None and tensor.shape == shape and tensor.dtype == dtype
+                require(fits and (key != "step" or 0 <= tensor.item() < 2**53),
+                        f"{path}: the optimizer's {key} of {names[parameter]} is missing or of another kind; restore "
+                        "the file or train anew")
+                optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
     require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's "
             "own settings")
     if "cuda" in kinds["random"] and torch.cuda.is_available():

@@ -4,12 +4,13 @@ Every reader gets the same kinds of damage: cut off, bits flipped, parts swapped
 kind. What still reads as something is fine; a traceback, a hang or an allocation of what a header claims is not.
 """
 
+import gc
 import json
 import re
 import resource
 import signal
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from mod.config import Config, DataConfig, TrainConfig, UserError, require
 from mod.live import calibrate, saved
 from mod.live.live import Live, Paced
 from mod.live.settings import StreamConfig
+from mod.optim import make_optimizers
 from mod.real.config import RealModel, RealRun
 from mod.real.llm import load_llm, read_llm_config
 from mod.real.source import Piece, check_words, is_whole, read_piece
@@ -31,9 +33,10 @@ from mod.real.video import Video
 from mod.real.vision import load_vision, read_vision_config
 from mod.run import load_run, read_tensors, write_config, write_tensors
 from mod.study.plots import curve
+from mod.train import Engine, read_state, write_state
 from mod.videollm import VideoLLM
 from mod.vit import ViT
-from tests.helpers import WORDS_ALL, random_pixels, small_config, small_model
+from tests.helpers import WORDS_ALL, as_batch, random_pixels, small_config, small_model
 from tests.test_llm import LLAMA3, write_checkpoint
 from tests.test_video import numbered, write
 from tests.test_vision import write_tower
@@ -43,6 +46,7 @@ INPUTS = 50  # damaged copies of every file
 SECONDS, ROOM = 5, 2**28  # for one of them, and bytes of address space above what is there
 HUGE = ["1e999", "-1", "0", "9" * 30, str(2**31), str(2**63), "1" + "0" * 400, "1e308", "NaN", "-Infinity", "true", "null", '"x"', "[]", "{}", "[1, 2]", '{"a": 1}']
 CPU = torch.device("cpu")
+MOMENTUM = "optimizer/decoder.layers.0.mlp.down.weight/momentum"
 
 
 def damaged(raw: bytes, rng: np.random.Generator) -> bytes:
@@ -104,6 +108,31 @@ def a_run(folder: Path):
         {"kind": "warm-up", "step": 0, "loss": 1.0}, {"kind": "train", "step": 1, "lm": 1.0, "stream": 1.0, "recall": {"1": 0.2}})))
     calibrate.write({"threshold": 0.5, "clips": 1, "rows": [{"threshold": 0.5, "f1": 1.0, "missed": 0.0, "false": 0.0, "talkative": 1.0, "due": 1, "frames": 1}]}, folder)
     return lambda: load_run(folder, CPU)
+
+
+def a_training_state(folder: Path):
+    """Of an interrupted run, after a step: going on with it must not end in the middle of the next step either."""
+    folder.mkdir()
+    model = small_model(dtype=torch.float32)
+    optimizers = make_optimizers(dict(model.named_parameters()), "muon", 0.02, 1e-3)
+
+    def a_step():
+        sum(model(as_batch(model.config, [(2, [])], torch.float32))).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    a_step()
+    write_state(folder, model, optimizers, 7, 1.5, Engine())
+
+    def read():
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        step, _ = read_state(folder, model, optimizers, Engine())
+        assert step >= 0
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return read
 
 
 def a_calibration(folder: Path):
@@ -194,7 +223,8 @@ def features(folder: Path):
 
 
 FILES = {
-    "config.json of a run": (a_run, "config.json"), "weights of a run": (a_run, "model.safetensors"), "calibration.json": (a_calibration, "calibration.json"),
+    "config.json of a run": (a_run, "config.json"), "weights of a run": (a_run, "model.safetensors"),
+    "a training state": (a_training_state, "state.safetensors"), "calibration.json": (a_calibration, "calibration.json"),
     "log.jsonl": (a_log, "log.jsonl"), "a saved stream": (a_saved_stream, "live.safetensors"), "streams.jsonl": (streams, "streams.jsonl"),
     "config.json of a checkpoint": (a_language_model, "config.json"), "index": (a_language_model, "model.safetensors.index.json"),
     "shard": (a_language_model, "model-00002-of-00002.safetensors"), "tokenizer.json": (a_language_model, "tokenizer.json"),
@@ -220,6 +250,26 @@ def test_a_damaged_file_is_refused_in_one_sentence(name, tmp_path):
         except BaseException as error:
             raise AssertionError(f"input {number} of {name}: {type(error).__name__}: {error}") from error
     assert refusals > INPUTS // 10
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, note: tensors.update({"random/cpu": tensors["random/cpu"].float()}),
+    lambda tensors, note: tensors.update({"random/cpu": tensors["random/cpu"][:7].clone()}),
+    lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM][:1].clone()}),
+    lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM].long()}),
+    lambda tensors, note: tensors.pop("optimizer/decoder.norm.weight/exp_avg"),
+    lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.ones(2)}),
+    lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.tensor(-1e30)}),
+    lambda tensors, note: note.update(step="-1"), lambda tensors, note: note.update(step="9" * 30), lambda tensors, note: note.update(seconds="x"),
+])
+def test_a_training_state_is_refused_before_the_next_step(tmp_path, change):
+    """Not in its middle, by an optimizer that finds a memory of another shape or kind."""
+    read = a_training_state(tmp_path / "files")
+    tensors, note = read_tensors(tmp_path / "files" / "state.safetensors")
+    change(tensors, note)
+    write_tensors(tmp_path / "files" / "state.safetensors", tensors, note)
+    with pytest.raises(UserError, match="state.safetensors"):
+        read()
 
 
 @pytest.mark.parametrize("video", ["/etc/hostname", "../a.mp4", "b/../../a.mp4", "..", "a\0.mp4", "\ud800.mp4", "x" * 300 + ".mp4"])
@@ -268,3 +318,29 @@ def test_a_long_streams_file_is_never_all_in_memory_beside_its_turns(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2 * size
     finally:
         tracemalloc.stop()
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held since `Path("/proc/self/clear_refs")` was last told 5."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_run_needs_no_memory_beyond_twice_its_file(tmp_path, claimed):
+    """Weights of 60 MB, read as they are, and beside a config.json that claims ten thousand times as many."""
+    sizes = small_config(vocab_size=500_000)
+    folder = tmp_path / "run"
+    a_run(folder)
+    config = Config(replace(sizes, image_size=20), DataConfig(frames=2), TrainConfig(device="cpu", max_words=3))
+    write_tensors(folder / "model.safetensors", VideoLLM(config.model).weights())
+    size = (folder / "model.safetensors").stat().st_size
+    if claimed:
+        config = replace(config, model=replace(config.model, vocab_size=5_000_000_000))
+    write_config(folder, config)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    with pytest.raises(UserError, match="5000000000") if claimed else nullcontext():
+        load_run(folder, CPU)
+    assert size > 4e7 and peak() - before < 2.2 * size

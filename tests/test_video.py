@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
@@ -25,6 +26,7 @@ from mod.config import DataConfig, ModelConfig
 from mod.data import make_clip
 from mod.layout import Say
 from mod.real.make_streams import main, write_video
+from mod.real.recordings import in_file
 from mod.real.streams import Conversation, Turn, pieces, placed, read_streams
 from mod.real.video import Video, open_source, showings
 
@@ -281,6 +283,16 @@ def test_a_picture_that_stays_is_no_damage(tmp_path):
             assert steps_of(video) == [0] * 28 and video.skipped == 0
 
 
+def test_a_picture_that_stayed_before_the_clock_was_set_anew_does_not_stay_at_the_end(tmp_path):
+    write(tmp_path / "a.mkv", steps(3), times=[0, 30, 31])
+    with Video(str(tmp_path / "a.mkv"), 10, 16) as video:
+        packets = [packet for packet in video.container.demux(video.stream) if packet.size]
+        packets[2].pts = packets[2].dts = 0
+        empty = [SimpleNamespace(dts=100 * k, pts=100 * k, size=0, duration=100) for k in range(31, 80)]
+        with changed(video, container=SimpleNamespace(demux=lambda stream: iter([*packets[:2], *empty, packets[2]]), close=lambda: None)):
+            assert steps_of(video) == [*[0] * 30, 1, 2] and video.jumps == 1
+
+
 def two_recordings(tmp_path, offset) -> Path:
     """Two transport streams of two seconds one after the other, the second one's clock so many seconds on."""
     write(tmp_path / "a.ts", steps(20), codec="libx264")
@@ -326,6 +338,25 @@ def test_a_video_goes_on_though_its_header_says_it_has_ended(tmp_path, monkeypat
         with video:
             assert steps_of(video) == [*range(40)] * 3 and video.jumps == 2
             assert video.about_frames is None or video.about_frames <= 40 or name != "a.mkv"
+
+
+def test_recordings_are_found_one_by_one_and_their_file_is_closed(tmp_path):
+    write(tmp_path / "a.mkv", numbered(3))
+    (tmp_path / "a.mkv").write_bytes((tmp_path / "a.mkv").read_bytes() * 2)
+    with Video(str(tmp_path / "a.mkv"), 10, 16) as video:
+        next(iter(video))
+        sections = video.recordings.gi_frame.f_locals["sections"]
+        file = sections.gi_frame.f_locals["file"]
+        assert not file.closed
+    assert file.closed
+    beginning = bytes.fromhex("1a45dfa3801853806780")  # of a recording, and its end
+    (tmp_path / "many.mkv").write_bytes(beginning * 20000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in in_file(tmp_path / "many.mkv")) == 20000
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10 * 20000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("copies", [1, 3])

@@ -74,21 +74,21 @@ class Piped:
         return some
 
 
-def in_file(path: Path) -> list[Section]:
-    """The recordings of a file; empty where there is one alone, or none."""
-    sections: list[Section] = []
+def in_file(path: Path) -> Iterator[Section]:
+    """The recordings of a file, one after the other; none where there is one alone, or no Matroska. Their number is
+    not known before: a file of nothing but beginnings could hold a great many."""
     try:
-        file, start = path.open("rb") if path.is_file() else io.BytesIO(), 0  # of a pipe, nothing must be taken
+        file = path.open("rb") if path.is_file() else io.BytesIO()  # of a pipe, nothing must be taken
     except OSError:
-        return sections  # whoever opens it says why
-    while length := length_of(file.read(HEAD)):
-        sections.append(Section(file, start, length))
-        start += length
-        file.seek(start)
-    if len(sections) < 2:
-        file.close()
-        return []
-    return sections
+        return  # whoever opens it says why
+    with file:
+        start, length = 0, length_of(file.read(HEAD))
+        while length:
+            file.seek(start + length)
+            following = length_of(file.read(HEAD))
+            if start or following:
+                yield Section(file, start, length)
+            start, length = start + length, following
 
 
 def in_pipe(pipe: io.BufferedReader) -> Iterator[Piped]:

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from heapq import heappop, heappush
 from pathlib import Path
@@ -71,10 +72,12 @@ def recordings(source: str) -> Iterator:
     elif Path(source).is_fifo():  # what a shell makes of <(...)
         with Path(source).open("rb") as pipe:
             yield from in_pipe(pipe)
-    elif not is_camera(source) and (several := in_file(Path(source))):
-        yield from several
-    else:
+    elif is_camera(source):
         yield None
+    else:
+        with closing(in_file(Path(source))) as sections:
+            yield next(sections, None)
+            yield from sections
 
 
 def open_source(source: str, recording=None):
@@ -152,6 +155,7 @@ class Video:
     def __exit__(self, *_) -> None:
         self.frames.close()
         self.container.close()
+        self.recordings.close()
 
     def remarks(self) -> list[str]:
         """What a viewer should know of the source, when it has been read: a sentence each."""
@@ -235,6 +239,7 @@ class Video:
         if due is not None and not packet.size:  # the picture before stays
             self.still = due + (packet.duration or 0)
             return []
+        self.still = self.still if packet is None else None  # a picture has come since
         if self.untimed and due is not None:
             heappush(self.waiting, due)
         try:
