@@ -137,7 +137,8 @@ def costs(name: str, text: float) -> dict[str, float]:
 
 def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000) -> float | None:
     """The share of questions that can be answered, if a sprite is known that *some* layer keeps. Otherwise the fullest
-    guess is made: the side with the most cells that are not known to hold somebody else.
+    guess is made: the side with the most cells that are not known to hold somebody else. Answers after the same frame,
+    which the model reads, count among what is known.
 
     A question with two looks needs the sprite in one layer and its leader in a later one; or both in one layer, where
     the leader comes first and is read by the sprite, and the sprite in a later one. The guess is then the side with the
@@ -152,8 +153,10 @@ def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000
         seen = kept[:, crowd]  # layers x sprites
         known, free = seen.any(0), np.ones(CELLS * CELLS)
         free[crowd[known]] = 0
-        guess = free.reshape(CELLS, CELLS).sum(0).max() / free.sum()
-        one = (known.sum() + (~known).sum() * guess) / data.crowd
+        sides = free.reshape(CELLS, CELLS).sum(0)
+        told = rng.permutation(data.crowd)[: rng.integers(min(data.asks, data.crowd))]  # by answers after this frame
+        np.subtract.at(sides, crowd[told[~known[told]]] % CELLS, 1)
+        one = np.where(np.delete(known, told), 1, sides.max() / sides.sum()).mean()
         names = rng.permutation(len(COLOURS) * math.ceil(data.crowd / len(COLOURS)))[: data.crowd]
         same = [np.flatnonzero(names // len(COLOURS) == shape) for shape in set(names // len(COLOURS))]
         two = [found for those in same for found in followed(crowd, seen, those)] or [one]
