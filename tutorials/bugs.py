@@ -70,7 +70,7 @@ def half_plan(frame, start, frame_tokens, keep_counts):
 
 
 class HalfFrames(LayerExpert):
-    def forward(self, tokens, pos):
+    def forward(self, tokens, pos, before=None):
         scores = self.score(tokens, pos)
         chosen = top_k(scores, keep_count(0.4, tokens.shape[1]))  # of as many as have come
         return chosen, self.weight(scores).gather(1, chosen), scores

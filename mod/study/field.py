@@ -242,8 +242,8 @@ def report(data: dict) -> str:
 FAMILIES = {  # colour and marker of each family: told apart without colour, too
     "skip": (BLUE, "o", ("mod", "layer-skip", "sequence-mod", "p-mod", "p-mod-frame", "gamma-mod")),
     "drop on the way": (SKY, "P", ("early-exit", "fastv")),
-    "drop before": (ORANGE, "^", ("vts", "vts-stream", "prumerge", "prumerge-plus")),
-    "merge or pool": (GREEN, "s", ("longva", "progressive", "setok", "free-video")),
+    "drop before": (ORANGE, "^", ("vts", "vts-stream")),
+    "merge or pool": (GREEN, "s", ("longva", "progressive", "setok", "free-video", "prumerge", "prumerge-plus")),
     "resample": (PURPLE, "D", ("q-former", "perceiver")),
     "compress": (VERMILION, "v", ("voco",)),
     "all tokens": ("black", "*", ("full", "visual-rope", "adaptvision")),
