@@ -157,9 +157,11 @@ def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000
         told = rng.permutation(data.crowd)[: rng.integers(min(data.asks, data.crowd))]  # by answers after this frame
         np.subtract.at(sides, crowd[told[~known[told]]] % CELLS, 1)
         one = np.where(np.delete(known, told), 1, sides.max() / sides.sum()).mean()
-        names = rng.permutation(len(COLOURS) * math.ceil(data.crowd / len(COLOURS)))[: data.crowd]
-        same = [np.flatnonzero(names // len(COLOURS) == shape) for shape in set(names // len(COLOURS))]
-        two = [found for those in same for found in followed(crowd, seen, those)] or [one]
+        two = [one]
+        if data.looks:
+            shapes = rng.permutation(len(COLOURS) * math.ceil(data.crowd / len(COLOURS)))[: data.crowd] // len(COLOURS)
+            same = [np.flatnonzero(shapes == shape) for shape in set(shapes)]
+            two = [found for those in same for found in followed(crowd, seen, those)] or two
         right += (1 - data.looks) * one + data.looks * sum(two) / len(two)
     return float(right / draws)
 
