@@ -269,7 +269,7 @@ def report(data: dict) -> str:
             "KV": f"{cost['kv']:.2f}"}
     if values:
         parts += [f"After {data['steps']} steps of {data['batch']} clips, on {data['clips']} validation clips; "
-                  f"{number_of_seeds(values)} seeds (± standard error where several). Quality: the mean of narration "
+                  f"seeds: {number_of_seeds(values)} (± standard error where several). Quality: the mean of narration "
                   "and questions. Text: perplexity of a paragraph with the low-rank changes merged; it is "
                   f"{data['inside']['text']['checkpoint']:.2f} of the checkpoint, and of every run with its adapters "
                   f"off. A run without numbers has diverged. FLOPs and KV cache: of a stream of {LIVE[0]} frames, as a "
@@ -281,7 +281,7 @@ def report(data: dict) -> str:
         table = {f"`{name}`": {f"layer {layer}": " / ".join(shown_gap(one[kind][layer]) for kind in ("text", "vision"))
                                for layer in some} for name, one in found.items()}
         parts += ["Before any training: distance of hidden states to those of full computation, as a share of their "
-                  "norm, mean over text / vision tokens after a layer.\n",
+                  "norm, mean over text / vision tokens after a layer; none where they are no numbers any more.\n",
                   markdown(pd.DataFrame.from_dict(table, orient="index"))]
     if data["times"]:
         parts.append(times_report(data["times"]))
