@@ -308,6 +308,7 @@ def plot(data: dict, path: Path) -> None:
     axes[5].set(title="One more frame", xlabel="context (tokens of full computation)", ylabel="milliseconds")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.set_visible(axis.has_data())  # what is not measured yet has no panel
         if axis.has_data():
             axis.legend(fontsize=8)
     save(figure, path)
