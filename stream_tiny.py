@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     add("--checkpoint", type=Path, default=Path("runs/tiny"), help="folder of a trained run (default: %(default)s)")
     add("--seed", type=int, default=0, help="which video; these are never trained on (default: 0)")
     add("--frames", type=int, help="length of the stream; the run's clip length if not given")
-    add("--ask", action="append", default=[], metavar="WHEN:QUESTION", help="ask after frame 6 (6:...), 2.5 seconds in "
+    add("--ask", action="append", default=[], metavar="WHEN:WORDS", help="ask after frame 6 (6:...), 2.5 seconds in "
         "(2.5s:...) or before the first frame (start:...): where is it ? where did it appear ? Repeatable")
     add("--threshold", type=float, default=argparse.SUPPRESS, help="speak when the probability of silence is below it "
         "(default: as calibrated, else as trained)")

@@ -132,7 +132,7 @@ def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Ques
     when, text = when.strip(), text.strip()
     if isinstance(words, Vocabulary):
         text = " ".join(text.lower().replace("?", " ? ").split())
-    expected = 'expected WHEN:QUESTION such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
+    expected = 'expected WHEN:WORDS such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
     try:
         seconds = when.removesuffix("s") if when != "start" else "-1"
         moment = Fraction(seconds) if seconds != when else int(when) / fps
@@ -141,7 +141,7 @@ def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Ques
     require(bool(colon and text), f"--ask got {ask!r}, {expected}")
     if when != "start" and not 0 <= moment * fps < frames:
         there = f"frames 0 to {frames - 1} (0 to {float((frames - 1) / fps):g} s)"
-        raise UserError(f"--ask got {ask!r}, but the stream has {there}; ask earlier or pass more --frames")
+        raise UserError(f"--ask got {ask!r}, but the stream has {there}; name one of them, or pass more --frames")
     words.encode(text)
     return Question(moment, text)
 

@@ -633,7 +633,7 @@ def ruined(path):
         ("text.txt", text, "no video stream"),
         ("sound.mp4", sound, "no video stream"),
         ("song.mp4", partial(sound, cover=True), "no video stream"),
-        ("ruined.mp4", ruined, r"no picture could be decoded \(3 skipped\)"),
+        ("ruined.mp4", ruined, r"no picture could be decoded \(3 packets skipped\)"),
     ],
 )
 def test_what_is_no_video_is_refused_by_name_in_one_sentence(tmp_path, name, make, message):
@@ -684,6 +684,17 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     write(tmp_path / "12:30.mp4", numbered(2))
     monkeypatch.chdir(tmp_path)
     assert numbers(read("12:30.mp4", 10)) == [0, 1]
+
+
+def test_an_index_at_the_end_comes_too_late_for_a_pipe(tmp_path, monkeypatch):
+    """The file is fine, but a pipe cannot go back: what to pipe instead is said."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), dtype=np.uint8)
+    write(tmp_path / "a.mp4", list(noise))
+    assert len(read(tmp_path / "a.mp4", 10)) == 40
+    with subprocess.Popen(["cat", str(tmp_path / "a.mp4")], stdout=subprocess.PIPE) as feed:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=feed.stdout))
+        with pytest.raises(ValueError, match="got -.*; pipe Matroska or MPEG-TS"), Video("-", 2, 16) as video:
+            list(video)
 
 
 def test_standard_input_and_nothing_is_imported_before_it_is_needed(tmp_path):

@@ -145,7 +145,7 @@ def test_what_the_model_is_told_gets_no_answer_of_its_own(trained, tmp_path, cap
     printed = capsys.readouterr().out
     assert printed.count("   user: ") == 4 and "of 1 answers" in printed
     refused(stream_tiny.main, ["--checkpoint", str(trained), "--tell", "99:where is it ?"], capsys, "--tell got '99:where is it ?'")
-    refused(stream_tiny.main, ["--checkpoint", str(trained), "--tell", "where is it ?"], capsys, "--tell got", "expected WHEN:QUESTION")
+    refused(stream_tiny.main, ["--checkpoint", str(trained), "--tell", "where is it ?"], capsys, "--tell got", "expected WHEN:WORDS")
 
 
 def test_saving_every_few_frames_counts_frames_of_time(trained, tmp_path, capsys, monkeypatch):

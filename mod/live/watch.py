@@ -56,7 +56,7 @@ def extend(parser: Parser, doc: str) -> Parser:
         "standard input, /dev/video0 a camera. Repeatable: all at once")
     add("--fps", type=float, help="frames to look at per second of --video; the run's if not given")
     add("--tell", action="append", dest="ask", type=Told, default=argparse.SUPPRESS, metavar="WHEN:WORDS", help="as "
-        "--ask, but the model is only told, and speaks when it is time: start:tell me when it moves. Repeatable")
+        "--ask, but the model is only told, and speaks when it is time: start:where is it ?. Repeatable")
     add = parser.add_argument_group("surviving, calibrating").add_argument
     add("--state", type=Path, help="keep the live stream in this file, and go on from it if it is there")
     add("--state-every", type=int, default=1, metavar="FRAMES", help="frames between two savings, which is what a "

@@ -172,8 +172,11 @@ class Video:
             for _ in range(times):
                 yield pixels.copy()  # the reader may write into its frame
         if not decoded:
-            what = f"got {self.source}, but no picture could be decoded ({self.skipped} skipped)"
-            raise UserError(f"{what}, expected a video with pictures; check it in a player or name another file")
+            what = f"got {self.source}, but no picture could be decoded ({self.skipped} packets skipped)"
+            # An .mp4 often has its index at its end, which a pipe brings too late.
+            hint = ("pipe Matroska or MPEG-TS, which need no seeking" if self.source == "-" else
+                    "check it in a player or name another file")
+            raise UserError(f"{what}, expected a video with pictures; {hint}")
 
     def _timed(self) -> Iterator[tuple[tuple, Fraction, Fraction]]:
         """((picture, how wide its pixels are), time, length) in seconds of a player's time, never falling.
