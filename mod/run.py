@@ -179,9 +179,14 @@ def pick_device(name: str, dtype: str = "float32") -> torch.device:
     return torch.device(name)
 
 
+def unfinished(path: Path) -> Path:
+    """The temporary name of a file that is being written; its own may be as long as the file system allows."""
+    return path.with_name(path.name[-60:] + ".tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name, then rename: readers see the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name[-60:] + ".tmp")  # a name may be as long as the file system allows
+    temporary = unfinished(path)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -199,7 +204,7 @@ def to_json(value, indent: int | None = None) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
     """As `write_text`. Raises UserError when there is no room."""
-    temporary = path.with_name(path.name[-60:] + ".tmp")
+    temporary = unfinished(path)
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=note)
         temporary.chmod(0o644)  # as every other file of a run; safetensors leaves it to its owner alone

@@ -36,9 +36,9 @@ def test_the_file_is_this_picture(name, tmp_path):
     """Same size, same alternative text as the code draws now; drawn again, the same file."""
     diagram, text = DIAGRAMS[name], (FOLDER / f"{name}.svg").read_text()
     assert len(diagram.alt.split()) >= 15
-    diagrams.save(diagram, tmp_path / "1.svg")
+    diagrams.save_diagram(diagram, tmp_path / "1.svg")
     with matplotlib.rc_context({"font.size": 20, "axes.prop_cycle": matplotlib.cycler(linestyle=[":", "-."])}):  # a notebook's
-        diagrams.save(diagram, tmp_path / "2.svg")
+        diagrams.save_diagram(diagram, tmp_path / "2.svg")
     now = (tmp_path / "1.svg").read_text()
     assert now == (tmp_path / "2.svg").read_text() and [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
     for part in (r'viewBox="([^"]*)"', r"<title>([^<]*)</title>"):

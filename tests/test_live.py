@@ -45,6 +45,15 @@ def written(frames, fps, questions, narrations, answers) -> list[Say]:
     return said
 
 
+def by_question(happened, row, questions):
+    """What has happened in a stream; its narrations; and by their numbers the questions, which come in order of time."""
+    mine = [one for one in happened if one.row == row]
+    order = sorted(range(len(questions)), key=lambda i: questions[i][0])
+    heard = dict(zip(order, (one for one in mine if one.question is not None), strict=True))
+    assert [one.question for one in heard.values()] == [questions[i][1] for i in order]
+    return mine, [one.reply for one in mine if one.question is None], heard
+
+
 def live_of(model, timelines, rule, seeds, first=None):
     first = first or [0] * len(timelines)
     stream = Logged(model, WORDS_ALL, len(timelines), settings=rule, max_words=3)
@@ -73,12 +82,8 @@ def test_fed_tokens_are_the_layout_of_the_timeline(timelines, seed, threshold, w
             live.ask(row, time, text)
     happened = list(run(live))
     for row, (frames, fps, questions) in enumerate(timelines):
-        mine = [one for one in happened if one.row == row]
-        narrations = [one.reply for one in mine if one.question is None]
-        order = sorted(range(len(questions)), key=lambda i: questions[i][0])
-        replies = [one for one in mine if one.question is not None]
-        assert [one.question for one in replies] == [questions[i][1] for i in order]
-        answers = {i: one.reply for i, one in zip(order, replies, strict=True)}
+        mine, narrations, heard = by_question(happened, row, questions)
+        answers = {i: one.reply for i, one in heard.items()}
         layout = lay_out(WORDS_ALL, frames, model.config.frame_tokens, written(frames, fps, questions, narrations, answers))
         assert live.stream.fed[row] == list(zip(layout.ids, layout.frame, strict=True))
         assert [one.time for one in mine] == sorted(one.time for one in mine)
@@ -251,12 +256,9 @@ def test_what_the_model_is_only_told_is_fed_as_training_lays_it_out(one, other, 
             live.ask(row, time, text, to_answer)
     happened = list(run(live))
     for row, (frames, fps, questions) in enumerate(both):
-        mine = [each for each in happened if each.row == row]
-        narrations = [each.reply for each in mine if each.question is None]
-        order = sorted(range(len(questions)), key=lambda i: questions[i][0])
-        heard = [each for each in mine if each.question is not None]
-        assert [(each.question, each.told, each.reply is None) for each in heard] == [(questions[i][1], not answered[row][i], not answered[row][i]) for i in order]
-        replies = {i: each.reply for i, each in zip(order, heard, strict=True)}
+        _, narrations, heard = by_question(happened, row, questions)
+        assert all(each.told == (each.reply is None) == (not answered[row][i]) for i, each in heard.items())
+        replies = {i: each.reply for i, each in heard.items()}
         said = [say for say in written(frames, fps, questions, narrations, replies) if say.text is not None]
         layout = lay_out(WORDS_ALL, frames, model.config.frame_tokens, said)
         assert live.stream.fed[row] == list(zip(layout.ids, layout.frame, strict=True))

@@ -21,10 +21,10 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SHADE = 0.25  # brightness of a skipped patch
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a temporary name, then rename."""
+def save(figure: Figure, path: Path, **options) -> None:
+    """Write a figure to a temporary name, then rename. `options`: what else `savefig` should know."""
     temporary = path.with_name(path.stem[-50:] + ".tmp" + path.suffix)
-    figure.savefig(temporary, dpi=130)
+    figure.savefig(temporary, dpi=130, **options)
     os.replace(temporary, path)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mod.config import DataConfig, ModelConfig, require
 from mod.data import Clip, make_clip
 from mod.real.video import import_av
-from mod.run import Parser, run_script, write_text
+from mod.run import Parser, run_script, unfinished, write_text
 
 # Codec, pixel format, options. The first is off by at most 2 of 255, because colours are rounded, as real videos are;
 # the second, for builds of PyAV without it, is exact.
@@ -30,7 +30,7 @@ def write_video(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     av = import_av()
     codec, pixel_format, options = next(choice for choice in CODECS if choice[0] in av.codecs_available)
     pixels = rearrange(((frames + 1) * 127.5).round().astype(np.uint8), "f c h w -> f h w c", c=3)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = unfinished(path)
     with av.open(str(temporary), "w", format="mp4") as file:
         stream = file.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], pixel_format

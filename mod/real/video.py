@@ -32,6 +32,7 @@ UNTIMED = ("avi", "asf")  # containers that number packets as they are decoded, 
 # containers whose clocks do not jump, where it is damage. FFmpeg's own limits.
 JUMP, DAMAGE = Fraction(10), Fraction(30 * 3600)
 BACK = Fraction(1)  # seconds that a clock goes back when it is set anew; less is disorder
+PIPE_THIS = "pipe Matroska or MPEG-TS, which need no seeking"
 LISTS = ("concat", "dash", "hls", "imf", "sdp", "webm_dash_manifest")  # formats that only name other files
 
 
@@ -93,7 +94,7 @@ def open_source(source: str, recording=None):
         return av.open(str(Path(source).absolute()))  # absolute, or 12:30.mp4 would be the protocol "12"
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        hint = "pipe Matroska or MPEG-TS, which need no seeking" if source == "-" else "check the name or convert it"
+        hint = PIPE_THIS if source == "-" else "check the name or convert it"
         raise UserError(f"got {source} ({reason}), expected a video that PyAV can open; {hint}") from error
 
 
@@ -174,8 +175,7 @@ class Video:
         if not decoded:
             what = f"got {self.source}, but no picture could be decoded ({self.skipped} packets skipped)"
             # An .mp4 often has its index at its end, which a pipe brings too late.
-            hint = ("pipe Matroska or MPEG-TS, which need no seeking" if self.source == "-" else
-                    "check it in a player or name another file")
+            hint = PIPE_THIS if self.source == "-" else "check it in a player or name another file"
             raise UserError(f"{what}, expected a video with pictures; {hint}")
 
     def _timed(self) -> Iterator[tuple[tuple, Fraction, Fraction]]:

@@ -12,6 +12,8 @@ from mod.live.picture import BLUE, GREEN, VERMILION
 from mod.run import Parser, add_flags, given, run_script, to_json, write_text
 
 PURPLE, SKY = "#CC79A7", "#56B4E9"
+SHARES = {"narration": "narration_exact", "questions": "question_accuracy", "speak": "speak_accuracy",
+          "silence": "silence_accuracy"}  # a column's name: its metric
 LAYERS = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"))  # of the routed layers, in turn
 
 

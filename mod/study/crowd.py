@@ -44,6 +44,7 @@ from mod.study.ablate_report import Values, mean_and_error, mean_error, number_o
 from mod.study.common import command, markdown, publish
 from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
+from mod.study.tables import MEASURES as COLUMNS
 from mod.train import narrowed
 
 BASE = WORLD.presets["crowd"]
@@ -92,13 +93,10 @@ RIVALS = (("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "ski
           ("two-mod-all", ("two-random-all", "two-exit", "two-skip", "two-full")),
           ("now-even", ("now-full", "now-skip-first", "now-even-random", "now-odd")))
 MEASURES = {
-    "quality": lambda run: run["question_accuracy"],
+    "quality": COLUMNS["questions"],
     "one look": lambda run: run["kinds"].get("now"),
     "two looks": lambda run: run["kinds"].get("leader"),
-    "narration": lambda run: run["narration_exact"],
-    "speak": lambda run: run["speak_accuracy"],
-    "silence": lambda run: run["silence_accuracy"],
-    "free-running narration": lambda run: run["free_running"]["narration_exact"],
+    **{column: COLUMNS[column] for column in ("narration", "speak", "silence", "free-running narration")},
     "steps to 0.9": lambda run: next((at["step"] for at in run["curve"] if at.get("questions", 0) >= 0.9), None),
 }
 

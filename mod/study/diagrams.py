@@ -8,7 +8,6 @@ What a diagram says about masks, choices, gradients and cache entries is compute
 four layers with random weights and frames of 5 tokens. All of them are 800 pixels wide and readable in black and white.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from mod.config import ModelConfig
 from mod.data import WORDS
 from mod.decoder import MoDBlock
 from mod.layout import Batch, Say, Vocabulary, collate, lay_out, make_plan
-from mod.live.picture import BLUE, VERMILION
+from mod.live.picture import BLUE, VERMILION, save
 from mod.run import Parser, run_script
 from mod.study.common import SKY
 from mod.videollm import VideoLLM
@@ -448,12 +447,10 @@ DIAGRAMS = {
 }
 
 
-def save(diagram: Diagram, path: Path) -> None:
-    """Write an SVG to a temporary name, then rename. The same picture gives the same file."""
-    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
+def save_diagram(diagram: Diagram, path: Path) -> None:
+    """Write an SVG. The same picture gives the same file."""
     with one_style():
-        diagram.draw().savefig(temporary, metadata={"Title": diagram.alt, "Date": None, "Creator": None})
-    os.replace(temporary, path)
+        save(diagram.draw(), path, metadata={"Title": diagram.alt, "Date": None, "Creator": None})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -464,7 +461,7 @@ def main(argv: list[str] | None = None) -> int:
     def draw() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, diagram in DIAGRAMS.items():
-            save(diagram, args.out / f"{name}.svg")
+            save_diagram(diagram, args.out / f"{name}.svg")
         print(f"wrote {', '.join(DIAGRAMS)} into {args.out}")
         return 0
 

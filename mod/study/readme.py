@@ -23,13 +23,12 @@ import pandas as pd
 
 from mod.config import ModelConfig
 from mod.run import write_text
-from mod.study.common import markdown
+from mod.study.common import SHARES, markdown
 
 PAGES = ("README.md", "results/README.md", *(f"mod/{name}/README.md" for name in ("live", "real", "related", "study")))
 SCRIPTS = {"train_tiny.py": "train a run", "stream_tiny.py": "watch a live stream"}
-SHARES = {"narration": "narration_exact", "questions": "question_accuracy", "speak": "speak_accuracy",
-          "silence": "silence_accuracy"}  # column of `seeds_table`: a metric of seeds.json
-COSTS = {"decoder FLOPs": "flop_ratio", "KV cache": "kv_ratio"}  # the same, of what it costs
+# Column of `seeds_table`: a metric of seeds.json, of what it costs; those of how good it is are `SHARES`.
+COSTS = {"decoder FLOPs": "flop_ratio", "KV cache": "kv_ratio"}
 
 
 def span(values: Sequence[float], digits: int = 3) -> str:

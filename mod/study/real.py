@@ -36,10 +36,11 @@ from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.real.world import WORLD
 from mod.run import config_from, load_weights, pick_device, read_tensors, to_json, write_tensors, write_text
 from mod.study.ablate_report import mean_and_error, number_of_seeds
-from mod.study.common import PURPLE, SKY, command, markdown, publish
+from mod.study.common import PURPLE, SHARES, SKY, command, markdown, publish
 from mod.study.costs import decoder_flops, kv_bytes
 from mod.study.pretrained import distances, own_eyes, perplexities, states
 from mod.study.real_times import TimesFlags, peak_bytes, times, times_report
+from mod.study.tables import MEASURES as COLUMNS
 from mod.train import train, warm_up_vit
 
 PRESET = WORLD.presets["llm"]
@@ -71,17 +72,12 @@ VARIANTS = {
      for gate in get_args(Gate) if gate not in ("score-update", "sigmoid-value")}
 MEASURES: dict[str, Callable] = {
     "quality": lambda run: (run["narration_exact"] + run["question_accuracy"]) / 2,
-    "narration": lambda run: run["narration_exact"],
-    "questions": lambda run: run["question_accuracy"],
-    "speak": lambda run: run["speak_accuracy"],
-    "silence": lambda run: run["silence_accuracy"],
-    "perplexity of a response": lambda run: run["lm_ppl"],
-    "free-running narration": lambda run: run["free_running"]["narration_exact"],
+    **{column: COLUMNS[column] for column in SHARES},
+    "perplexity of a response": COLUMNS["LM-PPL"],
+    "free-running narration": COLUMNS["free-running narration"],
     "perplexity of text, merged": lambda run: run["text"]["merged"],
     "perplexity of text, adapters off": lambda run: run["text"]["off"],
 }
-CURVES = {"narration": "narration_exact", "questions": "question_accuracy", "speak": "speak_accuracy",
-          "silence": "silence_accuracy"}
 COLOURS = {"full": "black", "mod-value": BLUE, "mod-update": VERMILION, "random": ORANGE, "uniform": GREEN,
            "skip": PURPLE, "mod-all": SKY}
 
@@ -181,7 +177,7 @@ def curve(out: Path) -> list[dict]:
     points = []
     for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        shown = CURVES if entry["kind"] == "eval" else {"lm": "lm", "stream": "stream"}
+        shown = SHARES if entry["kind"] == "eval" else {"lm": "lm", "stream": "stream"}
         if entry["kind"] in ("eval", "train"):
             points.append({"step": entry["step"]} | {name: round(entry[key], 4) for name, key in shown.items()
                                                      if entry[key] is not None})
@@ -292,7 +288,7 @@ def plot(data: dict, path: Path) -> None:
     """Curves of training, distances before it, and latency."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for axis, measure in zip(axes, CURVES, strict=False):
+    for axis, measure in zip(axes, SHARES, strict=False):
         for name, runs in data["curves"].items():
             points = pd.DataFrame([point for run in runs.values() for point in run if measure in point])
             means = points.groupby("step")[measure].mean()
