@@ -75,7 +75,7 @@ class ModelConfig:
     # DEVIATION: in the paper the frame's last token, which decides whether to speak, competes like the others.
     keep_last: bool = False  # routed layers always keep the last token of a frame, as one of their k
     # DEVIATION: in the paper each layer chooses on its own.
-    take_turns: bool = False  # what a routed layer keeps comes last in the choice of the next layer, if that is routed
+    take_turns: bool = False  # tokens that the fewest routed layers before have kept come first, whatever their scores
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}

@@ -77,8 +77,8 @@ class MoDBlock(nn.Module):
             return self.block(x, turn, plan.pos, past=past)
         router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        neighbour = router.take_turns and trace and trace[-1].layer == router.layer - 1
-        chosen, weight, scores = router(*frames, trace[-1].kept if neighbour else None)
+        times = sum(earlier.kept.int() for earlier in trace) if router.take_turns and trace else None
+        chosen, weight, scores = router(*frames, times)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(router.layer, kept, scores))

@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from mod.config import ModelConfig, UserError, keep_count
 
 
-def top_k(scores: Tensor, k: int, last: Tensor | None = None) -> Tensor:
+def top_k(scores: Tensor, k: int, times: Tensor | None = None) -> Tensor:
     """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins.
-    Those marked in `last` (F, N) come after all others."""
+    With `times` (F, N) those of the fewest times come first, whatever their scores."""
     # torch.topk breaks ties arbitrarily; a stable sort does not.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    if last is not None:
-        order = order.gather(1, last.gather(1, order).byte().sort(dim=-1, stable=True).indices)
+    if times is not None:
+        order = order.gather(1, times.gather(1, order).sort(dim=-1, stable=True).indices)
     return order[:, :k].sort(dim=-1).values
 
 
@@ -63,14 +63,15 @@ class Router(nn.Module):
         """mu of each token, (F, N) -> (F, N). One, unless the scores are learned."""
         return torch.ones_like(scores)
 
-    def forward(self, tokens: Tensor, pos: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, pos: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N). `before` (F, N) marks what the layer before kept, when layers take turns."""
+        and all scores (F, N). `times` (F, N) is how many routed layers before this one kept each token, if they take
+        turns."""
         ranked = scores = self.score(tokens, pos)
         if self.keep_last:
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)
-            before = None if before is None else F.pad(before[:, :-1], (0, 1))
-        chosen = top_k(ranked, self.kept, before)
+            times = None if times is None else F.pad(times[:, :-1], (0, 1))
+        chosen = top_k(ranked, self.kept, times)
         mu = self.weight(scores).gather(1, chosen)
         # Times zero, so that the weights have a gradient, which several processes wait for.
         return chosen, 1 + 0 * mu if self.asleep else mu, scores.detach()

@@ -182,18 +182,18 @@ def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarra
     """Which cells the layers keep, (layers, draws, cells): routers without weights as they choose; learned ones as many
     sprites as there is room for, in turns, or the same in every layer if they choose `once`."""
     draws, tokens = len(crowds), config.frame_tokens
-    rows, before, turn, layers = np.arange(draws)[:, None], None, 0, []
+    rows, times, turn, layers = np.arange(draws)[:, None], torch.zeros(draws, tokens, dtype=torch.int), 0, []
     pos = torch.arange(draws * tokens).view(draws, tokens)
     for layer, k in enumerate(config.keep_counts):
         kept = np.zeros((draws, tokens), bool)
         if k in (0, tokens) or config.select != "learned":
             if 0 < k < tokens:
-                chosen = new_router(config, layer)(torch.zeros(draws, tokens, 1), pos, before)[0]
-                before = torch.zeros(draws, tokens, dtype=torch.bool).scatter(1, chosen, True)
-                kept = before.numpy()
-                before = before if config.take_turns else None
+                router = new_router(config, layer)
+                chosen = router(torch.zeros(draws, tokens, 1), pos, times if config.take_turns else None)[0].numpy()
+                kept[rows, chosen] = True
+                times += torch.from_numpy(kept)
             else:
-                kept[:], before = k > 0, None
+                kept[:] = k > 0
         else:
             kept[:, -1] = config.keep_last  # whoever stands there
             room = k - config.keep_last
