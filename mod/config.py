@@ -74,12 +74,13 @@ class ModelConfig:
     gate: Gate = "sigmoid-value"  # what mu is, and what it scales; the paper: score-update
     # DEVIATION: in the paper the frame's last token, which decides whether to speak, competes like the others.
     keep_last: bool = False  # routed layers always keep the last token of a frame, as one of their k
-    # DEVIATION: in the paper each layer chooses on its own.
-    take_turns: bool = False  # tokens that the fewest routed layers before have kept come first, whatever their scores
+    # DEVIATION: in the paper each layer chooses on its own. Here a token comes the later, the more of so many routed
+    # layers before have kept it; the score decides among equals.
+    take_turns: int = 0
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}
-        check(self, sizes | {"rope_base": 1e-30, "norm_eps": 1e-30})
+        check(self, sizes | {"take_turns": 0, "rope_base": 1e-30, "norm_eps": 1e-30})
         require(max(self.depth, self.vit_depth) <= 1000,
                 f"depth {self.depth} and vit_depth {self.vit_depth} must be at most 1000")
         require(self.image_size >= self.patch_size,

@@ -77,7 +77,8 @@ class MoDBlock(nn.Module):
             return self.block(x, turn, plan.pos, past=past)
         router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        times = sum(earlier.kept.int() for earlier in trace) if router.take_turns and trace else None
+        earlier = trace[-router.take_turns :] if router.take_turns and trace else []  # those that this one remembers
+        times = sum(one.kept.int() for one in earlier) if earlier else None
         chosen, weight, scores = router(*frames, times)
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
         trace  a list that collects what the routed layers decided
         """
         if self.config.take_turns and trace is None:
-            trace = []  # a layer reads there what the one before has kept
+            trace = []  # a layer reads there what those before it have kept
         turn = self.rope.turn(plan.pos if cache is None else cache.places, self.config.head_dim, x.dtype)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None

@@ -52,7 +52,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
-        self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, False
+        self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, 0
         self.asleep = False  # every mu is one then, and nothing is learned
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
@@ -65,8 +65,7 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor, pos: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N). `times` (F, N) is how many routed layers before this one kept each token, if they take
-        turns."""
+        and all scores (F, N). `times` (F, N): how many of the layers before kept each token, when layers take turns."""
         ranked = scores = self.score(tokens, pos)
         if self.keep_last:
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)

@@ -47,7 +47,7 @@ def configs(draw, layers: str | None = None, ratios=(0.01, 0.1, 0.2, 0.34, 0.5, 
         "tie_embeddings": draw(st.booleans()), "layers": layers, "keep_ratio": draw(st.sampled_from(ratios)),
         "select": draw(st.sampled_from(["learned", "learned", "random", "uniform"])),
         "gate": draw(st.sampled_from(get_args(Gate))), "keep_last": draw(st.booleans()),
-        "take_turns": draw(st.booleans()),
+        "take_turns": draw(st.integers(0, 2)),
     }
     return ModelConfig(**{**sizes, **fixed})
 

@@ -151,15 +151,20 @@ def test_what_fewer_layers_kept_comes_first(select, ratio, keep_last, seed):
 
 @pytest.mark.parametrize("select", sorted(ROUTERS))
 def test_routed_layers_take_turns_whatever_dense_layers_stand_between_them(select):
-    """Two of five tokens: layer 1 chooses as if alone, 2 two of the other three, 4 the one that is left and another."""
+    """Two of five tokens. Layer 1 chooses as if alone, and 2 two of the other three. Layer 4 takes the one that is left
+    if it remembers both, and else may keep again what layer 1 kept."""
     trace, alone = [], []
     changes = {"select": select, "layers": "1,2,4", "depth": 6, "keep_ratio": 0.4}
-    model = small_model(**changes, take_turns=True)
+    model = small_model(**changes, take_turns=2)
     batch = as_batch(model.config, [(3, [Say(1, "assistant", "red disc moves")]), (2, [])])
     assert torch.equal(offline(model, batch, trace), offline(model, batch))  # whether anybody listens or not
     first, second, third = trace
     assert torch.equal(first.kept.nonzero()[:, 1].view(-1, 2), top_k(first.scores, 2))
     assert not (first.kept & second.kept).any() and (first.kept | second.kept | third.kept).all()
+    model.decoder.layers[4].router.take_turns, forgetful = 1, []
+    offline(model, batch, forgetful)
+    assert torch.equal(forgetful[1].kept, second.kept) and not (second.kept & forgetful[2].kept).any()
+    assert not (first.kept | second.kept | forgetful[2].kept).all()
     offline(small_model(**changes), batch, alone)
     assert select == "random" or any((one.kept & two.kept).any() for one, two in zip(alone, alone[1:], strict=False))
 

@@ -137,9 +137,9 @@ class TestCrowd:
     def test_ceilings_are_those_that_can_be_worked_out_by_hand(self):
         found = {looks: {name: self.ceiling(name, HarderData(crowd=10, looks=looks)) for name in crowd.VARIANTS}
                  for looks in (0.0, 1.0)}
-        for name in ("full", "mod-all", "mod", "exit-2", "skip-2", "random"):
-            assert found[0.0][name] == found[1.0][name] == 1
-        assert found[0.0]["exit"] == found[0.0]["skip"] == 1
+        for name in ("full", "mod-all", "own-choice", "mod", "even", "exit-2", "skip-2", "random"):
+            assert found[0.0][name] == found[1.0][name] == 1, name
+        assert found[0.0]["exit"] == found[0.0]["skip"] == found[0.0]["long-turns"] == 1
         assert found[0.0]["pool"] is None and found[0.0]["pool-4"] is None
         # A guess is right in one of five, or a little more often, because known sprites leave less room for others.
         # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25. By chance
@@ -149,6 +149,8 @@ class TestCrowd:
             assert known + (1 - known) / 5 < found[0.0][name] < known + (1 - known) / 3.5, name
         # One layer cannot look twice. Of the four others of a shape two stand on the fullest of five sides.
         assert 0.45 < found[1.0]["exit"] == found[1.0]["skip"] < 0.55
+        # Who is kept once is followed only if the leader's layer comes after: in half of two layers, and never behind.
+        assert 0.5 < found[1.0]["long-turns"] < 0.8
         both = 5 / 10 * 4 / 9
         assert both + (1 - both) * 0.45 < found[1.0]["drop"] < both + 0.1 + (1 - both) * 0.55
 

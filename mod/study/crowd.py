@@ -7,13 +7,12 @@
     python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
 
 Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
-for word. Variants are compared seed by seed, by paired t-tests, in five families, each with Holm's correction:
-`mod-all` with the variants of about its cost and with full computation; `mod-all` with itself, one of the preset's
-choices undone; `mod`, the interleaved pattern, with its rivals; and on two other tasks `two-mod-all` and `now-even`
-with theirs (see `RIVALS`).
+for word. Variants are compared seed by seed, by paired t-tests, each family of comparisons with Holm's correction (see
+`RIVALS`). The first family decides: `mod-all` with the variants of about its cost and with full computation.
 
-Every variant of a table is trained for as many steps, with the same rates. Routed layers begin dense and narrow down,
-whoever chooses (`dense_steps` and `narrow_steps`), which "training FLOPs" counts.
+A seed's variants all begin with the same decoder, which has learned the task by full computation, as the paper's begin
+with a language model. Each is then trained for as many steps, with the same rates. Routed layers narrow down, whoever
+chooses (`narrow_steps`), which "training flops" in the JSON counts.
 
 What a kind of method *can* reach is computed beside it: see `ceiling`. Finished runs are kept in results/crowd and are
 never repeated. Writes results/crowd.json, .md and .png.
@@ -21,7 +20,6 @@ never repeated. Writes results/crowd.json, .md and .png.
 
 import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -47,51 +45,68 @@ from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read
 from mod.study.tables import MEASURES as COLUMNS
 from mod.train import narrowed
 
-BASE = WORLD.presets["crowd"]
+PRESET = WORLD.presets["crowd"]
+# The preset's own training begins from scratch. Here all variants of a seed begin with one decoder, which has learned
+# the task by full computation, as the paper's begin with one language model.
+START = Variant("full computation, with which all others begin", {"layers": "none"}, train={"steps": 500})
+BASE = replace(PRESET, train=replace(PRESET.train, steps=400, dense_steps=20, narrow_steps=200, save_every=200))
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
+ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 VARIANTS = {
+    "dense": START,
     "full": Variant("full computation", {"layers": "none"}),
-    "mod-all": Variant("MoD in all layers", {"layers": "all"}),
-    "random-all": Variant("chance in all layers", {"layers": "all", "select": "random"}),
-    "uniform-all": Variant("uniform in all layers", {"layers": "all", "select": "uniform"}),
-    "drop": Variant("one learned choice for all layers (dropping)", {"layers": "all"}, "once"),
+    "mod-all": Variant("MoD in all layers", ALL),
+    "mod": Variant("MoD in layers 1 and 3, interleaved", ODD),
+    "even": Variant("MoD in layers 0 and 2", {"layers": "0,2"}),
+    "all-deep": Variant("MoD in layers 2 and 3, all deep", {"layers": "all-deep"}),
+    "interleaved-deep": Variant("MoD in layer 3, interleaved deep", {"layers": "interleaved-deep"}),
+    "random-all": Variant("all layers, by chance", ALL | {"select": "random"}),
+    "uniform-all": Variant("all layers, evenly spread", ALL | {"select": "uniform"}),
+    "random": Variant("interleaved, by chance", ODD | {"select": "random"}),
+    "uniform": Variant("interleaved, evenly spread", ODD | {"select": "uniform"}),
+    "all-0.1": Variant("all layers, learned, r = 0.1", ALL | {"keep_ratio": 0.1}),
+    "all-0.5": Variant("all layers, learned, r = 0.5", ALL | {"keep_ratio": 0.5}),
+    "drop": Variant("dropping: one learned choice for all layers", ALL, "once"),
     "pool": Variant("pooling to 1 + 2×2 tokens", {"layers": "none", "grid": 2}),
-    "exit": Variant("early exit after 1 of 4 layers", {"layers": "keep:1,0,0,0"}),
-    "skip": Variant("skipping all layers but the second", {"layers": "keep:0,1,0,0"}),
-    "mod": Variant("MoD, interleaved", {"layers": "interleaved"}),
-    "random": Variant("chance, interleaved", {"layers": "interleaved", "select": "random"}),
-    "exit-2": Variant("early exit after 2 of 4 layers", {"layers": "keep:1,1,0,0"}),
-    "skip-2": Variant("skipping every other layer", {"layers": "keep:1,0,1,0"}),
     "pool-4": Variant("pooling to 1 + 4×4 tokens", {"layers": "none", "grid": 4}),
-}
-# Where routing begins: does it matter whether the first layer sees the frame, when a name must be fetched first?
-NOW = {"data": {"echo": False}}
-VARIANTS |= {
-    "now-full": Variant("full computation", {"layers": "none"}, **NOW),
-    "now-skip-first": Variant("vision skips layer 0: nothing is chosen", {"layers": "keep:0,1,1,1"}, **NOW),
-    "now-even": Variant("MoD in layers 0 and 2", {"layers": "0,2"}, **NOW),
-    "now-even-random": Variant("chance in layers 0 and 2", {"layers": "0,2", "select": "random"}, **NOW),
-    "now-odd": Variant("MoD in layers 1 and 3", {"layers": "1,3"}, **NOW),
-}
-# Questions that need two looks, which one dense layer cannot take: learned later, so trained longer.
-TWO = {"data": {"looks": 0.33}, "train": {"steps": 1200, "dense_steps": 400, "narrow_steps": 400}}
-VARIANTS |= {f"two-{name}": Variant(VARIANTS[name].title, VARIANTS[name].model, **TWO)
-             for name in ("full", "mod-all", "random-all", "exit", "skip")}
-# What lets the layers divide a crowd: the preset's choices, each undone alone. Gates are varied in both their parts.
-ALL = {"layers": "all"}
-UNDONE = {gate: Variant(f"gate {gate}", ALL | {"gate": gate}) for gate in get_args(Gate) if gate != BASE.model.gate} | {
+    "exit": Variant("early exit after layer 0", {"layers": "keep:1,0,0,0"}),
+    "exit-2": Variant("early exit after layer 1", {"layers": "keep:1,1,0,0"}),
+    "skip": Variant("all layers skipped but layer 1", {"layers": "keep:0,1,0,0"}),
+    "skip-2": Variant("layers 1 and 3 skipped", {"layers": "keep:1,0,1,0"}),
+    # What lets the layers divide a crowd: the preset's choices, each undone alone.
+    "own-choice": Variant("each layer chooses on its own", ALL | {"take_turns": 0}),
+    "long-turns": Variant("a layer remembers all those before it", ALL | {"take_turns": 3}),
+    "compete": Variant("the last token competes", ALL | {"keep_last": False}),
     "at-once": Variant("few tokens from the first step on", ALL, train={"dense_steps": 0, "narrow_steps": 0}),
     "fast-routers": Variant("routers learn at the rate of the rest", ALL, train={"router_rate": 1.0}),
-    "compete": Variant("the last token competes", ALL | {"keep_last": False}),
-    "own-choice": Variant("each layer chooses on its own", ALL | {"take_turns": False}),
 }
-VARIANTS |= UNDONE
-# What is compared with what: five families.
-RIVALS = (("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full")),
-          ("mod-all", tuple(UNDONE)),
-          ("mod", ("random", "exit-2", "skip-2", "pool-4", "full")),
-          ("two-mod-all", ("two-random-all", "two-exit", "two-skip", "two-full")),
-          ("now-even", ("now-full", "now-skip-first", "now-even-random", "now-odd")))
+# What mu is, and what it scales: every gate, in all layers and interleaved. The preset's own is `mod-all` and `mod`.
+for where, routed in (("all", ALL), ("mod", ODD)):
+    for gate in get_args(Gate):
+        if gate != PRESET.model.gate:
+            VARIANTS[f"{where}-{gate}"] = Variant(f"{gate}, {'all layers' if routed == ALL else 'interleaved'}",
+                                                  routed | {"gate": gate})
+VARIANTS = {name: one if one is START else replace(one, start="dense") for name, one in VARIANTS.items()}
+GATES = [name for name, variant in VARIANTS.items() if "gate" in variant.model]
+# The first three are named as the paper's are.
+TABLES = {
+    "Table 1. Methods": ("full", "mod-all", "mod", "exit", "exit-2", "skip", "skip-2", "pool", "pool-4", "drop"),
+    "Table 2. Which layers are routed": ("full", "mod-all", "mod", "even", "all-deep", "interleaved-deep"),
+    "Table 3. How tokens are chosen, and how many": ("mod-all", "random-all", "uniform-all", "all-0.1", "all-0.5",
+                                                     "mod", "random", "uniform"),
+    "Table A. What mu is, and what it scales": ("mod-all", "mod", *GATES),
+    "Table B. What lets the layers divide a crowd": ("mod-all", "own-choice", "long-turns", "compete", "at-once",
+                                                     "fast-routers"),
+}
+# What is compared with what, each line a family of its own. The first is the one that the study is made for.
+RIVALS = (
+    ("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full")),
+    ("mod", ("random", "uniform", "exit-2", "skip-2", "pool-4", "full")),
+    ("mod-all", ("mod", "even", "all-deep", "interleaved-deep")),
+    ("mod-all", tuple(name for name in GATES if name.startswith("all"))),
+    ("mod", tuple(name for name in GATES if name.startswith("mod"))),
+    ("mod-all", TABLES["Table B. What lets the layers divide a crowd"][1:]),
+)
 MEASURES = {
     "quality": COLUMNS["questions"],
     "one look": lambda run: run["kinds"].get("now"),
@@ -99,6 +114,8 @@ MEASURES = {
     **{column: COLUMNS[column] for column in ("narration", "speak", "silence", "free-running narration")},
     "steps to 0.9": lambda run: next((at["step"] for at in run["curve"] if at.get("questions", 0) >= 0.9), None),
 }
+MEANS = ("one look", "two looks", "silence")  # shown beside quality
+PLOTTED = (*TABLES["Table 1. Methods"], "random-all", "uniform-all")
 
 
 @dataclass(frozen=True)
@@ -179,28 +196,25 @@ def followed(crowd: np.ndarray, seen: np.ndarray, same: np.ndarray) -> list[floa
 
 
 def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarray:
-    """Which cells the layers keep, (layers, draws, cells): routers without weights as they choose; learned ones as many
-    sprites as there is room for, in turns, or the same in every layer if they choose `once`."""
-    draws, tokens = len(crowds), config.frame_tokens
-    rows, times, turn, layers = np.arange(draws)[:, None], torch.zeros(draws, tokens, dtype=torch.int), 0, []
-    pos = torch.arange(draws * tokens).view(draws, tokens)
+    """Which cells the layers keep, (layers, draws, cells). Routers without weights choose as they do. Of learned ones
+    the best is told: sprites come before all else, and among them those that were kept the least so far."""
+    draws, tokens, sprites = len(crowds), config.frame_tokens, crowds.shape[1]
+    pos, layers, routed = torch.arange(draws * tokens).view(draws, tokens), [], []
+    shows = torch.zeros(draws, tokens)
+    shows[np.arange(draws)[:, None], 1 + crowds] = 1 + torch.arange(sprites, 0, -1) / sprites  # token 0 is the CLS
     for layer, k in enumerate(config.keep_counts):
-        kept = np.zeros((draws, tokens), bool)
-        if k in (0, tokens) or config.select != "learned":
-            if 0 < k < tokens:
-                router = new_router(config, layer)
-                chosen = router(torch.zeros(draws, tokens, 1), pos, times if config.take_turns else None)[0].numpy()
-                kept[rows, chosen] = True
-                times += torch.from_numpy(kept)
-            else:
-                kept[:] = k > 0
-        else:
-            kept[:, -1] = config.keep_last  # whoever stands there
-            room = k - config.keep_last
-            places = np.arange(turn, turn + room) % crowds.shape[1] if room < crowds.shape[1] else slice(None)
-            kept[rows, 1 + crowds[:, places]] = True  # token 0 is the CLS
-            turn += 0 if once else room
-        layers.append(kept[:, 1:])
+        kept = torch.full((draws, tokens), k > 0)
+        if once and routed:
+            kept = routed[0]
+        elif 0 < k < tokens:
+            router, earlier = new_router(config, layer), routed[-config.take_turns:] if config.take_turns else []
+            if config.select == "learned":
+                scores = (shows - 2 * sum(one.float() for one in routed)).where(shows > 0, -tokens)
+                router.score = lambda *_, scores=scores: scores
+            chosen, *_ = router(shows[..., None], pos, sum(one.int() for one in earlier) if earlier else None)
+            kept = torch.zeros(draws, tokens, dtype=torch.bool).scatter(1, chosen, True)
+            routed.append(kept)
+        layers.append(kept[:, 1:].numpy())
     return np.stack(layers)
 
 
@@ -230,31 +244,23 @@ def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def heading(name: str) -> str:
-    """Of the table that a variant stands in."""
-    if name in UNDONE:
-        return "`mod-all` without one of the preset's choices"
-    data = VARIANTS[name].data
-    if "looks" in data:
-        return f"A third of the questions need two looks, {VARIANTS[name].train['steps']} steps"
-    return "Where answers do not repeat the name" if data else "Methods"
-
-
 def report(data: dict) -> str:
-    values, tables = data["values"], defaultdict(dict)
-    for name in values:
-        quality, cost = values[name]["quality"], data["costs"][name]
-        narration, silence = (mean_error(values[name][measure])[0] for measure in ("narration", "silence"))
-        tables[heading(name)][f"`{name}` {VARIANTS[name].title}"] = {
-            "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
-            "ceiling": f"{cost['ceiling']:.2f}" if cost["ceiling"] else "-",
-            "narration": f"{narration:.2f}", "silence": f"{silence:.3f}",
-            "FLOPs": f"{cost['flops']:.2f}", "training FLOPs": f"{cost['training flops']:.2f}"}
-    parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds after {data['steps']} steps, on "
-             f"{data['clips']} validation clips. Quality: questions answered right. Costs: of a stream of {LIVE} "
-             "frames with a question after every fourth, as a share of full computation.\n"]
-    for above, shown in tables.items():
-        parts += [f"{above}:\n", markdown(pd.DataFrame.from_dict(shown, orient="index"))]
+    values = data["values"]
+    parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds, on {data['clips']} validation clips. All "
+             f"begin with a decoder trained by full computation and are trained {data['steps']} steps more. Quality: "
+             f"questions answered right. FLOPs: of the decoder, in a stream of {LIVE} frames with a question after "
+             "every fourth, as a share of full computation.\n"]
+    for title, names in TABLES.items():
+        rows = {}
+        for name in (name for name in names if name in values):
+            quality, ceiling = values[name]["quality"], data["costs"][name]["ceiling"]
+            means = {measure: f"{mean_error(values[name][measure])[0]:.2f}" for measure in MEANS}
+            rows[f"`{name}` {VARIANTS[name].title}"] = {
+                "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
+                "ceiling": f"{ceiling:.2f}" if ceiling else "-", **means,
+                "FLOPs": f"{data['costs'][name]['flops']:.2f}", "seeds": len(quality)}
+        if rows:
+            parts += [f"**{title}**\n", markdown(pd.DataFrame.from_dict(rows, orient="index"))]
     for one, others in RIVALS:
         mine = values[one]["quality"] if one in values else {}
         there = {name: values[name]["quality"] for name in others if name in values}
@@ -268,8 +274,8 @@ def plot(data: dict, path: Path) -> None:
     """Quality against cost, with what each could reach."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    # Without those on another task, and those of the same cost; the best first, so that labels move down for others.
-    shown = {name: mean_error(found["quality"]) for name, found in data["values"].items() if heading(name) == "Methods"}
+    # The best first, so that labels move down for others.
+    shown = {name: mean_error(data["values"][name]["quality"]) for name in PLOTTED if name in data["values"]}
     labels: list[tuple[float, float]] = []
     for name, (mean, error) in sorted(shown.items(), key=lambda one: -one[1][0]):
         variant, cost = VARIANTS[name], data["costs"][name]

@@ -114,7 +114,8 @@ def equip(model: VideoLLM, kind: str) -> None:
             continue
         old = layer.router
         router = KINDS[kind](config.dim, config.frame_tokens, config.keep_ratios[number], number, config.gate)
-        router.keep_last, router.take_turns, layer.router = old.keep_last, old.take_turns and kind != "once", router
+        router.keep_last, router.take_turns = old.keep_last, 0 if kind == "once" else old.take_turns
+        layer.router = router
         if kind == "oracle":
             model.vit.register_forward_pre_hook(partial(tell, router, config.grid))
             continue
