@@ -44,9 +44,9 @@ PRESETS = {
     ),
     # More sprites than any routed layer keeps: here learned routing, chance and dropping can differ.
     "crowd": RelatedRun(
-        model=FieldModel(vocab_size=96, gate="sigmoid-read", keep_last=True, take_turns=1),
-        data=HarderData(frames=4, crowd=10, asks=6, looks=0.5, event_rate=0.5, question_rate=1.0),
-        train=TrainConfig(steps=1000, vit_steps=400, router_rate=0.1, dense_steps=450, narrow_steps=300),
+        model=FieldModel(vocab_size=96, gate="sigmoid-read", keep_last=True, take_turns=3),
+        data=HarderData(frames=4, crowd=10, asks=4, event_rate=0.5, question_rate=0.75),
+        train=TrainConfig(steps=900, vit_steps=400, router_rate=0.1, dense_steps=150, narrow_steps=250, save_every=300),
     ),
 }
 
