@@ -78,8 +78,14 @@ MEASURES: dict[str, Callable] = {
     "perplexity of text, merged": lambda run: run["text"]["merged"],
     "perplexity of text, adapters off": lambda run: run["text"]["off"],
 }
-COLOURS = {"full": "black", "mod-value": BLUE, "mod-update": VERMILION, "random": ORANGE, "uniform": GREEN,
-           "skip": PURPLE, "mod-all": SKY}
+# Colour and dashes of a variant's lines. Of a gate the colour says what mu scales, and dashes that mu is the score.
+LINES = {"full": ("black", "-"), "random": (ORANGE, "-"), "uniform": ("grey", "-"), "skip": (PURPLE, "-"),
+         "mod-all": (SKY, "-")}
+SCALED = {"value": BLUE, "update": VERMILION, "read": GREEN}
+LINES |= {gate_name(f"{mu}-{part}"): (colour, dashes) for part, colour in SCALED.items()
+          for mu, dashes in (("sigmoid", "-"), ("score", "--"))}
+RATIOS = {"time_ratio": ("MoD / full", BLUE), "transformers_to_full": ("transformers / full", "black"),
+          "transformers_to_mod": ("transformers / MoD", VERMILION)}
 
 
 @dataclass(frozen=True)
@@ -292,16 +298,19 @@ def plot(data: dict, path: Path) -> None:
         for name, runs in data["curves"].items():
             points = pd.DataFrame([point for run in runs.values() for point in run if measure in point])
             means = points.groupby("step")[measure].mean()
-            axis.plot(means.index, means, marker=".", color=COLOURS.get(name), label=name)
+            colour, dashes = LINES[name]
+            axis.plot(means.index, means, dashes, marker=".", color=colour, label=name)
         axis.set(title=measure, xlabel="training step", ylabel="share right, teacher-forced", ylim=(-0.02, 1.05))
     for name, found in ((data["inside"] or {}).get("distances") or {}).items():
-        axes[4].plot(range(len(found["text"])), np.array(found["text"], float), color=COLOURS.get(name), label=name)
+        colour, dashes = LINES[name]
+        axes[4].plot(range(len(found["text"])), np.array(found["text"], float), dashes, color=colour, label=name)
     axes[4].set(yscale="symlog", title="Before training: text tokens' distance to full computation", xlabel="layer",
                 ylabel="share of the norm")
-    for name, points in ((data["times"] or {}).get("streaming") or {}).items():
-        axes[5].plot([point["context"] for point in points], [1000 * point["seconds"] for point in points],
-                     marker="o", label=name)
-    axes[5].set(title="One more frame", xlabel="context (tokens of full computation)", ylabel="milliseconds")
+    points = (data["times"] or {}).get("points") or []
+    for ratio, (label, colour) in RATIOS.items() if points else ():
+        axes[5].plot([point["context"] for point in points], [point["frame"][ratio] for point in points], marker="o",
+                     color=colour, label=label)
+    axes[5].set(title="One more frame", xlabel="context (tokens of full computation)", ylabel="ratio of times")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_visible(axis.has_data())  # what is not measured yet has no panel

@@ -129,11 +129,9 @@ def times(flags: TimesFlags, config: RealRun) -> dict:
                   "saved_ratio": saved["mod-value"] / saved["full"]}
         whole = bench_training(machine, size, bar)
         points = bench_streaming(machine, size, bar)
-    latency = {name: [{"context": point["context"], "seconds": point["frame"]["seconds"][theirs]} for point in points]
-               for name, theirs in (("mod-value", "mod"), ("full", "full"), ("transformers", "transformers"))}
-    return {"device": machine.name, "dtype": machine.dtype_name, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "training": lora, "memory": memory, "all_weights": whole, "points": points,
-            "streaming": latency}
+    return {"device": machine.name, "gpu": machine.device != "cpu", "dtype": machine.dtype_name,
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "training": lora, "memory": memory,
+            "all_weights": whole, "points": points}
 
 
 def times_report(found: dict) -> str:
@@ -141,9 +139,9 @@ def times_report(found: dict) -> str:
     rows = {}
     for point in found["points"]:
         frame, held = point["frame"], point["kv_bytes"]
-        rows[f"{point['context']:,}"] = {
-            "full": f"{1000 * frame['seconds']['full']:.0f} ms", "MoD": f"{1000 * frame['seconds']['mod']:.0f} ms",
-            "transformers": f"{1000 * frame['seconds']['transformers']:.0f} ms",
+        absolute = {name: f"{1000 * frame['seconds'][theirs]:.0f} ms" for name, theirs in
+                    (("full", "full"), ("MoD", "mod"), ("transformers", "transformers"))}
+        rows[f"{point['context']:,}"] = (absolute if found["gpu"] else {}) | {
             "MoD / full": f"{frame['time_ratio']:.2f}", "FLOPs": f"{frame['flop_ratio']:.2f}",
             "bytes read": f"{frame['read_ratio']:.2f}", "KV cache": f"{held['mod'] / held['full']:.2f}",
             "transformers / full": f"{frame['transformers_to_full']:.2f}",
