@@ -14,8 +14,8 @@ from mod.related.data import HARDER_WORDS, HarderData, harder, make_clip, words_
 from mod.related.world import WORLD, build
 
 MODEL = ModelConfig()
-CROWDS = st.builds(HarderData, frames=st.integers(1, 5), crowd=st.integers(1, MOST), asks=st.integers(1, 6),
-                   looks=st.sampled_from([0.0, 0.5, 1.0]), later=st.sampled_from([0.0, 0.5, 1.0]), echo=st.booleans(),
+CROWDS = st.builds(HarderData, frames=st.integers(1, 5), crowd=st.integers(1, MOST), shapes=st.sampled_from([0, 4]),
+                   asks=st.integers(1, 6), looks=st.sampled_from([0.0, 0.5, 1.0]), later=st.sampled_from([0.0, 0.5, 1.0]), echo=st.booleans(),
                    ahead=st.sampled_from([0.0, 1.0]))
 SEEDS = st.integers(0, 1000)
 
@@ -36,6 +36,7 @@ def test_everybody_is_there_in_a_cell_of_its_own_and_one_at_a_time_leaves_a_trai
         cells = [place[:2] for place in now.values()]
         trails = {name: place[3] for name, place in now.items() if place[3]}
         assert len(now) == data.crowd == len(set(cells)) and set(now) <= set(NAME_WORDS)
+        assert len({name.split("-")[1] for name in now}) <= (data.shapes or -(-data.crowd // len(COLOURS)))
         assert len(trails) == bool(narrated) and not set(trails.values()) & set(cells)
         for name, trail in trails.items():
             assert trail == before[name][:2] and narrated == f"moves {name} {SIDES[now[name][1]]}"
@@ -121,6 +122,8 @@ def test_the_preset_runs_and_its_words_come_after_the_others():
     ({"crowd": MOST + 1}, f"crowd must be at most {MOST}, got {MOST + 1}"),
     ({"crowd": 5, "sparks": 0.5}, "without drift, sparks, landmark and wide"),
     ({"crowd": -1}, "crowd must be at least 0"),
+    ({"crowd": 10, "shapes": 1}, "crowd must be at most 6 of 1 shapes, got 10"),
+    ({"crowd": 10, "shapes": 5}, "shapes must be at most 4, got 5"),
     ({"looks": 1.5}, "looks must be from 0 to 1"),
 ])
 def test_what_cannot_be_shown_is_refused(changes, told):

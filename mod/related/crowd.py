@@ -5,6 +5,7 @@ what matters. Sometimes one of them leaves a trail where it was. That is narrate
 it is now, "moves red-disc left". Nobody asks about it then. How hard it is, is told by numbers:
 
     crowd   sprites in a frame
+    shapes  how many shapes they have; the more, the fewer a leader is among, and the easier it is guessed and learned
     asks    questions after a frame, each about another sprite
     looks   share of questions that need two look-ups: "where is the leader of the red-disc ?"
     echo    do answers repeat the name?
@@ -53,8 +54,7 @@ class CrowdScene(Scene):
         rng, cells = self.rng, [divmod(cell, CELLS) for cell in range(CELLS * CELLS)]
         mover = None
         if not self.sprites:
-            # As few shapes as the crowd needs: among few of its shape a leader would be guessed.
-            shapes = rng.permutation(SHAPES)[: math.ceil(self.config.crowd / len(COLOURS))]
+            shapes = rng.permutation(SHAPES)[: self.config.shapes or math.ceil(self.config.crowd / len(COLOURS))]
             names = [name for name in NAMES if name[1] in shapes]
             self.sprites = [Member(*names[number], row=-1, column=-1, jitter=(0, 0))
                             for number in rng.permutation(len(names))[: self.config.crowd]]

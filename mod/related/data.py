@@ -65,6 +65,7 @@ class HarderData(DataConfig):
     landmark: float = 0.0  # chance that a clip has a landmark: a question then asks on which side of it the sprite is
     wide: float = 0.0  # chance that a clip's frames are twice as wide as high
     crowd: int = 0  # sprites in every frame of a crowd; 0: no crowd
+    shapes: int = 0  # shapes of a crowd, so that a leader is one of fewer; 0: as few shapes as the crowd needs
     asks: int = 4  # questions after a frame of a crowd
     looks: float = 0.0  # share of a crowd's questions that need two look-ups
     later: float = 0.0  # share of a crowd's questions about its first frame
@@ -72,8 +73,12 @@ class HarderData(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, {"crowd": 0, "asks": 1}, ("drift", "sparks", "ahead", "landmark", "wide", "looks", "later"))
+        shares = ("drift", "sparks", "ahead", "landmark", "wide", "looks", "later")
+        check(self, {"crowd": 0, "shapes": 0, "asks": 1}, shares)
         require(self.crowd <= MOST, f"crowd must be at most {MOST}, got {self.crowd}")
+        most = self.shapes * len(COLOURS) if self.shapes else MOST
+        require(self.shapes <= len(SHAPES), f"shapes must be at most {len(SHAPES)}, got {self.shapes}")
+        require(self.crowd <= most, f"crowd must be at most {most} of {self.shapes} shapes, got {self.crowd}")
         alone = not (self.drift or self.sparks or self.landmark or self.wide)
         require(not self.crowd or alone, f"crowd got {self.crowd}, which goes without drift, sparks, landmark and wide")
 

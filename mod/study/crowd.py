@@ -52,11 +52,11 @@ PRESET = WORLD.presets["crowd"]
 # one language model.
 START = Variant("full computation, with which all others begin", {"layers": "none"}, train={"steps": 900})
 BASE = replace(PRESET, model=replace(PRESET.model, take_turns=1),
-               data=replace(PRESET.data, looks=0.5, asks=6, question_rate=1.0),
+               data=replace(PRESET.data, looks=0.5, shapes=3, asks=6, question_rate=0.9),
                train=replace(PRESET.train, steps=300, dense_steps=20, narrow_steps=150, save_every=150))
 # Back to the preset, one look and from scratch.
 SCRATCH = {part: {name: getattr(getattr(PRESET, part), name) for name in names} for part, names in (
-    ("data", ("looks", "asks", "question_rate")), ("train", ("steps", "dense_steps", "narrow_steps", "save_every")))}
+    ("data", ("looks", "shapes", "asks", "question_rate")), ("train", ("steps", "dense_steps", "narrow_steps", "save_every")))}
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 VARIANTS = {
@@ -188,7 +188,8 @@ def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000
         one = np.where(np.delete(known, told), 1, sides.max() / sides.sum()).mean()
         two = [one]
         if data.looks:
-            shapes = rng.permutation(len(COLOURS) * math.ceil(data.crowd / len(COLOURS)))[: data.crowd] // len(COLOURS)
+            kinds = data.shapes or math.ceil(data.crowd / len(COLOURS))
+            shapes = rng.permutation(len(COLOURS) * kinds)[: data.crowd] // len(COLOURS)
             same = [np.flatnonzero(shapes == shape) for shape in set(shapes)]
             two = [found for those in same for found in followed(crowd, seen, those)] or two
         right += (1 - data.looks) * one + data.looks * sum(two) / len(two)
