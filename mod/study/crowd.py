@@ -56,7 +56,8 @@ BASE = replace(PRESET, model=replace(PRESET.model, take_turns=1),
                train=replace(PRESET.train, steps=300, dense_steps=20, narrow_steps=150, save_every=150))
 # Back to the preset, one look and from scratch.
 SCRATCH = {part: {name: getattr(getattr(PRESET, part), name) for name in names} for part, names in (
-    ("data", ("looks", "shapes", "asks", "question_rate")), ("train", ("steps", "dense_steps", "narrow_steps", "save_every")))}
+    ("data", ("looks", "shapes", "asks", "question_rate")),
+    ("train", ("steps", "dense_steps", "narrow_steps", "save_every")))}
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 VARIANTS = {
