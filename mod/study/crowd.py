@@ -73,6 +73,7 @@ VARIANTS = {
     "random": Variant("interleaved, by chance", ODD | {"select": "random"}),
     "uniform": Variant("interleaved, evenly spread", ODD | {"select": "uniform"}),
     "all-0.1": Variant("all layers, learned, r = 0.1", ALL | {"keep_ratio": 0.1}),
+    "all-0.3": Variant("all layers, learned, r = 0.3", ALL | {"keep_ratio": 0.3}),
     "all-0.5": Variant("all layers, learned, r = 0.5", ALL | {"keep_ratio": 0.5}),
     "drop": Variant("dropping: one learned choice for all layers", ALL, "once"),
     "pool": Variant("pooling to 1 + 2×2 tokens", {"layers": "none", "grid": 2}),
@@ -102,10 +103,11 @@ VARIANTS = {name: replace(one, start="" if name == "dense" or "scratch" in name 
 GATES = [name for name, variant in VARIANTS.items() if "gate" in variant.model]
 # The first three are named as the paper's are.
 TABLES = {
-    "Table 1. Methods": ("full", "mod-all", "mod", "exit", "exit-2", "skip", "skip-2", "pool", "pool-4", "drop"),
+    "Table 1. Methods": ("dense", "full", "mod-all", "mod", "exit", "exit-2", "skip", "skip-2", "pool", "pool-4",
+                         "drop"),
     "Table 2. Which layers are routed": ("full", "mod-all", "mod", "even", "all-deep", "interleaved-deep"),
-    "Table 3. How tokens are chosen, and how many": ("mod-all", "random-all", "uniform-all", "all-0.1", "all-0.5",
-                                                     "mod", "random", "uniform"),
+    "Table 3. How tokens are chosen, and how many": ("mod-all", "random-all", "uniform-all", "all-0.1", "all-0.3",
+                                                     "all-0.5", "mod", "random", "uniform"),
     "Table A. What mu is, and what it scales": ("mod-all", "mod", *GATES),
     "Table B. What lets the layers divide a crowd": ("mod-all", "own-choice", "long-turns", "compete", "at-once",
                                                      "fast-routers"),
@@ -270,7 +272,7 @@ def report(data: dict) -> str:
         rows = {}
         for name in (name for name in names if name in values):
             quality, ceiling = values[name]["quality"], data["costs"][name]["ceiling"]
-            means = {measure: f"{mean_error(values[name][measure])[0]:.2f}" for measure in MEANS}
+            means = {measure: f"{mean_error(values[name][measure])[0]:.2f}".replace("nan", "-") for measure in MEANS}
             rows[f"`{name}` {VARIANTS[name].title}"] = {
                 "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
                 "ceiling": f"{ceiling:.2f}" if ceiling else "-", **means,
