@@ -38,7 +38,7 @@ def cut(answer) -> str:
             looks_like(got, rearrange(frame, pattern, p=p, q=p), hint)
         looks_like(
             got, rearrange(frame, "c (p h) (q w) -> (h w) (c p q)", p=p, q=p),
-            "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes every so many-th pixel.",
+            "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes pixels that are h apart.",
         )
         looks_like(
             got, frame.reshape(-1, 3 * p * p),
@@ -144,7 +144,7 @@ def news(answer) -> str:
     tiles = torch.cat((fading, jump, mixed, pixel, two), 1)
     given = tiles.clone()
     got = something(answer(given, 0.25), "news(tiles, threshold)")
-    same(given, tiles, "tiles after your function (work on a copy)")
+    same(given, tiles, "Your function changed tiles. Work on a copy: tiles afterwards")
     looks_like(
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
