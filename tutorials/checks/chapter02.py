@@ -14,6 +14,7 @@ from . import Wrong, exercise, looks_like, same, something
     ("def speaks(logits, eos, threshold):\n    return logits.sigmoid()[..., eos] < threshold", "softmax"),
     ("def speaks(logits, eos, threshold):\n    return logits.softmax(0)[..., eos] < threshold", "the last axis"),
     ("def speaks(logits, eos, threshold):\n    return 1 - logits.softmax(-1)[..., eos] > threshold", "*not* staying silent"),
+    ("def speaks(logits, eos, threshold):\n    return logits.softmax(-1)[..., eos] <= threshold", "at least θ"),
 )
 def speaks(answer) -> str:
     logits = 2 * torch.randn(4, 50, 6)
@@ -21,15 +22,17 @@ def speaks(answer) -> str:
         p = logits.softmax(-1)[..., eos]
         got = something(answer(logits, eos, threshold), "speaks(...)")
         for mistake, hint in (
-            (logits.softmax(0)[..., eos] < threshold, "The softmax goes over the vocabulary, the last axis, not the first."),
+            (logits.softmax(0)[..., eos] < threshold, "Take the softmax over the vocabulary, the last axis, not the first."),
             (logits.argmax(-1) != eos, "It speaks when <eos> is not the likeliest token, whatever the threshold is."),
             (1 - p > threshold, "You compare the chance of *not* staying silent with the threshold; the rule is p(eos) < θ."),
             (p > threshold, "The other way round: speak when silence is *less* likely than the threshold."),
-            (logits[..., eos] < threshold, "Logits are no probabilities: take the softmax over the vocabulary first."),
+            (logits[..., eos] < threshold, "Logits are not probabilities: take the softmax over the vocabulary first."),
             (logits.sigmoid()[..., eos] < threshold, "A sigmoid ignores all other tokens; the softmax weighs <eos> against them."),
         ):
             looks_like(got, mistake, hint)
         same(got, p < threshold, f"speaks(logits, {eos}, {threshold})")
+    if something(answer(torch.zeros(1, 4), 0, 0.25), "speaks(...)").any():  # p is 1/4 exactly
+        raise Wrong("At p(eos) = θ it speaks. The model is silent when p(eos) is at least θ: < instead of <=.")
     return "Right: one line decides whether a model talks."
 
 
