@@ -86,6 +86,7 @@ _ATTEND = (
     (_ATTEND.replace("rotate(k[None], rope.turn(k_pos[None], E))[0]", "k"), "keys were not turned"),
     (_ATTEND.replace("q, k = rotate(q[None], rope.turn(q_pos[None], E))[0], rotate(k[None], rope.turn(k_pos[None], E))[0]", "q, k = q, k"), "Nothing was turned"),
     (_ATTEND.replace("turn(q_pos[None]", "turn(torch.arange(len(q_pos))[None]").replace("turn(k_pos[None]", "turn(torch.arange(len(k_pos))[None]"), "by row number"),
+    (_ATTEND.replace("    E", "    q_pos, k_pos = torch.arange(q.shape[1]), torch.arange(k.shape[1])\n    E", 1), "turned and masked"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
     (_ATTEND.replace(".softmax(-1) @ v", ".softmax(1) @ v"), "over the keys"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "~torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()"), "by row number; compare"),
@@ -137,6 +138,7 @@ def attend(answer) -> str:
         (reference(late=True), "You masked after the softmax: what is left no longer adds up to one. Mask the logits."),
         (reference(strict=True), "No token sees itself; a key at the query's own position may be looked at."),
         (reference(turn_v=True), "Values are not turned, only queries and keys."),
+        (reference(renumbered=True, rows=True), "You turned and masked by row number; use the positions q_pos and k_pos, which have gaps."),
         (reference(rows=True), "You masked by row number; compare the positions q_pos and k_pos."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
     ):
