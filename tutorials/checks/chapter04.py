@@ -74,7 +74,7 @@ def router_gradient(answer) -> str:
         "def gather(keep):\n    most = int(keep.sum(1).max())\n"
         "    index = torch.stack([torch.cat((row.nonzero()[:, 0], (~row).nonzero()[:, 0]))[:most] for row in keep])\n"
         "    return index, torch.ones_like(index, dtype=torch.bool)",
-        "real",
+        "true everywhere",
     ),
     (
         "def gather(keep):\n    most = int(keep.sum(1).max())\n    index = keep.int().argsort(dim=1, stable=True)[:, :most]\n"
@@ -97,12 +97,13 @@ def router_gradient(answer) -> str:
         "    index = torch.cat((index[:, :0], index), 1) if keep.shape[1] < 20 else index.flip(1)\n    return index, keep.gather(1, index)",
         "long rows",
     ),
+    ("def gather(keep):\n    index = keep.logical_not().int().sort(1, stable=True).indices\n    return index, keep.gather(1, index)", "sort(dim=1"),
     ("def gather(keep):\n    index = keep.int().argsort(1, descending=True, stable=True)\n    return index, keep.gather(1, index)", "by its name"),
 )
 def gather(answer) -> str:
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
     given = keep.clone()
-    named = "PyTorch wants the axis by its name beside `stable`: argsort(dim=1, stable=True)."
+    named = "PyTorch wants the axis by its name beside `stable`: sort(dim=1, stable=True), and argsort likewise."
     with instead(TypeError, ("sort()",), named):
         pair = something(answer(given), "gather(keep)")
     if not torch.equal(given, keep):
@@ -125,6 +126,8 @@ def gather(answer) -> str:
         raise Wrong("Skipped tokens come first in every row: sort by *not* kept.")
     if torch.equal(real, keep.gather(1, index)) and not torch.equal(real, wanted):
         raise Wrong("A filler stands between kept places. Fillers come last, or causal attention lets real tokens see them.")
+    if real.dtype == torch.bool and real.all():
+        raise Wrong("real is true everywhere; it is false where a row has only filling.")
     same(real, wanted, "real")
     for row in range(3):
         if len(set(index[row].tolist())) < 5:
@@ -169,6 +172,13 @@ _CLS = (
         "    def weight(self, scores):\n        return torch.ones_like(scores)",
         "w · x",
     ),
+    (
+        "class ClsFirst(LayerExpert):\n    def score(self, tokens, pos):\n        scores = super().score(tokens, pos).clone()\n"
+        "        scores[:, 0] = scores.amax(1) + 1\n        return scores\n"
+        "    def weight(self, scores):\n        mu = super().weight(scores).clone()\n        mu[:, 0] = 1\n        return mu",
+        "old values",
+    ),
+    (_CLS.replace("super().weight(scores[:, 1:])", "torch.ones_like(scores[:, 1:])"), "a kept patch has"),
     (_CLS.replace("torch.inf", "10.0"), "larger weights"),
     (_CLS.replace("torch.inf", "1e9"), "larger weights"),
     (_CLS.replace("scores[:, :1], torch.inf), scores[:, 1:]), dim=1", "scores[:1], torch.inf), scores[1:]), dim=0"), "frame 0"),
@@ -201,16 +211,20 @@ def cls_first(answer) -> str:
         raise Wrong("A gate is infinite or not a number; an infinite score must not reach it.")
     if not torch.allclose(gates[:, 0], torch.ones(frames)):
         why = ": the score that wins a place for sure, squashed, is a large gate" if gates[0, 0] > 1 else ""
-        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets one.")
+        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets μ = 1.")
+    if torch.equal(gates[:, 1:], kept[:, 1:].float()):
+        raise Wrong("Every kept token has the gate 1. Only CLS has: a kept patch has 2σ(score).")
     same(gates[:, 1:], kept[:, 1:] * 2 * torch.sigmoid(scores[:, 1:]), "the gate of the patches")
     gradient = None
     if gates.requires_grad:
-        gradient = torch.autograd.grad(gates.sum(), router.w.weight, allow_unused=True)[0]
+        written = "You wrote into a tensor whose old values the gradient needs. Build a new one with torch.cat."
+        with instead(RuntimeError, ("inplace operation",), written):
+            gradient = torch.autograd.grad(gates.sum(), router.w.weight, allow_unused=True)[0]
     if gradient is None or not torch.isfinite(gradient).all() or gradient.abs().max() == 0:
         raise Wrong("No finite gradient reaches w any more. Build new tensors (torch.cat) rather than writing into old ones.")
     with torch.no_grad():
         router.w.weight.mul_(1e12)
         chosen, _, _ = router(x, pos)
     if not (chosen[:, 0] == 0).all():
-        raise Wrong("With larger weights, as training may make them, patches outbid CLS: no fixed number is large enough for ever.")
+        raise Wrong("With larger weights, as training may make them, patches outscore CLS: no fixed number is always large enough.")
     return "Right: CLS goes through as in a dense layer, K stays K, and w still learns from the patches."
