@@ -79,11 +79,11 @@ def routed(answer) -> str:
     with instead(RuntimeError, ("must match the size",), shapes):
         got = something(answer(given, kept, mu, f), "routed(...)")
     if not torch.equal(given, x):
-        raise Wrong("It changed its input x. Work on x.clone(): the student after you may still need x.")
+        raise Wrong("It changed its input x. Work on x.clone(): the caller may still need x.")
     if isinstance(got, torch.Tensor) and got.shape == short.shape:
         raise Wrong("Only the kept tokens come back. The skipped ones are left out, but they go on to the next layer.")
     mistakes = {
-        "f was given all tokens, so the kept ones saw the skipped tokens. Hand f only x[kept]: that is the saving.":
+        "f was given all tokens, so the kept ones saw the skipped tokens. Give f only x[kept]: that is the saving.":
             mu[kept, None] * double(x)[kept] + x[kept],
         "mu multiplies the token itself, too. Put x[kept] outside the product: h + mu · f(h).":
             mu[kept, None] * (x[kept] + short),
@@ -104,7 +104,7 @@ def routed(answer) -> str:
     if len(seen) != 1:
         raise Wrong(f"The numbers are right, but f was called {len(seen)} times; once is enough: that is the saving.")
     if seen != [3]:
-        raise Wrong(f"The numbers are right, but f was given {seen[0]} tokens, zeros included; hand it x[kept]: that is the saving.")
+        raise Wrong(f"The numbers are right, but f was given {seen[0]} tokens, zeros included; give it x[kept]: that is the saving.")
     return "Right: kept tokens are updated, skipped ones are the same bits as before, and f saw three tokens, not six."
 
 

@@ -150,11 +150,11 @@ def news(answer) -> str:
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
     )
     first = torch.cat((torch.ones(1, 5, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
-    looks_like(got, first, "You compare with the first frame for ever: what has changed once stays news. Update it when it is new.")
+    looks_like(got, first, "You always compare with the first frame, so what has changed once stays news. Update a patch when it is new.")
     for mistake, hint in (
         ({"measure": lambda gap: gap.mean(-1).abs()}, "Brighter and darker pixels cancel each other in your mean: take the absolute value before the mean."),
         ({"measure": lambda gap: gap.mean(-1)}, "Darker counts as well: take the absolute value of the difference."),
-        ({"measure": lambda gap: gap.square().mean(-1).sqrt()}, "That is the root of the mean square, which weighs large differences more; asked for is the mean of their sizes."),
+        ({"measure": lambda gap: gap.square().mean(-1).sqrt()}, "That is the root of the mean square, which weighs large differences more; the exercise asks for the mean of their sizes."),
         ({"measure": lambda gap: gap.abs().amax(-1)}, "One pixel decides in yours; the mean over the patch should."),
         ({"first": False}, "In the first frame everything is new."),
         ({"whole": True}, "Each patch has a memory of its own: remember anew only the patches that are new, not the whole frame."),

@@ -77,13 +77,13 @@ def decisions(answer) -> str:
     if not isinstance(got, (list, tuple)) or len(got) != 7:
         raise Wrong(f"decisions(7, said) is {got!r}, expected a list with one entry for each of the 7 frames.")
     if got[6] is None and got[1] == "silent":
-        raise Wrong("Frame 6 is silent, but what was said before the first frame (its frame is -1) has landed there: out[-1] is the last place.")
+        raise Wrong("Frame 6 is silent, but what was said before the first frame (its frame is -1) has landed there: out[-1] is the last entry.")
     for t in (1, 4, 6):
         if got[t] != "silent":
             raise Wrong(f"Frame {t}: nobody speaks, so the label is <eos>: expected 'silent', got {got[t]!r}.")
     for t in (2, 5):
         if got[t] is not None:
-            raise Wrong(f"Frame {t}: the user speaks first there, so nobody decides anything; expected None, got {got[t]!r}.")
+            raise Wrong(f"Frame {t}: the user speaks first there, so there is nothing to decide; expected None, got {got[t]!r}.")
     if got[3] != "speak":
         raise Wrong(f"Frame 3: the assistant narrates first, then the user asks; the decision was to speak, got {got[3]!r}.")
     same(list(got), want, "decisions(7, said)")

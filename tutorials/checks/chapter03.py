@@ -33,17 +33,17 @@ def turned_back(answer) -> str:
     k, want, rows = turned(raw, pos), turned(raw, pos - d), torch.arange(5)
     got = something(answer(k.clone(), d), "turned_back(k, d)")
     for mistake, hint in (
-        (k, "The keys came back as they came: each is to be turned once more, by the angles of position -d."),
+        (k, "The keys came back as they came: turn each once more, by the angles of position -d."),
         (turned(raw, pos + d), "You turned the keys forward, to positions p + d; back is a turn by -d."),
-        (turned(k, rows - d), "You turned each key by another amount. All stood too far by d, so all are turned by the same: -d."),
-        (turned(k, -rows), "You turned by row numbers. Where a key stands is in it already; all are turned by -d."),
+        (turned(k, rows - d), "You turned each key by a different amount. All stand d positions too far, so all are turned by the same: -d."),
+        (turned(k, -rows), "You turned by row numbers. Each key already contains its position; turn all by -d."),
         (apart(k), "You paired neighbours, entries 0 and 1, 2 and 3. Here entry i turns with entry i + E/2."),
     ):
         looks_like(got, mistake, hint)
     for base in (100.0, 500.0, 1000.0, 500_000.0):
         looks_like(got, turned(k, torch.full((5,), -d), Rope(base)), "Another base: `Rope()` has the one that these keys were turned with.")
     same(got, want, "turned_back(k, d)")
-    return "Right, and nobody had to say where the keys stood. Chapter 5 does this when a stream forgets."
+    return "Right, and you did not need to know where the keys stood. Chapter 5 does this when a stream forgets."
 
 
 @exercise(

@@ -36,9 +36,9 @@ def router_gradient(answer) -> str:
         ((slope * d) @ x, "All tokens count here; the skipped tokens' gates do nothing, whatever slope says of them: only those kept."),
         ((kept * slope) @ x, "This is the update gate's, where the gate is the score itself. Here the gate is 2σ(s), with a slope of its own."),
         ((kept * slope * d / 2) @ x, "The value gate is twice the logistic function; its derivative is twice as large, too."),
-        ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; asked for is its derivative, 2σ(s)(1 - σ(s))."),
+        ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; multiply by its derivative, 2σ(s)(1 - σ(s))."),
         ((kept * slope * d).sum() * x.mean(0), "Each token's slope belongs to its own token: multiply with x_n first, then add up."),
-        (each, "These are the parts of each token, (N, D). Add them up: one w has to please all."),
+        (each, "These are the parts of each token, (N, D). Add them up: all tokens share one w."),
         ((kept * slope * 2 * gate * (1 - 2 * gate)) @ x, "σ(1 - σ) is the derivative of the logistic function, not of the gate: with μ = 2σ it is μ(1 - μ/2)."),
         ((kept * slope * 2 * s * (1 - s)) @ x, "σ is the logistic function of the score, not the score itself."),
         (each.sum(1), "You added up over the D entries of each token; add up over tokens, (D,)."),
@@ -112,7 +112,7 @@ def gather(answer) -> str:
         raise Wrong(f"gather gives a {type(pair).__name__}, expected two tensors: index and real.")
     index, real = (something(each, f"{name} of gather(keep)") for each, name in zip(pair, ("index", "real"), strict=True))
     if not isinstance(index, torch.Tensor) or not isinstance(real, torch.Tensor):
-        raise Wrong("index and real are to be tensors; torch.stack makes one of the rows' tensors.")
+        raise Wrong("index and real must be tensors; torch.stack joins the rows' tensors into one.")
     if index.shape == (3, 1):
         raise Wrong("K is the number of the row that keeps fewest, so the others lose kept tokens. Take the most of any row.")
     if index.shape != (3, 5):
@@ -142,8 +142,8 @@ def gather(answer) -> str:
     found, _ = answer(wide.clone())
     for row in range(3):
         if found[row, : int(wide[row].sum())].tolist() != wide[row].nonzero()[:, 0].tolist():
-            raise Wrong("It is right for rows of six, but in long rows the kept places are not in order: a sort that is not stable mixes equals up.")
-    return "Right: kept places first and in order, then places that nobody needs, none of them twice."
+            raise Wrong("It is right for rows of six, but in long rows the kept places are not in order: a sort that is not stable may reorder equal values.")
+    return "Right: kept places first and in order, then unused places, none of them twice."
 
 
 _CLS = (
@@ -196,7 +196,7 @@ def cls_first(answer) -> str:
     x, pos = torch.randn(frames, n, 8), torch.arange(frames * n).view(frames, n)
     chosen, mu, _ = router(x, pos)
     if chosen.shape != (frames, k) or mu.shape != (frames, k):
-        raise Wrong(f"A frame keeps {chosen.shape[1]} tokens where K is {k}. CLS comes in beside the K best; it is to take one of the K places.")
+        raise Wrong(f"A frame keeps {chosen.shape[1]} tokens where K is {k}. CLS comes in beside the K best; it must take one of the K places.")
     kept = torch.zeros(frames, n, dtype=torch.bool).scatter(1, chosen, True)
     gates = torch.zeros(frames, n).scatter(1, chosen, mu)  # of the kept tokens, 0 elsewhere
     scores = (x @ router.w.weight[0]).detach()

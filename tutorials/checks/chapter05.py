@@ -116,7 +116,7 @@ def sound(answer) -> str:
     if len(free) == 4:
         raise Wrong("Everything passes, whatever is wrong with it: stream, and compare with offline and with lengths.")
     if {"renumbered", "masked by index"} <= set(free):
-        raise Wrong("Caches that renumber or mask by index pass. Counts alone do not show them: compare the logits with offline; or do you compare too few of them? Bugs wait for the first gap.")
+        raise Wrong("Caches that renumber or mask by index pass. Counts alone do not show them: compare the logits with offline; or do you compare too few of them? Bugs show from the first gap on.")
     if "no past" in free:
         raise Wrong("A cache that never looks back passes: fed in one chunk, a stream has no past to get wrong. Cut it.")
     if "masked by index" in free:
@@ -184,7 +184,7 @@ def try_out(answer) -> str:
             "They were all fed at one position; they stand one after the other.": logits(position, cache, 0),
             "They were fed one by one, all at one position; the position rises by one with each.": one_by_one(),
             "These are probabilities. Logits are asked for, as the model gives them.": want.softmax(-1),
-            "They were fed without the past: hand over the cache.": logits(position, None),
+            "They were fed without the past: pass the cache.": logits(position, None),
         }
         got = something(answer(model, cache, position, list(ids)), "try_out(...)")
         after = cache.entries()
