@@ -23,9 +23,9 @@ def tokens_kept(answer) -> str:
         except (TypeError, ValueError, RuntimeError):
             raise Wrong(f"tokens_kept({r}, {n}) is {got!r}, expected a number.") from None
         if not got.is_integer():
-            raise Wrong(f"tokens_kept({r}, {n}) is {got:g}, which is no whole number: nobody keeps part of a token.")
+            raise Wrong(f"tokens_kept({r}, {n}) is {got:g}, which is not a whole number: a layer cannot keep part of a token.")
         if got != want and got == want - 1:
-            raise Wrong(f"tokens_kept({r}, {n}) is {got:g}; the product {r * n:g} is to be rounded up, to {want}.")
+            raise Wrong(f"tokens_kept({r}, {n}) is {got:g}; the product {r * n:g} must be rounded up, to {want}.")
         same(got, want, f"tokens_kept({r}, {n})")
     return "Right: the smallest whole number that is not below r·n, so at least one token stays."
 
@@ -79,11 +79,11 @@ def routed(answer) -> str:
     with instead(RuntimeError, ("must match the size",), shapes):
         got = something(answer(given, kept, mu, f), "routed(...)")
     if not torch.equal(given, x):
-        raise Wrong("It changed its input x. Work on x.clone(): the student after you may still need x.")
+        raise Wrong("It changed its input x. Work on x.clone(): the caller may still need x.")
     if isinstance(got, torch.Tensor) and got.shape == short.shape:
         raise Wrong("Only the kept tokens come back. The skipped ones are left out, but they go on to the next layer.")
     mistakes = {
-        "f was given all tokens, so the kept ones saw the skipped tokens. Hand f only x[kept]: that is the saving.":
+        "f was given all tokens, so the kept ones saw the skipped tokens. Give f only x[kept]: that is the saving.":
             mu[kept, None] * double(x)[kept] + x[kept],
         "mu multiplies the token itself, too. Put x[kept] outside the product: h + mu · f(h).":
             mu[kept, None] * (x[kept] + short),
@@ -91,7 +91,7 @@ def routed(answer) -> str:
         "f mixes tokens: call it once with all kept tokens, not once for each.":
             x[kept] + mu[kept, None] * torch.cat([double(x[n][None]) for n in kept]),
         "The kept token itself is missing: h + mu · f(h), not mu · f(h).": mu[kept, None] * short,
-        "mu belongs to the places of the frame; take those of the kept tokens, mu[kept].": x[kept] + mu[:3, None] * short,
+        "mu has one entry per token of the frame; take those of the kept tokens, mu[kept].": x[kept] + mu[:3, None] * short,
     }
     for hint, rows in mistakes.items():
         wrong = x.clone()
@@ -104,7 +104,7 @@ def routed(answer) -> str:
     if len(seen) != 1:
         raise Wrong(f"The numbers are right, but f was called {len(seen)} times; once is enough: that is the saving.")
     if seen != [3]:
-        raise Wrong(f"The numbers are right, but f was given {seen[0]} tokens, zeros included; hand it x[kept]: that is the saving.")
+        raise Wrong(f"The numbers are right, but f was given {seen[0]} tokens, zeros included; give it x[kept]: that is the saving.")
     return "Right: kept tokens are updated, skipped ones are the same bits as before, and f saw three tokens, not six."
 
 
@@ -131,6 +131,8 @@ def routed(answer) -> str:
         "import math\ndef cache_entries(keep, frames, n, text):\n    return [math.ceil(r * (n * frames + text)) for r in keep]",
         "through the router as well",
     ),
+    ("def cache_entries(keep, frames, n, text):\n    return [int(r * n) * frames + text for r in keep]", "rounded down"),
+    ("def cache_entries(keep, frames, n, text):\n    return [r * n * frames + text for r in keep]", "whole tokens"),
 )
 def cache_entries(answer) -> str:
     keep, frames, n, text = (1.0, 0.2, 1.0, 0.2), 8, 26, 27
@@ -146,6 +148,8 @@ def cache_entries(answer) -> str:
             [math.ceil(r * (n * frames + text)) for r in keep],
         "The text is missing: every text token leaves an entry in every layer, too.":
             [math.ceil(r * n) * frames for r in keep],
+        "You rounded down: a layer keeps ⌈r·n⌉ tokens of a frame, rounded up.": [math.floor(r * n) * frames + text for r in keep],
+        "A layer keeps whole tokens: round r·n up for each frame, then multiply.": [r * n * frames + text for r in keep],
     }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint)

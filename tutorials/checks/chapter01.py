@@ -38,7 +38,7 @@ def cut(answer) -> str:
             looks_like(got, rearrange(frame, pattern, p=p, q=p), hint)
         looks_like(
             got, rearrange(frame, "c (p h) (q w) -> (h w) (c p q)", p=p, q=p),
-            "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes every so many-th pixel.",
+            "The order in the bracket counts: (h p) is h blocks of p pixels each, (p h) takes pixels that are h apart.",
         )
         looks_like(
             got, frame.reshape(-1, 3 * p * p),
@@ -144,17 +144,17 @@ def news(answer) -> str:
     tiles = torch.cat((fading, jump, mixed, pixel, two), 1)
     given = tiles.clone()
     got = something(answer(given, 0.25), "news(tiles, threshold)")
-    same(given, tiles, "tiles after your function (work on a copy)")
+    same(given, tiles, "Your function changed tiles. Work on a copy: tiles afterwards")
     looks_like(
         got, _news(tiles, 0.25, previous=True),
         "You compare with the frame before, so a light that fades slowly is never news, until it is out.",
     )
     first = torch.cat((torch.ones(1, 5, dtype=torch.bool), (tiles[1:] - tiles[:1]).abs().mean(-1) > 0.25))
-    looks_like(got, first, "You compare with the first frame for ever: what has changed once stays news. Update it when it is new.")
+    looks_like(got, first, "You always compare with the first frame, so what has changed once stays news. Update a patch when it is new.")
     for mistake, hint in (
         ({"measure": lambda gap: gap.mean(-1).abs()}, "Brighter and darker pixels cancel each other in your mean: take the absolute value before the mean."),
         ({"measure": lambda gap: gap.mean(-1)}, "Darker counts as well: take the absolute value of the difference."),
-        ({"measure": lambda gap: gap.square().mean(-1).sqrt()}, "That is the root of the mean square, which weighs large differences more; asked for is the mean of their sizes."),
+        ({"measure": lambda gap: gap.square().mean(-1).sqrt()}, "That is the root of the mean square, which weighs large differences more; the exercise asks for the mean of their sizes."),
         ({"measure": lambda gap: gap.abs().amax(-1)}, "One pixel decides in yours; the mean over the patch should."),
         ({"first": False}, "In the first frame everything is new."),
         ({"whole": True}, "Each patch has a memory of its own: remember anew only the patches that are new, not the whole frame."),

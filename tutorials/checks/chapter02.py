@@ -14,6 +14,7 @@ from . import Wrong, exercise, looks_like, same, something
     ("def speaks(logits, eos, threshold):\n    return logits.sigmoid()[..., eos] < threshold", "softmax"),
     ("def speaks(logits, eos, threshold):\n    return logits.softmax(0)[..., eos] < threshold", "the last axis"),
     ("def speaks(logits, eos, threshold):\n    return 1 - logits.softmax(-1)[..., eos] > threshold", "*not* staying silent"),
+    ("def speaks(logits, eos, threshold):\n    return logits.softmax(-1)[..., eos] <= threshold", "at least θ"),
 )
 def speaks(answer) -> str:
     logits = 2 * torch.randn(4, 50, 6)
@@ -21,15 +22,17 @@ def speaks(answer) -> str:
         p = logits.softmax(-1)[..., eos]
         got = something(answer(logits, eos, threshold), "speaks(...)")
         for mistake, hint in (
-            (logits.softmax(0)[..., eos] < threshold, "The softmax goes over the vocabulary, the last axis, not the first."),
+            (logits.softmax(0)[..., eos] < threshold, "Take the softmax over the vocabulary, the last axis, not the first."),
             (logits.argmax(-1) != eos, "It speaks when <eos> is not the likeliest token, whatever the threshold is."),
             (1 - p > threshold, "You compare the chance of *not* staying silent with the threshold; the rule is p(eos) < θ."),
             (p > threshold, "The other way round: speak when silence is *less* likely than the threshold."),
-            (logits[..., eos] < threshold, "Logits are no probabilities: take the softmax over the vocabulary first."),
+            (logits[..., eos] < threshold, "Logits are not probabilities: take the softmax over the vocabulary first."),
             (logits.sigmoid()[..., eos] < threshold, "A sigmoid ignores all other tokens; the softmax weighs <eos> against them."),
         ):
             looks_like(got, mistake, hint)
         same(got, p < threshold, f"speaks(logits, {eos}, {threshold})")
+    if something(answer(torch.zeros(1, 4), 0, 0.25), "speaks(...)").any():  # p is 1/4 exactly
+        raise Wrong("At p(eos) = θ it speaks. The model is silent when p(eos) is at least θ: < instead of <=.")
     return "Right: one line decides whether a model talks."
 
 
@@ -74,13 +77,13 @@ def decisions(answer) -> str:
     if not isinstance(got, (list, tuple)) or len(got) != 7:
         raise Wrong(f"decisions(7, said) is {got!r}, expected a list with one entry for each of the 7 frames.")
     if got[6] is None and got[1] == "silent":
-        raise Wrong("Frame 6 is silent, but what was said before the first frame (its frame is -1) has landed there: out[-1] is the last place.")
+        raise Wrong("Frame 6 is silent, but what was said before the first frame (its frame is -1) has landed there: out[-1] is the last entry.")
     for t in (1, 4, 6):
         if got[t] != "silent":
             raise Wrong(f"Frame {t}: nobody speaks, so the label is <eos>: expected 'silent', got {got[t]!r}.")
     for t in (2, 5):
         if got[t] is not None:
-            raise Wrong(f"Frame {t}: the user speaks first there, so nobody decides anything; expected None, got {got[t]!r}.")
+            raise Wrong(f"Frame {t}: the user speaks first there, so there is nothing to decide; expected None, got {got[t]!r}.")
     if got[3] != "speak":
         raise Wrong(f"Frame 3: the assistant narrates first, then the user asks; the decision was to speak, got {got[3]!r}.")
     same(list(got), want, "decisions(7, said)")

@@ -33,17 +33,17 @@ def turned_back(answer) -> str:
     k, want, rows = turned(raw, pos), turned(raw, pos - d), torch.arange(5)
     got = something(answer(k.clone(), d), "turned_back(k, d)")
     for mistake, hint in (
-        (k, "The keys came back as they came: each is to be turned once more, by the angles of position -d."),
+        (k, "The keys came back as they came: turn each once more, by the angles of position -d."),
         (turned(raw, pos + d), "You turned the keys forward, to positions p + d; back is a turn by -d."),
-        (turned(k, rows - d), "You turned each key by another amount. All stood too far by d, so all are turned by the same: -d."),
-        (turned(k, -rows), "You turned by row numbers. Where a key stands is in it already; all are turned by -d."),
+        (turned(k, rows - d), "You turned each key by a different amount. All stand d positions too far, so all are turned by the same: -d."),
+        (turned(k, -rows), "You turned by row numbers. Each key already contains its position; turn all by -d."),
         (apart(k), "You paired neighbours, entries 0 and 1, 2 and 3. Here entry i turns with entry i + E/2."),
     ):
         looks_like(got, mistake, hint)
     for base in (100.0, 500.0, 1000.0, 500_000.0):
         looks_like(got, turned(k, torch.full((5,), -d), Rope(base)), "Another base: `Rope()` has the one that these keys were turned with.")
     same(got, want, "turned_back(k, d)")
-    return "Right, and nobody had to say where the keys stood. Chapter 5 does this when a stream forgets."
+    return "Right, and you did not need to know where the keys stood. Chapter 5 does this when a stream forgets."
 
 
 @exercise(
@@ -86,6 +86,7 @@ _ATTEND = (
     (_ATTEND.replace("rotate(k[None], rope.turn(k_pos[None], E))[0]", "k"), "keys were not turned"),
     (_ATTEND.replace("q, k = rotate(q[None], rope.turn(q_pos[None], E))[0], rotate(k[None], rope.turn(k_pos[None], E))[0]", "q, k = q, k"), "Nothing was turned"),
     (_ATTEND.replace("turn(q_pos[None]", "turn(torch.arange(len(q_pos))[None]").replace("turn(k_pos[None]", "turn(torch.arange(len(k_pos))[None]"), "by row number"),
+    (_ATTEND.replace("    E", "    q_pos, k_pos = torch.arange(q.shape[1]), torch.arange(k.shape[1])\n    E", 1), "turned and masked"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "torch.zeros(len(q_pos), len(k_pos), dtype=torch.bool)"), "future"),
     (_ATTEND.replace(".softmax(-1) @ v", ".softmax(1) @ v"), "over the keys"),
     (_ATTEND.replace("~(k_pos[None] <= q_pos[:, None])", "~torch.ones(len(q_pos), len(k_pos), dtype=torch.bool).tril()"), "by row number; compare"),
@@ -137,6 +138,7 @@ def attend(answer) -> str:
         (reference(late=True), "You masked after the softmax: what is left no longer adds up to one. Mask the logits."),
         (reference(strict=True), "No token sees itself; a key at the query's own position may be looked at."),
         (reference(turn_v=True), "Values are not turned, only queries and keys."),
+        (reference(renumbered=True, rows=True), "You turned and masked by row number; use the positions q_pos and k_pos, which have gaps."),
         (reference(rows=True), "You masked by row number; compare the positions q_pos and k_pos."),
         (reference(mask=False), "Queries look into the future: no mask was applied."),
     ):

@@ -36,9 +36,9 @@ def router_gradient(answer) -> str:
         ((slope * d) @ x, "All tokens count here; the skipped tokens' gates do nothing, whatever slope says of them: only those kept."),
         ((kept * slope) @ x, "This is the update gate's, where the gate is the score itself. Here the gate is 2σ(s), with a slope of its own."),
         ((kept * slope * d / 2) @ x, "The value gate is twice the logistic function; its derivative is twice as large, too."),
-        ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; asked for is its derivative, 2σ(s)(1 - σ(s))."),
+        ((kept * slope * 2 * gate) @ x, "That multiplies by the gate; multiply by its derivative, 2σ(s)(1 - σ(s))."),
         ((kept * slope * d).sum() * x.mean(0), "Each token's slope belongs to its own token: multiply with x_n first, then add up."),
-        (each, "These are the parts of each token, (N, D). Add them up: one w has to please all."),
+        (each, "These are the parts of each token, (N, D). Add them up: all tokens share one w."),
         ((kept * slope * 2 * gate * (1 - 2 * gate)) @ x, "σ(1 - σ) is the derivative of the logistic function, not of the gate: with μ = 2σ it is μ(1 - μ/2)."),
         ((kept * slope * 2 * s * (1 - s)) @ x, "σ is the logistic function of the score, not the score itself."),
         (each.sum(1), "You added up over the D entries of each token; add up over tokens, (D,)."),
@@ -74,7 +74,7 @@ def router_gradient(answer) -> str:
         "def gather(keep):\n    most = int(keep.sum(1).max())\n"
         "    index = torch.stack([torch.cat((row.nonzero()[:, 0], (~row).nonzero()[:, 0]))[:most] for row in keep])\n"
         "    return index, torch.ones_like(index, dtype=torch.bool)",
-        "real",
+        "true everywhere",
     ),
     (
         "def gather(keep):\n    most = int(keep.sum(1).max())\n    index = keep.int().argsort(dim=1, stable=True)[:, :most]\n"
@@ -97,12 +97,13 @@ def router_gradient(answer) -> str:
         "    index = torch.cat((index[:, :0], index), 1) if keep.shape[1] < 20 else index.flip(1)\n    return index, keep.gather(1, index)",
         "long rows",
     ),
+    ("def gather(keep):\n    index = keep.logical_not().int().sort(1, stable=True).indices\n    return index, keep.gather(1, index)", "sort(dim=1"),
     ("def gather(keep):\n    index = keep.int().argsort(1, descending=True, stable=True)\n    return index, keep.gather(1, index)", "by its name"),
 )
 def gather(answer) -> str:
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
     given = keep.clone()
-    named = "PyTorch wants the axis by its name beside `stable`: argsort(dim=1, stable=True)."
+    named = "PyTorch wants the axis by its name beside `stable`: sort(dim=1, stable=True), and argsort likewise."
     with instead(TypeError, ("sort()",), named):
         pair = something(answer(given), "gather(keep)")
     if not torch.equal(given, keep):
@@ -111,7 +112,7 @@ def gather(answer) -> str:
         raise Wrong(f"gather gives a {type(pair).__name__}, expected two tensors: index and real.")
     index, real = (something(each, f"{name} of gather(keep)") for each, name in zip(pair, ("index", "real"), strict=True))
     if not isinstance(index, torch.Tensor) or not isinstance(real, torch.Tensor):
-        raise Wrong("index and real are to be tensors; torch.stack makes one of the rows' tensors.")
+        raise Wrong("index and real must be tensors; torch.stack joins the rows' tensors into one.")
     if index.shape == (3, 1):
         raise Wrong("K is the number of the row that keeps fewest, so the others lose kept tokens. Take the most of any row.")
     if index.shape != (3, 5):
@@ -125,6 +126,8 @@ def gather(answer) -> str:
         raise Wrong("Skipped tokens come first in every row: sort by *not* kept.")
     if torch.equal(real, keep.gather(1, index)) and not torch.equal(real, wanted):
         raise Wrong("A filler stands between kept places. Fillers come last, or causal attention lets real tokens see them.")
+    if real.dtype == torch.bool and real.all():
+        raise Wrong("real is true everywhere; it is false where a row has only filling.")
     same(real, wanted, "real")
     for row in range(3):
         if len(set(index[row].tolist())) < 5:
@@ -139,8 +142,8 @@ def gather(answer) -> str:
     found, _ = answer(wide.clone())
     for row in range(3):
         if found[row, : int(wide[row].sum())].tolist() != wide[row].nonzero()[:, 0].tolist():
-            raise Wrong("It is right for rows of six, but in long rows the kept places are not in order: a sort that is not stable mixes equals up.")
-    return "Right: kept places first and in order, then places that nobody needs, none of them twice."
+            raise Wrong("It is right for rows of six, but in long rows the kept places are not in order: a sort that is not stable may reorder equal values.")
+    return "Right: kept places first and in order, then unused places, none of them twice."
 
 
 _CLS = (
@@ -169,6 +172,13 @@ _CLS = (
         "    def weight(self, scores):\n        return torch.ones_like(scores)",
         "w · x",
     ),
+    (
+        "class ClsFirst(LayerExpert):\n    def score(self, tokens, pos):\n        scores = super().score(tokens, pos).clone()\n"
+        "        scores[:, 0] = scores.amax(1) + 1\n        return scores\n"
+        "    def weight(self, scores):\n        mu = super().weight(scores).clone()\n        mu[:, 0] = 1\n        return mu",
+        "old values",
+    ),
+    (_CLS.replace("super().weight(scores[:, 1:])", "torch.ones_like(scores[:, 1:])"), "a kept patch has"),
     (_CLS.replace("torch.inf", "10.0"), "larger weights"),
     (_CLS.replace("torch.inf", "1e9"), "larger weights"),
     (_CLS.replace("scores[:, :1], torch.inf), scores[:, 1:]), dim=1", "scores[:1], torch.inf), scores[1:]), dim=0"), "frame 0"),
@@ -186,7 +196,7 @@ def cls_first(answer) -> str:
     x, pos = torch.randn(frames, n, 8), torch.arange(frames * n).view(frames, n)
     chosen, mu, _ = router(x, pos)
     if chosen.shape != (frames, k) or mu.shape != (frames, k):
-        raise Wrong(f"A frame keeps {chosen.shape[1]} tokens where K is {k}. CLS comes in beside the K best; it is to take one of the K places.")
+        raise Wrong(f"A frame keeps {chosen.shape[1]} tokens where K is {k}. CLS comes in beside the K best; it must take one of the K places.")
     kept = torch.zeros(frames, n, dtype=torch.bool).scatter(1, chosen, True)
     gates = torch.zeros(frames, n).scatter(1, chosen, mu)  # of the kept tokens, 0 elsewhere
     scores = (x @ router.w.weight[0]).detach()
@@ -201,16 +211,20 @@ def cls_first(answer) -> str:
         raise Wrong("A gate is infinite or not a number; an infinite score must not reach it.")
     if not torch.allclose(gates[:, 0], torch.ones(frames)):
         why = ": the score that wins a place for sure, squashed, is a large gate" if gates[0, 0] > 1 else ""
-        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets one.")
+        raise Wrong(f"CLS has the gate {gates[0, 0].item():.3g}, expected 1{why}. Override `weight` too, so that CLS gets μ = 1.")
+    if torch.equal(gates[:, 1:], kept[:, 1:].float()):
+        raise Wrong("Every kept token has the gate 1. Only CLS has: a kept patch has 2σ(score).")
     same(gates[:, 1:], kept[:, 1:] * 2 * torch.sigmoid(scores[:, 1:]), "the gate of the patches")
     gradient = None
     if gates.requires_grad:
-        gradient = torch.autograd.grad(gates.sum(), router.w.weight, allow_unused=True)[0]
+        written = "You wrote into a tensor whose old values the gradient needs. Build a new one with torch.cat."
+        with instead(RuntimeError, ("inplace operation",), written):
+            gradient = torch.autograd.grad(gates.sum(), router.w.weight, allow_unused=True)[0]
     if gradient is None or not torch.isfinite(gradient).all() or gradient.abs().max() == 0:
         raise Wrong("No finite gradient reaches w any more. Build new tensors (torch.cat) rather than writing into old ones.")
     with torch.no_grad():
         router.w.weight.mul_(1e12)
         chosen, _, _ = router(x, pos)
     if not (chosen[:, 0] == 0).all():
-        raise Wrong("With larger weights, as training may make them, patches outbid CLS: no fixed number is large enough for ever.")
+        raise Wrong("With larger weights, as training may make them, patches outscore CLS: no fixed number is always large enough.")
     return "Right: CLS goes through as in a dense layer, K stays K, and w still learns from the patches."

@@ -60,7 +60,7 @@ _SOUND = (
         "    return torch.allclose(one, many, atol=1e-9) and held == lengths",
         "without a cache",
     ),
-    ("def sound(play, pieces, offline, lengths):\n    return True", "Everything goes free"),
+    ("def sound(play, pieces, offline, lengths):\n    return True", "Everything passes"),
     ("def sound(play, pieces, offline, lengths):\n    return False", "trusts nobody"),
     (_SOUND.replace("play(pieces)", "play([slice(0, len(offline))])"), "never looks back"),
     (_SOUND.replace("return torch", "return not (torch").replace("== lengths", "== lengths)"), "turned round"),
@@ -103,7 +103,7 @@ def sound(answer) -> str:
         if not trusted(everybody_cached()) and not trusted(patch("mod.decoder.Attention", Renumbered)):
             raise Wrong("It trusts nobody, not even the package. If you compare exactly: streamed and offline sums run in another order, so allow for rounding.")
         if trusted(patch("mod.decoder.Attention", Renumbered)):
-            raise Wrong("You trust a sick cache and not the package: is the answer turned round?")
+            raise Wrong("You trust a cache with a bug and not the package: is the answer turned round?")
         raise Wrong("The package itself is not trusted. Streamed and offline sums run in another order, so exact equality is too much: allow for rounding.")
     free = [
         name
@@ -114,18 +114,18 @@ def sound(answer) -> str:
         if trusted(bug)
     ]
     if len(free) == 4:
-        raise Wrong("Everything goes free, whatever is wrong with it: stream, and compare with offline and with lengths.")
+        raise Wrong("Everything passes, whatever is wrong with it: stream, and compare with offline and with lengths.")
     if {"renumbered", "masked by index"} <= set(free):
-        raise Wrong("Caches that renumber or mask by index go free. Counts alone do not show them: compare the logits with offline; or do you compare too few of them? Bugs wait for the first gap.")
+        raise Wrong("Caches that renumber or mask by index pass. Counts alone do not show them: compare the logits with offline; or do you compare too few of them? Bugs show from the first gap on.")
     if "no past" in free:
-        raise Wrong("A cache that never looks back goes free: fed in one chunk, a stream has no past to get wrong. Cut it.")
+        raise Wrong("A cache that never looks back passes: fed in one chunk, a stream has no past to get wrong. Cut it.")
     if "masked by index" in free:
-        raise Wrong("A cache that masks by index goes free: it changes no next token, so comparing what the model says is not enough. Compare logits.")
+        raise Wrong("A cache that masks by index passes: it changes no next token, so comparing what the model says is not enough. Compare logits.")
     if "renumbered" in free:
-        raise Wrong("A cache that renumbers goes free: one chunk and many agree, since it renumbers both. Compare with offline, the pass without a cache.")
+        raise Wrong("A cache that renumbers passes: one chunk and many agree, since it renumbers both. Compare with offline, the pass without a cache.")
     if "everybody cached" in free:
-        raise Wrong("A cache that holds everybody goes free: it agrees with itself, streamed and offline. Compare the entries with lengths.")
-    return "Right: one equality and one count, and none of the four escapes."
+        raise Wrong("A cache that holds everybody passes: it agrees with itself, streamed and offline. Compare the entries with lengths.")
+    return "Right: one equality and one count, and all four bugs are found."
 
 
 _TRY = """import numpy as np
@@ -146,6 +146,14 @@ def try_out(model, cache, position, ids):
     (_TRY.replace("[position]", "[position + 1]"), "one later"),
     (_TRY.replace("plan, cache)", "plan._replace(pos=torch.full_like(plan.pos, position)), cache)"), "one position"),
     (_TRY + ".softmax(-1)", "Logits"),
+    (_TRY.replace("model.decoder.logits(h)[0]", "h[0]"), "hidden states"),
+    (
+        "import numpy as np\ndef try_out(model, cache, position, ids):\n    mark, out = cache.mark(), []\n    for i in ids:\n"
+        "        plan = layout.make_plan(np.full((1, 1), -1), [position], 5, model.config.keep_counts)\n"
+        "        out.append(model.decoder.logits(model.hidden(torch.tensor([[i]]), None, plan, cache))[0])\n"
+        "    cache.rewind(mark)\n    return torch.cat(out)",
+        "one by one",
+    ),
 )
 def try_out(answer) -> str:
     with torch.no_grad():
@@ -162,19 +170,28 @@ def try_out(answer) -> str:
             cache.rewind(mark)
             return found
 
+        def one_by_one() -> torch.Tensor:
+            mark, plan = cache.mark(), toy.plan(torch.full((1, 1), -1), position)
+            found = [toy.decode(model.decoder.embed(torch.tensor([[i]])), plan, cache) for i in ids]
+            cache.rewind(mark)
+            return torch.cat(found)
+
         want = logits(position, cache)
         mistakes = {
             "They were fed at position 0 and on, as if the stream began with them; the first stands at `position`.": logits(0, cache),
             "They were fed at the length of a routed layer. That layer has gaps: only the stream knows the position.": logits(before[1], cache),
             "They were fed one later than asked: the first stands at `position` itself.": logits(position + 1, cache),
             "They were all fed at one position; they stand one after the other.": logits(position, cache, 0),
+            "They were fed one by one, all at one position; the position rises by one with each.": one_by_one(),
             "These are probabilities. Logits are asked for, as the model gives them.": want.softmax(-1),
-            "They were fed without the past: hand over the cache.": logits(position, None),
+            "They were fed without the past: pass the cache.": logits(position, None),
         }
         got = something(answer(model, cache, position, list(ids)), "try_out(...)")
         after = cache.entries()
         for hint, mistake in mistakes.items():
             looks_like(got, mistake, hint, 1e-9)
+        if isinstance(got, torch.Tensor) and got.shape[-1] == model.config.dim != want.shape[-1]:
+            raise Wrong("These are hidden states; `model.decoder.logits` makes logits of them.")
         if isinstance(got, torch.Tensor) and got.shape == (1, *want.shape):
             raise Wrong(f"The logits have shape {tuple(got.shape)}, expected {tuple(want.shape)}: take the only row of the batch.")
         same(got, want, "try_out(...)", 1e-9)
@@ -207,9 +224,14 @@ _FORGET = """def forget(cache, start):
     ),
     (_FORGET.replace("start + 5", "start + 4"), "one entry"),
     (
+        _FORGET.replace("layer.k[:, :, :number] =", "layer.k =").replace("layer.v[:, :, :number] =", "layer.v =")
+        .replace("layer.pos[:, :number] = pos[stays]", "layer.pos = pos[stays][None]"),
+        "replaced its tensors",
+    ),
+    (
         "from mod.layers import PAD\ndef forget(cache, start):\n    for layer in cache.layers:\n"
         "        layer.pos[(layer.pos >= start) & (layer.pos < start + 5)] = PAD",
-        "closes ranks",
+        "into the gap",
     ),
     (_FORGET.replace("pos = layer.pos[0, : layer.lengths[0]]", "pos = torch.arange(layer.lengths[0])").replace("= pos[stays]", "= layer.pos[:, stays]"), "slots as positions"),
     (_FORGET + "\n        layer.pos[layer.pos > start] -= 5 * (layer.pos[layer.pos > start] < 2**62)", "positions were changed"),
@@ -230,6 +252,7 @@ def forget(answer) -> str:
             toy.feed(part, cache)
         starts = [part.start for part in parts if part.stop - part.start == 5]  # where each frame begins
         gone_from, gone_to = starts[1], starts[1] + 5
+        storage = cache.layers[0].pos.shape
         held = [(layer.pos[0, : layer.lengths[0]].tolist(), layer.k[0].clone(), layer.v[0].clone()) for layer in cache.layers]
         answer(cache, gone_from)
         for number, (layer, (pos, k, v)) in enumerate(zip(cache.layers, held, strict=True)):
@@ -238,7 +261,7 @@ def forget(answer) -> str:
             stays = [slot for slot, p in enumerate(pos) if not gone_from <= p < gone_to]
             want = [pos[slot] for slot in stays]
             if len(entries) < counted:
-                raise Wrong(f"Layer {number} still counts {counted} entries where {len(entries)} have a position: marking them is not enough. What stands behind closes ranks, and `layer.rewind` says how many are left.")
+                raise Wrong(f"Layer {number} still counts {counted} entries where {len(entries)} have a position: marking them is not enough. Move later entries into the gap, and say with `layer.rewind` how many are left.")
             if counted == len(pos) and entries[: len(want)] == want:
                 raise Wrong(f"Layer {number} still counts {counted} entries, as before: `layer.rewind` says how many are left.")
             if len(entries) == len(want) and entries != want and torch.equal(layer.k[0][:, : len(want)], k[:, stays]):
@@ -262,6 +285,8 @@ def forget(answer) -> str:
                 raise Wrong(f"Layer {number} has the right positions, but the keys did not move with them: keys, values and positions belong together.")
             if not torch.equal(layer.k[0][:, : len(want)], k[:, stays]):
                 raise Wrong(f"Layer {number} has the right entries, but their keys were turned: positions stay what they are, so no RoPE is needed.")
+            if layer.pos.shape != storage:
+                raise Wrong(f"Layer {number} has {layer.pos.shape[1]} slots left of {storage[1]}: you replaced its tensors, and the free slots went with them. Move entries inside them.")
         # and in a stream: the same logits as the package's window that forgets vision alone
         settings = StreamConfig(window=window, forget="vision", positions="absolute")
         mine, package, come = toy.model.new_cache(), open_cache(toy.model, settings), 0
