@@ -15,6 +15,7 @@ from . import Wrong, exercise, instead, looks_like, same, something
     ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1)).nanmean().item()", "frame by frame"),
     ("def recall(kept, shows):\n    return (kept[:, 1:] == shows).float().mean().item()", "agree"),
     ("def recall(kept, shows):\n    return ((kept[:, 1:] & shows).sum(1) / shows.sum(1).clamp(min=1)).mean().item()", "frame by frame"),
+    ("def recall(kept, shows):\n    return (kept[:, 1:] & shows).float().mean().item()", "all patches"),
     ("def recall(kept, shows):\n    kept[:, 0] = False\n    return (kept[:, 1:] & shows).sum().item() / shows.sum().item()", "changed"),
     ("def recall(kept, shows):\n    return (kept & shows).sum().item() / shows.sum().item()", "one column more"),
 )
@@ -40,6 +41,7 @@ def recall(answer) -> str:
             hit / kept.sum().item(),
         "This is how often kept and shows agree, background included. Only patches that show a sprite count.":
             (kept[:, 1:] == shows).float().mean().item(),
+        "Divided by the number of all patches; divide by the number of those that show a sprite.": hit / shows.numel(),
     }
     if isinstance(got, torch.Tensor) and got.numel() == 1:
         got = got.item()

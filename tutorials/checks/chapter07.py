@@ -29,11 +29,17 @@ from . import Wrong, exercise, looks_like, same, something
         "def frame_bytes(kept, kv_heads, head_dim, number_bytes):\n    return sum(kept) / len(kept) * 2 * kv_heads * head_dim * number_bytes",
         "mean over layers",
     ),
+    (
+        "def frame_bytes(kept, kv_heads, head_dim, number_bytes):\n    return [n * 2 * kv_heads * head_dim * number_bytes for n in kept]",
+        "add up the layers",
+    ),
 )
 def frame_bytes(answer) -> str:
     kept, heads, size, number = (26, 6, 26, 6, 26), 3, 32, 4
     got = something(answer(kept, heads, size, number), "frame_bytes(...)")
     entry = heads * size
+    if isinstance(got, (list, tuple)):
+        raise Wrong("This is a list of bytes, one for each layer; add up the layers.")
     hints = {
         "Half of it: an entry of the cache is a key and a value.": sum(kept) * entry * number,
         "That is full computation's: every layer has a length of its own, so add up `kept`.":
@@ -154,6 +160,9 @@ _FRAME = """def one_more_frame(config, cached):
         "full computation",
     ),
     (_FRAME.replace("4 * kept * kept", "2 * kept * kept"), "one of the two products"),
+    (_FRAME.replace("2 * k +", "2 * q +"), "kv_heads of them"),
+    (_FRAME.replace("2 * kept * config.dim", "kept * config.dim"), "A multiply-add"),
+    (_FRAME.replace("return flops", "return flops // 2"), "Half of it"),
     (_FRAME.replace("4 * kept * kept * (cached + 1)", "4 * (kept * (cached + 1)) ** 2"), "do not ask again"),
     (_FRAME.replace("4 * kept * kept * (cached + 1)", "4 * kept * kept * ((cached + 1) ** 2 - cached**2)"), "do not ask again"),
     (_FRAME.replace("4 * kept * kept", "4 * config.frame_tokens * kept"), "only K of every frame are asked"),
@@ -163,11 +172,12 @@ _FRAME = """def one_more_frame(config, cached):
 )
 def one_more_frame(answer) -> str:
     def count(config, cached, see=1, router=True, heads=None, keys=None, scored=None, through=None, products=4, square=None,
-              ffn=3, charged=False):
-        q, k, flops = config.heads * config.head_dim, config.kv_heads * config.head_dim, 0
+              ffn=3, charged=False, kv_heads=None, multiply_add=2):
+        q, flops = config.heads * config.head_dim, 0
         for kept, ratio in zip(config.keep_counts, config.keep_ratios, strict=True):
             n = through or kept
-            flops += 2 * n * config.dim * (2 * q + 2 * k + ffn * config.ffn_hidden)
+            k = (kv_heads or config.kv_heads) * config.head_dim
+            flops += multiply_add * n * config.dim * (2 * q + 2 * k + ffn * config.ffn_hidden)
             pairs = n * n * square if square else n * (keys or n) * (cached + see)
             flops += products * pairs * (heads or config.heads) * config.head_dim
             flops += 2 * (kept if scored else config.frame_tokens) * config.dim if (ratio < 1 or charged) and router else 0
@@ -191,6 +201,9 @@ def one_more_frame(answer) -> str:
         "That is the difference of two squares. Old tokens do not ask again, not even for the new keys: only the new frame's K do.":
             count(config, cached, square=(cached + 1) ** 2 - cached**2),
         "SwiGLU has three matrices: gate, up and down.": count(config, cached, ffn=2),
+        "Keys and values are counted for all query heads; there are only config.kv_heads of them.":
+            count(config, cached, kv_heads=config.heads),
+        "A multiply-add is two FLOPs, so a matrix of m numbers costs 2m per token.": count(config, cached, multiply_add=1),
         "Dense layers have no router; only routed ones score.": count(config, cached, charged=True),
         "The router is charged for the kept tokens alone, but a token has to be scored before it is chosen: all N are.":
             count(config, cached, scored=True),
@@ -199,6 +212,7 @@ def one_more_frame(answer) -> str:
     }
     for hint, mistake in hints.items():
         looks_like(got, mistake, hint, tolerance=0)
+    looks_like(got, count(config, cached) // 2, "Half of it: a multiply-add is two FLOPs.", tolerance=0)
     same(got, frame_flops(config, cached, 0), "one_more_frame(ModelConfig(kv_heads=1), 3)", tolerance=0)
     at_full = ModelConfig(layers="all", keep_ratio=0.99)
     if answer(at_full, 7) == count(at_full, 7, router=False):

@@ -42,7 +42,7 @@ _EVERY = (
     "9.2",
     (_AHEAD.format("-1", ""), "may change"),
     (_AHEAD.format("0", "[1:]"), "past"),
-    (_AHEAD.format("-1", "[:-1]"), "only when the last frame is not"),
+    (_AHEAD.format("-1", "[:-1]"), "only the last frame"),
     (_AHEAD.format("-1", "[:-1]").replace("frames.clone()", "frames"), "clone first"),
     (_EVERY.format("+= 1e-3"), "does not move a choice"),
     (_EVERY.format("= torch.randn_like(other[t:])"), "only now and then"),
@@ -75,7 +75,7 @@ def looks_ahead(answer) -> str:
     }
     got = {name: ask(system, repr(name)) for name, (system, _) in systems.items()}
     if all(got.values()):
-        raise Wrong("It says True of everybody, even of a system that computes on each frame alone. The frame that you change may change its own output.")
+        raise Wrong("It says True of every system, even of one that computes on each frame alone. The frame that you change may change its own output.")
     if got["the sum so far"] and not got["each frame alone"]:
         raise Wrong("It says that a sum of all frames so far looks ahead. Depending on the past is allowed: change later frames, compare earlier outputs.")
     if not got["the mean of all frames"] and got["a peep at the next frame"]:
@@ -89,7 +89,7 @@ def looks_ahead(answer) -> str:
         return torch.cat((x[2:3], torch.zeros_like(x[1:])))
 
     if not ask(third_first, "a peep at frame 2"):
-        raise Wrong("A system whose output 0 is frame 2 goes free: you find a peep only when the last frame is not innocent. Change the others, too.")
+        raise Wrong("A system whose output 0 is frame 2 goes free: you change only the last frame. Change the others, too.")
 
     # as p-mod and vts do: the frames whose norm is among the best half go through, the others are blank
     def best_half(x):

@@ -10,7 +10,7 @@ from mod.config import UserError
 from mod.real.streams import read_streams
 from mod.router import Router
 
-from . import Wrong, exercise, looks_like, same, something
+from . import Wrong, exercise, instead, looks_like, same, something
 
 _LINE = """def line(video, events, fps):
     import json, math
@@ -59,7 +59,7 @@ def line(answer) -> str:
             if math.floor(turn.time * fps + 1e-9) < frame:
                 raise Wrong(f"{text!r} happens at {second:g} s and is said at {turn.time:g} s: the picture last looked at then is older, so that would be before anything is to be seen.")
             if turn.time > frame / fps + 1e-6 and fps == 25:
-                raise Wrong("2.2 s at 25 pictures a second is picture 55, but 2.2 * 25 is 55.00000000000001 in floating point: take a hair off before you round up.")
+                raise Wrong("2.2 s at 25 pictures a second is picture 55, but 2.2 * 25 is 55.00000000000001 in floating point: subtract a tiny amount before you round up.")
             if turn.time > frame / fps + 1e-6:
                 raise Wrong(f"{text!r} happens at {second:g} s and is said at {turn.time:g} s, later than needed: the picture of {frame / fps:g} s shows it.")
             same((turn.time, turn.content), (frame / fps, text), "what the package reads from your line")
@@ -76,7 +76,8 @@ def line(answer) -> str:
         "def merged(weight, a, b, alpha):\n    weight += alpha / len(a) * b @ a\n    return weight",
         "changed the weight",
     ),
-    ("def merged(weight, a, b, alpha):\n    return weight + alpha / len(a) * a @ b", "It stops with"),
+    ("def merged(weight, a, b, alpha):\n    return weight + alpha / len(a) * a @ b", "The order is turned"),
+    ("def merged(weight, a, b, alpha):\n    return weight + len(a) / alpha * b @ a", "upside down"),
     ("def merged(weight, a, b, alpha):\n    return weight + alpha / a.shape[1] * b @ a", "rows of a"),
     ("def merged(weight, a, b, alpha):\n    return weight + alpha // len(a) * b @ a", "whole numbers"),
     ("def merged(weight, a, b, alpha):\n    return weight + alpha / 8 * b @ a", "this chapter's rank"),
@@ -85,13 +86,16 @@ def line(answer) -> str:
 def merged(answer) -> str:
     weight, a, b, alpha = torch.randn(5, 9), torch.randn(3, 9), torch.randn(5, 3), 7.0
     given = weight.clone(), a.clone(), b.clone()
-    got = something(answer(*given, alpha), "merged(...)")
+    order = "The order is turned: a maps to the rank and b back from it, so the change is b @ a."
+    with instead(RuntimeError, ("cannot be multiplied",), order):
+        got = something(answer(*given, alpha), "merged(...)")
     for name, one, other in zip(("the weight", "a", "b"), given, (weight, a, b), strict=True):
         if not torch.equal(one, other):
             raise Wrong(f"It changed {name} that it was given, which may be shared; return something new.")
     hints = {
         "The scale is missing: the change is alpha / rank times b @ a.": weight + b @ a,
         "alpha is not yet divided by the rank.": weight + alpha * b @ a,
+        "The scale is upside down: it is alpha / rank, not rank / alpha.": weight + 3 / alpha * b @ a,
         "The weight itself is missing: return it together with its change.": alpha / 3 * b @ a,
         "Divided by another size than the rank: that is the number of rows of a (and of columns of b).":
             weight + alpha / 5 * b @ a,
