@@ -9,6 +9,7 @@ and from times taken side by side on the machine it runs on.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -251,24 +252,41 @@ FAMILIES = {  # colour and marker of each family: told apart without colour, too
 
 
 def draw_points(axis, data: dict, measure: str) -> None:
-    """Every method's quality against one of its costs, by number, with the Pareto front."""
+    """Every method's quality against one of its costs, with the Pareto front."""
     placed = points(data, measure)
     ends = [placed[name] for name in online_front(data, measure)]
     axis.step(*zip(*ends, strict=True), where="post", color="grey", linewidth=1, linestyle="--", zorder=0)
-    numbers = {name: number for number, name in enumerate(placed, start=1)}
     for colour, marker, names in FAMILIES.values():
         for name in (name for name in names if name in placed):
             _, error = mean_error(data["values"][name]["quality"])
             axis.errorbar(*placed[name], error, color=colour, marker=marker, markersize=10 if name == "mod" else 6,
                           markerfacecolor=colour if data["online"][name] else "white", capsize=2, elinewidth=0.8,
                           linestyle="none")
-            axis.annotate(str(numbers[name]), placed[name], textcoords="offset points", xytext=(6, 5), fontsize=9,
-                          color=colour, weight="bold" if name == "mod" else "normal")
     if measure == "kv":
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.set_xticks(ticks := (5000, 10000, 20000, 50000), [f"{tick:,}" for tick in ticks])
     axis.grid(alpha=0.3)
+
+
+def write_numbers(axis, data: dict, measure: str, low: float, high: float) -> None:
+    """Each method's number near its point, where it covers no other number and no point: those whose quality is in
+    [low, high). The figure must have been laid out. Distances are in points, of which an inch has 72."""
+    placed, scale = points(data, measure), 72 / axis.figure.dpi
+    colours = {name: colour for colour, _, names in FAMILIES.values() for name in names}
+    taken = [scale * axis.transData.transform(point) for point in placed.values()]
+    for number, (name, point) in enumerate(placed.items(), start=1):
+        if not low <= point[1] < high:
+            continue
+        here = scale * axis.transData.transform(point)
+        # Beside the point, as the error bars stand above and below it.
+        ways = [(far * side * 12, far * up) for far in (1, 1.7, 2.5) for up in (6, -6, 14, -14) for side in (1, -1)]
+        free = next((way for way in ways if all(abs(here[0] + way[0] - x) > 11 or abs(here[1] + way[1] - y) > 9
+                                                for x, y in taken)), ways[0])
+        taken.append(here + free)
+        axis.annotate(str(number), point, free, textcoords="offset points", ha="center", va="center", fontsize=9,
+                      color=colours[name], weight="bold" if name == "mod" else "normal",
+                      arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"} if math.hypot(*free) > 16 else None)
 
 
 def plot(data: dict, path: Path) -> None:
@@ -302,6 +320,11 @@ def plot(data: dict, path: Path) -> None:
     figure.legend(handles=entries, loc="outside right center", fontsize=9, title="hollow: cannot run online")
     figure.suptitle("The field side by side: the same model, data, steps and seeds. "
                     "Quality: mean of narration, present, past and timing")
+    figure.draw_without_rendering()  # which puts everything in its place
+    for column, measure in enumerate(costs):
+        whole, near = grid[:, column]
+        write_numbers(whole, data, measure, 0, near.get_ylim()[0])
+        write_numbers(near, data, measure, *near.get_ylim())
     save(figure, path)
 
 
