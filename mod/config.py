@@ -74,9 +74,8 @@ class ModelConfig:
     gate: Gate = "sigmoid-value"  # what mu is, and what it scales; the paper: score-update
     # DEVIATION: in the paper the frame's last token, which decides whether to speak, competes like the others.
     keep_last: bool = False  # routed layers always keep the last token of a frame, as one of their k
-    # DEVIATION: in the paper each layer chooses on its own. Here a token comes the later, the more of so many routed
-    # layers before have kept it; the score decides among equals.
-    take_turns: int = 0
+    # DEVIATION: in the paper each layer chooses on its own.
+    take_turns: int = 0  # so many routed layers before are remembered: tokens that the fewest of them kept come first
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}

@@ -46,22 +46,12 @@ from mod.study.tables import MEASURES as COLUMNS
 from mod.train import narrowed
 
 PRESET = WORLD.presets["crowd"]
-# Harder than the preset: half of the questions need two looks, which no layer can take alone. For them a sprite must be
-# kept twice, so a layer avoids only what the one before it kept. The preset's training begins from scratch. Here all
-# variants of a seed begin with one decoder, which has learned the task by full computation, as the paper's begin with
-# one language model.
-START = Variant("full computation, with which all others begin", {"layers": "none"}, train={"steps": 900})
-BASE = replace(PRESET, model=replace(PRESET.model, take_turns=1),
-               data=replace(PRESET.data, looks=0.5, shapes=3, asks=6, question_rate=0.9),
-               train=replace(PRESET.train, steps=300, dense_steps=20, narrow_steps=150, save_every=150))
-# Back to the preset, one look and from scratch.
-SCRATCH = {part: {name: getattr(getattr(PRESET, part), name) for name in names} for part, names in (
-    ("data", ("looks", "shapes", "asks", "question_rate")),
-    ("train", ("steps", "dense_steps", "narrow_steps", "save_every")))}
+# The preset's training begins from scratch. Here all variants of a seed begin with one decoder, which was trained by
+# full computation, as the paper's begin with one language model.
+BASE = replace(PRESET, train=replace(PRESET.train, steps=300, dense_steps=20, narrow_steps=150, save_every=150))
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 VARIANTS = {
-    "dense": START,
     "full": Variant("full computation", {"layers": "none"}),
     "mod-all": Variant("MoD in all layers", ALL),
     "mod": Variant("MoD in layers 1 and 3, interleaved", ODD),
@@ -73,7 +63,6 @@ VARIANTS = {
     "random": Variant("interleaved, by chance", ODD | {"select": "random"}),
     "uniform": Variant("interleaved, evenly spread", ODD | {"select": "uniform"}),
     "all-0.1": Variant("all layers, learned, r = 0.1", ALL | {"keep_ratio": 0.1}),
-    "all-0.3": Variant("all layers, learned, r = 0.3", ALL | {"keep_ratio": 0.3}),
     "all-0.5": Variant("all layers, learned, r = 0.5", ALL | {"keep_ratio": 0.5}),
     "drop": Variant("dropping: one learned choice for all layers", ALL, "once"),
     "pool": Variant("pooling to 1 + 2×2 tokens", {"layers": "none", "grid": 2}),
@@ -84,23 +73,28 @@ VARIANTS = {
     "skip-2": Variant("layers 1 and 3 skipped", {"layers": "keep:1,0,1,0"}),
     # What lets the layers divide a crowd: the preset's choices, each undone alone.
     "own-choice": Variant("each layer chooses on its own", ALL | {"take_turns": 0}),
-    "long-turns": Variant("a layer remembers all those before it", ALL | {"take_turns": 3}),
+    "short-turns": Variant("a layer remembers only the one before it", ALL | {"take_turns": 1}),
     "compete": Variant("the last token competes", ALL | {"keep_last": False}),
     "at-once": Variant("few tokens from the first step on", ALL, train={"dense_steps": 0, "narrow_steps": 0}),
     "fast-routers": Variant("routers learn at the rate of the rest", ALL, train={"router_rate": 1.0}),
 }
-VARIANTS |= {f"scratch-{name}": replace(VARIANTS[name], **SCRATCH,
-                                        model=VARIANTS[name].model | {"take_turns": PRESET.model.take_turns})
-             for name in ("full", "mod-all", "random-all", "drop")}
 # What mu is, and what it scales: every gate, in all layers and interleaved. The preset's own is `mod-all` and `mod`.
-for where, routed in (("all", ALL), ("mod", ODD)):
-    for gate in get_args(Gate):
-        if gate != PRESET.model.gate:
-            VARIANTS[f"{where}-{gate}"] = Variant(f"{gate}, {'all layers' if routed == ALL else 'interleaved'}",
-                                                  routed | {"gate": gate})
-VARIANTS = {name: replace(one, start="" if name == "dense" or "scratch" in name else "dense")
-            for name, one in VARIANTS.items()}
-GATES = [name for name, variant in VARIANTS.items() if "gate" in variant.model]
+GATES = {f"{name}-{gate}": Variant(f"{gate}, {where}", VARIANTS[name].model | {"gate": gate})
+         for name, where in (("mod-all", "all layers"), ("mod", "interleaved"))
+         for gate in get_args(Gate) if gate != PRESET.model.gate}
+VARIANTS = {name: replace(variant, start="dense") for name, variant in (VARIANTS | GATES).items()}
+VARIANTS["dense"] = Variant("full computation, with which the others begin", {"layers": "none"}, train={"steps": 400})
+# Half of the questions need two looks. A sprite must be kept twice then, so a layer avoids only what the last one kept.
+TWO = {"looks": 0.5, "shapes": 3, "asks": 6, "question_rate": 0.9}
+VARIANTS |= {
+    f"two-{name}": replace(
+        VARIANTS[name], data=TWO, model=VARIANTS[name].model | {"take_turns": 1},
+        train=VARIANTS[name].train | ({"steps": 900} if name == "dense" else {}), start="two-dense" * (name != "dense"))
+    for name in ("dense", "full", "mod-all", "random-all", "drop", "exit", "skip")}
+# The preset as it is, from scratch.
+SCRATCH = {name: getattr(PRESET.train, name) for name in ("steps", "dense_steps", "narrow_steps", "save_every")}
+VARIANTS |= {f"scratch-{name}": replace(VARIANTS[name], train=SCRATCH, start="")
+             for name in ("full", "mod-all", "random-all", "drop")}
 # The first three ask what the paper's tables ask; the others are ours.
 TABLES = {
     "Methods, as in the paper's Table 1": (
@@ -108,22 +102,22 @@ TABLES = {
     "Which layers are routed, as in its Table 2": (
         "full", "mod-all", "mod", "even", "all-deep", "interleaved-deep"),
     "How tokens are chosen, and how many, as in its Table 3": (
-        "mod-all", "random-all", "uniform-all", "all-0.1", "all-0.3", "all-0.5", "mod", "random", "uniform"),
+        "mod-all", "random-all", "uniform-all", "all-0.1", "all-0.5", "mod", "random", "uniform"),
     "A. What mu is, and what it scales": ("mod-all", "mod", *GATES),
     "B. What lets the layers divide a crowd": (
-        "mod-all", "own-choice", "long-turns", "compete", "at-once", "fast-routers"),
-    f"C. The preset: one look, {PRESET.train.steps} steps from scratch": tuple(
-        name for name in VARIANTS if "scratch" in name),
+        "mod-all", "own-choice", "short-turns", "compete", "at-once", "fast-routers"),
+    "C. Half of the questions need two looks": tuple(name for name in VARIANTS if name.startswith("two-")),
+    f"D. The preset, {PRESET.train.steps} steps from scratch": tuple(name for name in VARIANTS if "scratch" in name),
 }
 # What is compared with what, each line a family of its own. The first is the one that the study is made for.
 RIVALS = (
     ("mod-all", ("random-all", "uniform-all", "drop", "pool", "exit", "skip", "full")),
-    ("all-0.3", ("exit", "skip", "full")),
     ("mod", ("random", "uniform", "exit-2", "skip-2", "pool-4", "full")),
     ("mod-all", ("mod", "even", "all-deep", "interleaved-deep")),
-    ("mod-all", tuple(name for name in GATES if name.startswith("all"))),
-    ("mod", tuple(name for name in GATES if name.startswith("mod"))),
+    ("mod-all", tuple(name for name in GATES if name.startswith("mod-all-"))),
+    ("mod", tuple(name for name in GATES if not name.startswith("mod-all-"))),
     ("mod-all", TABLES["B. What lets the layers divide a crowd"][1:]),
+    ("two-mod-all", ("two-random-all", "two-drop", "two-exit", "two-skip", "two-full")),
     ("scratch-mod-all", ("scratch-random-all", "scratch-drop", "scratch-full")),
 )
 MEASURES = {
@@ -133,8 +127,8 @@ MEASURES = {
     **{column: COLUMNS[column] for column in ("narration", "speak", "silence", "free-running narration")},
     "steps to 0.9": lambda run: next((at["step"] for at in run["curve"] if at.get("questions", 0) >= 0.9), None),
 }
-MEANS = ("one look", "two looks", "silence")  # shown beside quality
-PLOTTED = (*TABLES["Methods, as in the paper's Table 1"][1:], "random-all", "uniform-all", "all-0.3")
+MEANS = ("two looks", "narration", "silence")  # shown beside quality
+PLOTTED = (*TABLES["Methods, as in the paper's Table 1"][1:], "random-all", "uniform-all")
 
 
 @dataclass(frozen=True)
