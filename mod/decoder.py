@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         """Token vectors (B, T, D) -> hidden states (B, T, D), ready for `logits`.
 
         cache  a KVCache, told of this plan by `begin`, that the new tokens are appended to
-        trace  a list that collects what the routed layers decided
+        trace  an empty list that collects what the routed layers decided
         """
         if self.config.take_turns and trace is None:
             trace = []  # a layer reads there what those before it have kept

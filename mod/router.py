@@ -65,7 +65,7 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor, pos: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N). `times` (F, N): how many of the layers before kept each token, when layers take turns."""
+        and all scores (F, N). `times` (F, N): how many earlier layers kept each token; the fewest come first."""
         ranked = scores = self.score(tokens, pos)
         if self.keep_last:
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)

@@ -101,6 +101,14 @@ def test_clips_repeat_and_are_laid_out(data, seed):
         assert one.said[0].frame == -1 and one.said[-1].text == one.truth[-1][one.said[0].text]
 
 
+def test_a_crowd_has_as_few_shapes_as_it_needs_or_as_many_as_asked_for():
+    """Ten sprites of six colours: two shapes at least; with four to choose from, nearly always more."""
+    for shapes, found in ((0, {2}), (3, {2, 3}), (4, {2, 3, 4})):
+        seen = {len({sprite.shape for sprite in scene.sprites}) for seed in range(60)
+                for scene, *_ in scenes(HarderData(frames=1, crowd=10, shapes=shapes), seed)}
+        assert max(seen) == max(found) and seen <= found, shapes
+
+
 def test_no_step_tells_where_anybody_will_be_next():
     """What is new in a frame says nothing: from frame to frame a sprite stays in its cell as often as chance has it."""
     data = HarderData(frames=400, crowd=10)
@@ -122,7 +130,7 @@ def test_the_preset_runs_and_its_words_come_after_the_others():
     ({"crowd": MOST + 1}, f"crowd must be at most {MOST}, got {MOST + 1}"),
     ({"crowd": 5, "sparks": 0.5}, "without drift, sparks, landmark and wide"),
     ({"crowd": -1}, "crowd must be at least 0"),
-    ({"crowd": 10, "shapes": 1}, "crowd must be at most 6 of 1 shapes, got 10"),
+    ({"crowd": 10, "shapes": 1}, "crowd got 10, but of 1 shapes there are 6 names"),
     ({"crowd": 10, "shapes": 5}, "shapes must be at most 4, got 5"),
     ({"looks": 1.5}, "looks must be from 0 to 1"),
 ])

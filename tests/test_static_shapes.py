@@ -69,7 +69,7 @@ def test_the_guard_sees_what_waits(wait):
 
 CASES = [{"layers": "none"}, *({"layers": "keep:0.2,1,0,0.4", "select": select, "gate": gate}
                                for select in ROUTERS for gate in get_args(Gate)),
-         {"layers": "all", "keep_last": True, "take_turns": 1}]
+         {"layers": "all", "keep_last": True, "take_turns": 2}]
 
 
 def name_of(changes: dict) -> str:
@@ -156,7 +156,7 @@ def quiet():
 
 COMPILED = [{"layers": layers, "select": select, "depth": 2} for layers, select in (
     ("none", "learned"), ("interleaved", "learned"), ("keep:0,0.4", "learned"), ("all", "random"), ("all", "uniform"))]
-COMPILED.append({"layers": "all", "take_turns": 1, "depth": 2})
+COMPILED.append({"layers": "all", "take_turns": 2, "depth": 3})
 
 
 @pytest.mark.parametrize("changes", COMPILED, ids=name_of)

@@ -135,22 +135,24 @@ class TestRouters:
 
 class TestCrowd:
     def test_ceilings_are_those_that_can_be_worked_out_by_hand(self):
-        found = {looks: {name: self.ceiling(name, HarderData(crowd=10, looks=looks)) for name in crowd.VARIANTS}
+        names = [name for name, variant in crowd.VARIANTS.items() if not variant.data]
+        found = {looks: {name: self.ceiling(name, HarderData(crowd=10, looks=looks)) for name in names}
                  for looks in (0.0, 1.0)}
-        for name in ("full", "mod-all", "own-choice", "mod", "even", "exit-2", "skip-2", "random"):
+        for name in ("full", "short-turns", "own-choice", "mod", "even", "exit-2", "skip-2", "random"):
             assert found[0.0][name] == found[1.0][name] == 1, name
-        assert found[0.0]["exit"] == found[0.0]["skip"] == found[0.0]["long-turns"] == 1
+        assert found[0.0]["exit"] == found[0.0]["skip"] == found[0.0]["mod-all"] == 1
         assert found[0.0]["pool"] is None and found[0.0]["pool-4"] is None
         # A guess is right in one of five, or a little more often, because known sprites leave less room for others.
-        # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25. By chance
-        # two layers keep 10 of the 25 other tokens, and each further one 5 of the 20 that the one before it left.
-        for name, known in (("drop", (5 + 0.4) / 10), ("random-all", 24 / 25 * (1 - 0.6 * 0.75**2) + 1 / 25),
-                            ("uniform-all", 10 / 25)):
+        # The last cell is always kept; it holds a sprite in four of ten frames, and each sprite in one of 25. In turns
+        # four layers keep 20 of the 25 other tokens.
+        for name, known in (("drop", (5 + 0.4) / 10), ("random-all", 24 / 25 * 20 / 25 + 1 / 25),
+                            ("uniform-all", 24 / 25 * 20 / 25 + 1 / 25)):
             assert known + (1 - known) / 5 < found[0.0][name] < known + (1 - known) / 3.5, name
-        # One layer cannot look twice. Of the four others of a shape two stand on the fullest of five sides.
+        # One layer is one look. Of the four others of a shape two stand on the fullest of five sides; of fewer, more.
         assert 0.45 < found[1.0]["exit"] == found[1.0]["skip"] < 0.55
+        assert 0.55 < self.ceiling("exit", HarderData(crowd=10, looks=1.0, shapes=3)) < 0.7
         # Who is kept once is followed only if the leader's layer comes after: in half of two layers, and never behind.
-        assert 0.5 < found[1.0]["long-turns"] < 0.8
+        assert 0.5 < found[1.0]["mod-all"] < 0.8
         both = 5 / 10 * 4 / 9
         assert both + (1 - both) * 0.45 < found[1.0]["drop"] < both + 0.1 + (1 - both) * 0.55
 
@@ -158,18 +160,31 @@ class TestCrowd:
         variant = crowd.VARIANTS[name]
         return crowd.ceiling(configure(crowd.BASE, variant, 0).model, variant.routers == "once", data, draws=500)
 
-    @pytest.mark.parametrize(("kept", "cells", "found"), [
-        ([[1, 0, 0], [0, 1, 0]], (3, 4, 0), True),  # first the sprite, then its leader
-        ([[0, 1, 0], [1, 0, 0]], (3, 4, 0), False),  # the wrong order
-        ([[1, 1, 0], [0, 1, 0]], (3, 4, 0), True),
-        ([[1, 1, 0], [1, 0, 0]], (3, 4, 0), False),  # the leader comes later in the frame, unread by the sprite
-        ([[1, 1, 0], [1, 0, 0]], (4, 3, 0), True),  # the sprite has read its leader, and is read itself in the next layer
-        ([[0, 0, 0], [1, 1, 0]], (4, 3, 0), False),  # one layer alone
+    @pytest.mark.parametrize(("kept", "cells", "told", "found"), [
+        ([[1, 0, 0], [0, 1, 0]], (3, 4, 0), [], True),  # first the sprite, then its leader
+        ([[0, 1, 0], [1, 0, 0]], (3, 4, 0), [], False),  # the wrong order
+        ([[1, 1, 0], [0, 1, 0]], (3, 4, 0), [], True),
+        ([[1, 1, 0], [1, 0, 0]], (3, 4, 0), [], False),  # the leader comes later in the frame, unread by the sprite
+        ([[1, 1, 0], [1, 0, 0]], (4, 3, 0), [], True),  # the sprite has read its leader, and is then read itself
+        ([[0, 0, 0], [1, 1, 0]], (4, 3, 0), [], False),  # one layer alone
+        ([[1, 0, 0], [0, 0, 0]], (3, 4, 0), [1], True),  # an answer told where the leader is
+        ([[0, 0, 0], [1, 0, 0]], (3, 4, 0), [1], False),  # but no layer is left to read it
+        ([[1, 0, 0], [0, 0, 0]], (3, 4, 0), [2], False),  # it told of another
     ])
-    def test_two_looks_need_two_layers_in_the_right_order(self, kept, cells, found):
+    def test_two_looks_need_two_layers_in_the_right_order(self, kept, cells, told, found):
         """Sprite 0 follows sprite 1; the others of its shape stand on two sides, so a guess is right in half."""
-        mine, *_ = crowd.followed(np.array(cells), np.array(kept, bool), np.arange(3))
+        mine, *_ = crowd.followed(np.array(cells), np.array(kept, bool), np.arange(3), told)
         assert mine == (1.0 if found else 0.5)
+
+    def test_who_begins_with_whom_and_what_is_told_of_it(self):
+        """Each table's variants begin with one decoder of the same task; the preset from scratch, as it is."""
+        base = crowd.BASE
+        for name, variant in crowd.VARIANTS.items():
+            config, dense = configure(base, variant, 0), name.endswith("dense")
+            assert variant.start == ("" if dense or "scratch" in name else "two-dense" if "two-" in name else "dense"), name
+            assert config.data == (configure(base, crowd.VARIANTS[variant.start], 0) if variant.start else config).data
+        scratch = configure(base, crowd.VARIANTS["scratch-mod-all"], 0)
+        assert scratch == replace(crowd.PRESET, model=replace(crowd.PRESET.model, layers="all"))
 
     def test_holms_correction(self):
         """Worked by hand: .01 * 4, .02 * 3, .03 * 2, and .04 * 1, none below the one before."""

@@ -5,7 +5,7 @@ what matters. Sometimes one of them leaves a trail where it was. That is narrate
 it is now, "moves red-disc left". Nobody asks about it then. How hard it is, is told by numbers:
 
     crowd   sprites in a frame
-    shapes  how many shapes they have; the more, the fewer a leader is among, and the easier it is guessed and learned
+    shapes  how many shapes there are; with more, fewer sprites share one, and a leader is guessed more easily
     asks    questions after a frame, each about another sprite
     looks   share of questions that need two look-ups: "where is the leader of the red-disc ?"
     echo    do answers repeat the name?

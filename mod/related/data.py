@@ -76,9 +76,9 @@ class HarderData(DataConfig):
         shares = ("drift", "sparks", "ahead", "landmark", "wide", "looks", "later")
         check(self, {"crowd": 0, "shapes": 0, "asks": 1}, shares)
         require(self.crowd <= MOST, f"crowd must be at most {MOST}, got {self.crowd}")
-        most = self.shapes * len(COLOURS) if self.shapes else MOST
         require(self.shapes <= len(SHAPES), f"shapes must be at most {len(SHAPES)}, got {self.shapes}")
-        require(self.crowd <= most, f"crowd must be at most {most} of {self.shapes} shapes, got {self.crowd}")
+        names = self.shapes * len(COLOURS) if self.shapes else MOST
+        require(self.crowd <= names, f"crowd got {self.crowd}, but of {self.shapes} shapes there are {names} names")
         alone = not (self.drift or self.sparks or self.landmark or self.wide)
         require(not self.crowd or alone, f"crowd got {self.crowd}, which goes without drift, sparks, landmark and wide")
 

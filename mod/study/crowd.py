@@ -10,16 +10,17 @@ Written down before the runs. The primary measure is `quality`, the share of que
 for word. Variants are compared seed by seed, by paired t-tests, each family of comparisons with Holm's correction (see
 `RIVALS`). The first family decides: `mod-all` with the variants of about its cost and with full computation.
 
-A seed's variants all begin with the same decoder, which has learned the task by full computation, as the paper's begin
-with a language model. Each is then trained for as many steps, with the same rates. Routed layers narrow down, whoever
-chooses (`narrow_steps`), which "training flops" in the JSON counts.
+A seed's variants all begin with the same decoder, trained by full computation, as the paper's begin with a language
+model. Each is then trained for as many steps, with the same rates. Routed layers narrow down, whoever chooses
+(`narrow_steps`), which "training flops" in the JSON counts; early exit, skipping and pooling change at the first step.
 
-What a kind of method *can* reach is computed beside it: see `ceiling`. Finished runs are kept in results/crowd and are
-never repeated. Writes results/crowd.json, .md and .png.
+What a kind of method would reach by counting is computed beside it: see `ceiling`. Finished runs are kept in
+results/crowd and are never repeated. Writes results/crowd.json, .md and .png.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -164,13 +165,17 @@ def costs(name: str, text: float) -> dict[str, float]:
 
 
 def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000) -> float | None:
-    """The share of questions that can be answered, if a sprite is known that *some* layer keeps. Otherwise the fullest
-    guess is made: the side with the most cells that are not known to hold somebody else. Answers after the same frame,
-    which the model reads, count among what is known.
+    """The share of questions that are answered by counting: a sprite is known that *some* layer keeps, one at a look.
+    Otherwise the fullest guess is made: the side with the most cells that are not known to hold somebody else. Answers
+    after the same frame, which the model reads, count among what is known.
 
     A question with two looks needs the sprite in one layer and its leader in a later one; or both in one layer, where
-    the leader comes first and is read by the sprite, and the sprite in a later one. The guess is then the side with the
-    most others of the shape. Pooled tokens mix sprites, so nothing is said of them.
+    the leader comes first and is read by the sprite, and the sprite in a later one; or an answer that told of the
+    leader. The guess is then the side with the most others of the shape, whether they are seen or not. Pooled tokens
+    mix sprites, so nothing is said of them.
+
+    No proof: a run may know more. The encoder lets a patch tell of others, and the heads of one layer may look at all
+    sprites of a shape at once, for later layers to choose from.
     """
     if config.grid < CELLS:
         return None
@@ -190,20 +195,22 @@ def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000
             kinds = data.shapes or math.ceil(data.crowd / len(COLOURS))
             shapes = rng.permutation(len(COLOURS) * kinds)[: data.crowd] // len(COLOURS)
             same = [np.flatnonzero(shapes == shape) for shape in set(shapes)]
-            two = [found for those in same for found in followed(crowd, seen, those)] or two
+            told = told[rng.random(len(told)) >= data.looks]  # by answers of one look, which name whom they are about
+            two = [found for those in same for found in followed(crowd, seen, those, told)] or two
         right += (1 - data.looks) * one + data.looks * sum(two) / len(two)
     return float(right / draws)
 
 
-def followed(crowd: np.ndarray, seen: np.ndarray, same: np.ndarray) -> list[float]:
-    """Of each sprite of a shape: with what chance can its leader be found? `crowd`: cells; `seen`: layers x sprites."""
+def followed(crowd: np.ndarray, seen: np.ndarray, same: np.ndarray, told: Sequence[int] = ()) -> list[float]:
+    """Of each sprite of a shape: with what chance can its leader be found? `crowd`: cells; `seen`: layers x sprites;
+    `told`: sprites whose side was said before."""
     found = []
     later = np.maximum.accumulate(seen[::-1], 0)[::-1][1:]  # does any layer after this one keep it?
     for sprite, leader in zip(same, np.roll(same, -1), strict=True):
         if sprite == leader:
             continue
         first, both = seen[:-1, sprite], seen[:-1, sprite] & seen[:-1, leader] & (crowd[leader] < crowd[sprite])
-        can = (first & later[:, leader]).any() or (both & later[:, sprite]).any()
+        can = (first & later[:, leader]).any() or (both & later[:, sprite]).any() or (leader in told and first.any())
         sides = np.bincount(crowd[same[same != sprite]] % CELLS)
         found.append(1.0 if can else sides.max() / sides.sum())
     return found
@@ -211,16 +218,16 @@ def followed(crowd: np.ndarray, seen: np.ndarray, same: np.ndarray) -> list[floa
 
 def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarray:
     """Which cells the layers keep, (layers, draws, cells). Routers without weights choose as they do. Of learned ones
-    the best is told: sprites come before all else, and among them those that were kept the least so far."""
+    a good choice is told: sprites come before all else, and among them those that were kept the least so far."""
     draws, tokens, sprites = len(crowds), config.frame_tokens, crowds.shape[1]
     pos, layers, routed = torch.arange(draws * tokens).view(draws, tokens), [], []
     shows = torch.zeros(draws, tokens)
     shows[np.arange(draws)[:, None], 1 + crowds] = 1 + torch.arange(sprites, 0, -1) / sprites  # token 0 is the CLS
     for layer, k in enumerate(config.keep_counts):
-        kept = torch.full((draws, tokens), k > 0)
+        kept = torch.ones(draws, tokens, dtype=torch.bool)
         if once and routed:
             kept = routed[0]
-        elif 0 < k < tokens:
+        elif k < tokens:
             router, earlier = new_router(config, layer), routed[-config.take_turns:] if config.take_turns else []
             if config.select == "learned":
                 scores = (shows - 2 * sum(one.float() for one in routed)).where(shows > 0, -tokens)
@@ -261,9 +268,10 @@ def compare(one: Values, others: dict[str, Values]) -> pd.DataFrame:
 def report(data: dict) -> str:
     values = data["values"]
     parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds, on {data['clips']} validation clips. All "
-             f"begin with a decoder trained by full computation and are trained {data['steps']} steps more. Quality: "
-             f"questions answered right. FLOPs: of the decoder, in a stream of {LIVE} frames with a question after "
-             "every fourth, as a share of full computation.\n"]
+             "but `dense` itself and the last table begin with a decoder trained by full computation and are trained "
+             f"{data['steps']} steps more. Quality: questions answered right. By counting: what one sprite a look and "
+             f"a guess would reach. FLOPs: of the decoder, in a stream of {LIVE} frames with a question after every "
+             "fourth, as a share of full computation.\n"]
     for title, names in TABLES.items():
         rows = {}
         for name in (name for name in names if name in values):
@@ -271,7 +279,7 @@ def report(data: dict) -> str:
             means = {measure: f"{mean_error(values[name][measure])[0]:.2f}".replace("nan", "-") for measure in MEANS}
             rows[f"`{name}` {VARIANTS[name].title}"] = {
                 "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
-                "ceiling": f"{ceiling:.2f}" if ceiling else "-", **means,
+                "by counting": f"{ceiling:.2f}" if ceiling else "-", **means,
                 "FLOPs": f"{data['costs'][name]['flops']:.2f}", "seeds": len(quality)}
         if rows:
             parts += [f"**{title}**\n", markdown(pd.DataFrame.from_dict(rows, orient="index"))]
@@ -301,7 +309,7 @@ def plot(data: dict, path: Path) -> None:
         axis.annotate(name, labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
         if cost["ceiling"] is not None:
             axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
-    axis.set(title="A crowd: quality against cost (red: learned routing; grey: what that kind of method can reach)",
+    axis.set(title="A crowd: quality against cost (red: learned routing; grey: what is reached by counting)",
              xlabel="decoder FLOPs of a live stream (share of full computation)",
              ylabel="questions answered right (share), ± standard error", xlim=(0, 1.08), ylim=(0, 1.05))
     axis.grid(alpha=0.3)
