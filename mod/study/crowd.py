@@ -49,7 +49,7 @@ from mod.train import narrowed
 PRESET = WORLD.presets["crowd"]
 # The preset's training begins from scratch. Here all variants of a seed begin with one decoder, which was trained by
 # full computation, as the paper's begin with one language model.
-BASE = replace(PRESET, train=replace(PRESET.train, steps=300, dense_steps=20, narrow_steps=150, save_every=150))
+BASE = replace(PRESET, train=replace(PRESET.train, steps=600, dense_steps=20, narrow_steps=250, save_every=200))
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 VARIANTS = {
@@ -90,7 +90,8 @@ TWO = {"looks": 0.5, "shapes": 3, "asks": 6, "question_rate": 0.9}
 VARIANTS |= {
     f"two-{name}": replace(
         VARIANTS[name], data=TWO, model=VARIANTS[name].model | {"take_turns": 1},
-        train=VARIANTS[name].train | ({"steps": 900} if name == "dense" else {}), start="two-dense" * (name != "dense"))
+        train={"steps": 900 if name == "dense" else 300, "narrow_steps": 150, "save_every": 150},
+        start="two-dense" * (name != "dense"))
     for name in ("dense", "full", "mod-all", "random-all", "drop", "exit", "skip")}
 # The preset as it is, from scratch.
 SCRATCH = {name: getattr(PRESET.train, name) for name in ("steps", "dense_steps", "narrow_steps", "save_every")}
