@@ -177,14 +177,15 @@ class TestCrowd:
         assert mine == (1.0 if found else 0.5)
 
     def test_who_begins_with_whom_and_what_is_told_of_it(self):
-        """Each table's variants begin with one decoder of the same task; the preset from scratch, as it is."""
+        """Two families begin with a dense decoder of the same task; all others from scratch, with the preset's data."""
         base = crowd.BASE
         for name, variant in crowd.VARIANTS.items():
-            config, dense = configure(base, variant, 0), name.endswith("dense")
-            assert variant.start == ("" if dense or "scratch" in name else "two-dense" if "two-" in name else "dense"), name
-            assert config.data == (configure(base, crowd.VARIANTS[variant.start], 0) if variant.start else config).data
-        scratch = configure(base, crowd.VARIANTS["scratch-mod-all"], 0)
-        assert scratch == replace(crowd.PRESET, model=replace(crowd.PRESET.model, layers="all"))
+            family, config = name.split("-")[0], configure(base, variant, 0)
+            late = family in ("two", "late")
+            assert variant.start == (f"{family}-dense" if late and not name.endswith("dense") else ""), name
+            assert config.data == (configure(base, crowd.VARIANTS[f"{family}-dense"], 0) if late else base).data
+            assert (config.model.take_turns == 1) == (family in ("two", "short")) and (config.data.looks > 0) == (family == "two")
+        assert configure(base, crowd.VARIANTS["mod-all"], 0) == replace(base, model=replace(base.model, layers="all"))
 
     def test_holms_correction(self):
         """Worked by hand: .01 * 4, .02 * 3, .03 * 2, and .04 * 1, none below the one before."""

@@ -424,7 +424,7 @@ def test_what_chapter_8_says_of_the_results_holds():
     crowd = results("crowd.json")
     shares = {name: list(found["quality"].values()) for name, found in crowd["values"].items()}
     mean = {name: sum(found) / len(found) for name, found in shares.items()}
-    for other in ("drop", "random-all", "exit", "skip"):
+    for other in ("drop", "random-all"):
         assert min(shares["mod-all"]) > max(shares[other]) + 0.05, other
         assert abs(mean[other] - crowd["costs"][other]["ceiling"]) < 0.05, other
-    assert mean["dense"] > 0.98 and mean["mod-all"] > 0.9
+    assert min(shares["mod-all"]) > 0.98 and mean["skip"] > 0.98
