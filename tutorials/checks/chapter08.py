@@ -91,6 +91,15 @@ _HOLM = """def holm(p_values, alpha=0.05):
     return [order.index(i) <= most for i in range(m)]""",
         "Benjamini",
     ),
+    (_HOLM.replace("sorted(range(m), key=lambda i: p_values[i])", "range(m)"), "smallest p-value"),
+    (
+        """def holm(p_values, alpha=0.05):
+    import numpy as np
+    m, order = len(p_values), np.argsort(p_values)
+    passes = np.sort(p_values) <= alpha / (m - np.arange(m))
+    return np.cumprod(passes).astype(bool)[order].tolist()""",
+        "wrong way round",
+    ),
     (_HOLM.replace("(m - rank)", "(m - rank - 1) if rank + 1 < m else alpha"), "ranks from 0"),
     (_HOLM.replace("> alpha", ">= alpha"), "at most"),
     (_HOLM.replace("(m - rank)", "(m - rank + 1)"), "m + 1"),
@@ -125,6 +134,10 @@ def holm(answer) -> str:
             [one <= 0.05 for one in p],
         "That is Bonferroni's method: alpha / m for every test. Holm's asks less of the second, third, … smallest.":
             [one <= 0.05 / 5 for one in p],
+        "Nothing passes, but 0.001 is below 0.05 / 5: begin with the smallest p-value, not with the one given first.":
+            [False] * 5,
+        "The order is applied the wrong way round: what rank r says belongs to the p-value at order[r].":
+            [sorted(want, reverse=True)[index] for index in order],
         "The answers are in the order of size; return them in the order in which they were given.":
             sorted(want, reverse=True),
         "That is Benjamini and Hochberg's method: it bounds the share of false alarms among what is found, not the "
@@ -153,6 +166,14 @@ def holm(answer) -> str:
     return "Right: as safe as Bonferroni's, and never finds less."
 
 
+_SEEDS = """def seeds_needed(difference, spread):
+    from scipy.stats import nct, t
+    for n in range(2, 10_000):
+        edge, shift = t.ppf(0.975, n - 1), difference / spread * n**0.5
+        if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= 0.8:
+            return n"""
+
+
 @exercise(
     "8.3",
     (
@@ -174,23 +195,18 @@ def holm(answer) -> str:
         "half of the time",
     ),
     ("def seeds_needed(difference, spread):\n    return 5", "grow"),
-    (
-        """def seeds_needed(difference, spread):
-    from scipy.stats import nct, t
-    for n in range(2, 10_000):
-        edge, shift = t.ppf(0.975, n - 1), difference * n**0.5
-        if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= 0.8:
-            return n""",
-        "divide by spread",
-    ),
+    (_SEEDS.replace("0.975", "0.95"), "one-sided"),
+    (_SEEDS.replace("* n**0.5", "* (n / 2) ** 0.5"), "unpaired"),
+    (_SEEDS.replace("difference / spread", "spread / difference"), "upside down"),
+    (_SEEDS.replace("difference / spread", "difference"), "divide by spread"),
     ("def seeds_needed(difference, spread):\n    import math\n    return math.ceil((2.8 * spread / difference) ** 2) + 4", "too many"),
 )
 def seeds_needed(answer) -> str:
     from scipy.stats import nct, t
 
-    def exact(size):
+    def exact(size, level=0.975):
         for n in range(2, 1000):
-            edge, shift = t.ppf(0.975, n - 1), size * n**0.5
+            edge, shift = t.ppf(level, n - 1), size * n**0.5
             if nct.sf(edge, n - 1, shift) + nct.cdf(-edge, n - 1, shift) >= 0.8:
                 return n
 
@@ -211,7 +227,19 @@ def seeds_needed(answer) -> str:
     if all(abs(one - other) <= 1 for one, other in zip(got, z, strict=True)) and got[1] < want[1]:
         raise Wrong(f"Those are the numbers of the normal distribution: {got[1]} for a difference of two standard "
                     f"deviations, where {want[1]} are needed. With few seeds the t distribution has heavier tails.")
+    def near(one, other):  # a simulation of a few thousand runs ends within a twentieth
+        return abs(one - other) <= max(1 if other < 20 else 2, other / 20)
+
+    if got[1] > got[0] + 1:
+        raise Wrong(f"It says {got[0]} for a difference of one standard deviation and {got[1]} for one of two, but a larger difference needs "
+                    "fewer seeds: difference / spread is upside down.")
+    for hint, mistakes in (
+        ("Those are the numbers of a one-sided test. Two-sided, each tail has half of 0.05.", [exact(d / s, 0.95) for d, s in cases]),
+        ("Those are the numbers of an unpaired test. `spread` is that of the paired differences already.", [exact(d / s / 2**0.5) for d, s in cases]),
+    ):
+        if all(map(near, got, mistakes)):
+            raise Wrong(hint)
     for case, one, other in zip(cases, got, want, strict=True):
-        if abs(one - other) > (1 if other < 20 else 2):
+        if not near(one, other):
             raise Wrong(f"seeds_needed{case} is {one}, too {'many' if one > other else 'few'}: expected about {other}.")
-    return "Right. Now compare with the five seeds of the tables, and with the spreads printed below the last figure."
+    return "Right. Now compare with the five seeds of the tables, and with the spreads printed above the power curves."
