@@ -282,8 +282,9 @@ def report(data: dict) -> str:
                 "quality (worst seed)": f"{mean_and_error(quality)} ({min(quality.values()):.3f})",
                 "by counting": f"{ceiling:.2f}" if ceiling else "-", **means,
                 "FLOPs": f"{data['costs'][name]['flops']:.2f}", "seeds": len(quality)}
-        if rows:
-            parts += [f"**{title}**\n", markdown(pd.DataFrame.from_dict(rows, orient="index"))]
+        if len(rows) > 1:
+            table = pd.DataFrame.from_dict(rows, orient="index")
+            parts += [f"**{title}**\n", markdown(table.loc[:, (table != "-").any()])]
     for one, others in RIVALS:
         mine = values[one]["quality"] if one in values else {}
         there = {name: values[name]["quality"] for name in others if name in values}
