@@ -77,9 +77,7 @@ class MoDBlock(nn.Module):
             return self.block(x, turn, plan.pos, past=past)
         router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        earlier = trace[-router.take_turns :] if router.take_turns and trace else []  # those that this one remembers
-        times = sum(one.kept.int() for one in earlier) if earlier else None
-        chosen, weight, scores = router(*frames, times)
+        chosen, weight, scores = router(*frames, router.times([earlier.kept for earlier in trace or ()]))
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(router.layer, kept, scores))

@@ -25,6 +25,8 @@ what the layer does to the kept token itself teaches the router nothing, but for
 Read next: decoder.py
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,9 +65,15 @@ class Router(nn.Module):
         """mu of each token, (F, N) -> (F, N). One, unless the scores are learned."""
         return torch.ones_like(scores)
 
+    def times(self, earlier: Sequence[Tensor]) -> Tensor | None:
+        """How many of the layers that this one remembers kept each token, (F, N); `earlier`: what the routed layers
+        before it kept, (F, N) bool each, in order. None if there is nothing to remember."""
+        remembered = earlier[-self.take_turns :] if self.take_turns else []
+        return sum(kept.int() for kept in remembered) if remembered else None
+
     def forward(self, tokens: Tensor, pos: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N). `times` (F, N): how many earlier layers kept each token; the fewest come first."""
+        and all scores (F, N). With `times` (F, N) tokens of the fewest times come first."""
         ranked = scores = self.score(tokens, pos)
         if self.keep_last:
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)

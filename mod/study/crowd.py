@@ -6,9 +6,10 @@
     python -m mod.study.crowd --quick         # two seeds of a few steps each, to see that it works
     python -m mod.study.crowd --report        # train nothing: write the table from the runs that are finished
 
-Written down before the runs. The primary measure is `quality`, the share of questions that are answered right, word
-for word. Variants are compared seed by seed, by paired t-tests, each family of comparisons with Holm's correction (see
-`RIVALS`). The first family decides: `mod-all` with the variants of about its cost and with full computation.
+The primary measure is `quality`, the share of questions that are answered right, word for word. Variants are compared
+seed by seed, by paired t-tests, each family of comparisons with Holm's correction (see `RIVALS`). The first family
+decides: `mod-all` with the variants of about its cost and with full computation. It was written down before the runs;
+settings and the last two tables came out of trials on seeds like these.
 
 Every variant of a table is trained for as many steps, with the same rates. Routed layers begin dense and narrow down,
 whoever chooses (`dense_steps` and `narrow_steps`), which "training flops" in the JSON counts. Early exit, skipping and
@@ -81,22 +82,24 @@ GATES = {f"{name}-{gate}": Variant(f"{gate}, {where}", VARIANTS[name].model | {"
          for name, where in (("mod-all", "all layers"), ("mod", "interleaved"))
          for gate in get_args(Gate) if gate != BASE.model.gate}
 VARIANTS |= GATES
+
+
+def after_dense_start(family: str, start: int, steps: int, train: dict, data: dict, model: dict) -> dict[str, Variant]:
+    """Variants that begin with one decoder per seed, trained by full computation for `start` steps, as the paper's
+    begin with one language model."""
+    begin = Variant("full computation, with which the others begin", VARIANTS["full"].model | model, data=data,
+                    train=train | {"steps": start})
+    return {f"{family}-dense": begin} | {
+        f"{family}-{name}": replace(VARIANTS[name], start=f"{family}-dense", model=VARIANTS[name].model | model,
+                                    data=data, train=train | {"steps": steps})
+        for name in ("full", "mod-all", "random-all", "drop", "exit", "skip")}
+
+
 # Half of the questions need two looks. A sprite must be kept twice then, so a layer avoids only what the last one kept.
-# The variants of a seed begin with one decoder, trained by full computation, as the paper's with one language model.
-TWO = {"looks": 0.5, "shapes": 3, "asks": 6, "question_rate": 0.9}
-VARIANTS["two-dense"] = Variant("full computation, with which the others begin", {"layers": "none", "take_turns": 1},
-                                data=TWO, train={"steps": 900, "dense_steps": 20, "narrow_steps": 150,
-                                       "save_every": 150})
-VARIANTS |= {f"two-{name}": replace(VARIANTS[name], data=TWO, start="two-dense",
-                                    model=VARIANTS[name].model | {"take_turns": 1},
-                                    train=VARIANTS["two-dense"].train | {"steps": 300})
-             for name in ("full", "mod-all", "random-all", "drop", "exit", "skip")}
-# And with one look, from a decoder trained by full computation.
-VARIANTS["late-dense"] = Variant("full computation, with which the others begin", {"layers": "none"},
-                                 train={"steps": 400, "dense_steps": 20, "save_every": 200})
-VARIANTS |= {f"late-{name}": replace(VARIANTS[name], start="late-dense",
-                                     train=VARIANTS["late-dense"].train | {"steps": 600})
-             for name in ("full", "mod-all", "random-all", "drop", "exit", "skip")}
+VARIANTS |= after_dense_start("two", 900, 300, {"dense_steps": 20, "narrow_steps": 150, "save_every": 150},
+                              {"looks": 0.5, "shapes": 3, "asks": 6, "question_rate": 0.9}, {"take_turns": 1})
+# And one look.
+VARIANTS |= after_dense_start("late", 400, 600, {"dense_steps": 20, "save_every": 200}, {}, {})
 # The first three ask what the paper's tables ask; the others are ours.
 TABLES = {
     "Methods, as in the paper's Table 1": (
@@ -230,11 +233,11 @@ def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarra
         if once and routed:
             kept = routed[0]
         elif k < tokens:
-            router, earlier = new_router(config, layer), routed[-config.take_turns:] if config.take_turns else []
+            router = new_router(config, layer)
             if config.select == "learned":
                 scores = (shows - 2 * sum(one.float() for one in routed)).where(shows > 0, -tokens)
                 router.score = lambda *_, scores=scores: scores
-            chosen, *_ = router(shows[..., None], pos, sum(one.int() for one in earlier) if earlier else None)
+            chosen, *_ = router(shows[..., None], pos, router.times(routed))
             kept = torch.zeros(draws, tokens, dtype=torch.bool).scatter(1, chosen, True)
             routed.append(kept)
         layers.append(kept[:, 1:].numpy())
