@@ -204,8 +204,8 @@ def test_the_readme_shows_the_range_over_seeds():
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("table*.md")) + sorted((ROOT / "results").glob("bench*.md")), ids=lambda path: path.name)
 def test_tables_are_what_their_json_files_say(path):
     data = json.loads(path.with_suffix(".json").read_text())
-    from mod.study import ablate_report, bench_report
-    written = bench_report.report(data) if path.name.startswith("bench") else ablate_report.report(int(path.stem.removeprefix("table")), data)
+    from mod.study import ablate, bench_report
+    written = bench_report.report(data) if path.name.startswith("bench") else ablate.report(int(path.stem.removeprefix("table")), data)
     assert path.read_text() == written
     assert f"]({path.stem}.png)" in RESULTS and path.with_suffix(".png").exists()
 

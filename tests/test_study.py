@@ -8,23 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mod.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
-from mod.data import COLOURS, SHAPES, recall
+from mod.data import COLOURS, SHAPES
 from mod.evaluate import teacher_forced
-from mod.layers import Rope
 from mod.related.crowd import NAME_WORDS
-from mod.related.data import SPARK_LABEL, HarderData
+from mod.related.data import HarderData
 from mod.related.world import WORLD
 from mod.run import write_tensors
-from mod.study import ablate, crowd, division, routers, seeds, sweep
-from mod.study.ablate_report import judge, mean_and_error, report
+from mod.study import ablate, crowd, division, gates, routers, seeds, sweep
+from mod.study.ablate import report
+from mod.study.statistics import compare, holm, judge, mean_and_error
 from mod.study.sweep import Job, Variant, collect, configure, quick, same, train_here
-from mod.study.tables import MEASURES, TABLES, VARIANTS, steps_to
+from mod.study.tables import COLUMNS, JUDGED, MEASURES, TABLES, VARIANTS, steps_to
 from mod.videollm import VideoLLM
-from tests.helpers import as_batch, loud, offline, plan_of, routed, small_config
-from tests.test_layers import plain_rotate
+from tests.helpers import as_batch, offline, plan_of, routed, small_config
 
 ROOT = Path(__file__).parent.parent
 STUDY = WORLD.presets["study"]
@@ -43,61 +41,6 @@ def job(name: str, folder: Path, base: Config = MINI, **more) -> Job:
 
 
 class TestRouters:
-    def test_the_oracle_keeps_every_sprite_and_spark(self):
-        """On the study's own clips, in every routed layer."""
-        model, source = WORLD.build(replace(STUDY, model=replace(STUDY.model, layers="all")), torch.device("cpu"))
-        routers.equip(model.eval(), "oracle")
-        clips, trace = source.validation(12), []
-        teacher_forced(model, source.words, clips, trace=trace)
-        assert recall(STUDY.model.grid, trace, clips) == dict.fromkeys("0123", 1.0)
-        spark = torch.cat([torch.from_numpy(clip.patch_labels[..., SPARK_LABEL]) for clip in clips]) > 0
-        assert spark.any() and trace[0].kept[:, 1:][spark].all()
-
-    def test_the_oracle_refuses_frames_that_it_was_not_told_of(self):
-        model = equipped("oracle", layers="all")
-        batch = as_batch(model.config, [(2, [])], torch.float32)
-        seen = model.see(batch.pixels)
-        model.see(batch.pixels[:1])
-        with pytest.raises(ValueError, match="told of 1 frames"):
-            model.hidden(batch.ids, seen, batch.plan)
-
-    def test_a_lesson_is_the_gradient_of_the_cross_entropy_and_changes_no_value(self):
-        scores, target = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5).round()
-        taught = routers.Lesson.apply(scores, target)
-        assert torch.equal(taught, scores)
-        (taught * 3).sum().backward()
-        [expected] = torch.autograd.grad(
-            (3 * scores).sum() + routers.LESSON * F.binary_cross_entropy_with_logits(scores, target), scores
-        )
-        torch.testing.assert_close(scores.grad, expected)
-
-    def test_attention_from_text_equals_a_plain_version(self):
-        attention = loud(equipped("taught", gate="score-update").double()).decoder.layers[0].attention
-        x, frame = torch.randn(1, 9, 24, dtype=torch.float64), torch.tensor([[-1, 0, 0, 0, 0, 0, -1, -1, -1]])
-        pos, size, heads = torch.arange(9), attention.head_dim, 4
-        got, q, k = torch.zeros(9, dtype=torch.float64), attention.q(x[0]), attention.k(x[0])
-        for head in range(heads):
-            group = head // 2
-            qh = plain_rotate(attention.q_norm(q[:, head * size : (head + 1) * size]), pos, 100.0)
-            kh = plain_rotate(attention.k_norm(k[:, group * size : (group + 1) * size]), pos, 100.0)
-            weights = (qh @ kh.T / size**0.5).masked_fill(pos[None] > pos[:, None], -torch.inf).softmax(-1)
-            got += weights[frame[0] < 0].sum(0) / heads
-        turn, plan = Rope(100.0).turn(pos[None], size, torch.float64), plan_of(small_config(), frame)
-        found = routers.attention_from_text(attention, x, turn, pos[None], plan.vision)
-        torch.testing.assert_close(found, got[None, 1:6])
-
-    def test_a_taught_router_learns_in_training_only_and_needs_a_dense_layer(self):
-        model = equipped("taught", gate="score-update")
-        batch = as_batch(model.config, [(3, [])], torch.float32)
-        for training in (True, False):
-            model.train(training)
-            offline(model, batch)
-            assert all((layer.router.lesson is not None) == training for layer in routed(model))
-        with pytest.raises(ValueError, match="dense layer before it"):
-            equipped("taught", layers="all")
-        with pytest.raises(ValueError, match="expected oracle, taught or once"):
-            equipped("nobody")
-
     def test_one_choice_is_made_once_and_learns_from_every_layer(self):
         """Also in a stream, frame by frame."""
         model = equipped("once", layers="keep:0.4,1,0.4,0.4").double()
@@ -116,21 +59,9 @@ class TestRouters:
         model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=again)
         assert not torch.equal(again[0].kept, trace[0].kept) and torch.equal(again[2].kept, again[0].kept)
 
-    def test_lessons_alone_teach_a_router_what_the_text_reads(self):
-        """With a main loss of zero the lesson is all that it learns from."""
-        model, outs = equipped("taught", gate="score-update", keep_ratio=0.4).train(), []
-        batch, router = as_batch(model.config, [(4, []), (3, [])], torch.float32), routed(model)[0].router
-        model.decoder.layers[0].register_forward_hook(lambda layer, inputs, out: outs.append(out.detach()))
-        offline(model, batch)
-        tokens, pos = (part.flatten(0, 1)[batch.plan.vision] for part in (outs[0], batch.plan.pos))
-        optimizer = torch.optim.Adam(router.parameters(), 0.2)
-        for _ in range(300):
-            optimizer.zero_grad()
-            chosen, mu, _ = router(tokens, pos)
-            (0 * mu).sum().backward()
-            optimizer.step()
-        kept = torch.zeros(7, 5, dtype=torch.bool).scatter(1, chosen, True)
-        assert (kept == router.lesson.bool()).float().mean() > 0.9
+    def test_no_other_kind_is_known(self):
+        with pytest.raises(ValueError, match="expected once"):
+            equipped("nobody")
 
 
 class TestCrowd:
@@ -184,21 +115,23 @@ class TestCrowd:
             late = family in ("two", "late")
             assert variant.start == (f"{family}-dense" if late and not name.endswith("dense") else ""), name
             assert config.data == (configure(base, crowd.VARIANTS[f"{family}-dense"], 0) if late else base).data
-            assert (config.model.take_turns == 1) == (family in ("two", "short")) and (config.data.looks > 0) == (family == "two")
+            assert (config.model.take_turns == 1) == (variant.start == "two-dense" or family == "short")
+            assert (config.data.looks > 0) == (family == "two")
         assert configure(base, crowd.VARIANTS["mod-all"], 0) == replace(base, model=replace(base.model, layers="all"))
 
     def test_holms_correction(self):
         """Worked by hand: .01 * 4, .02 * 3, .03 * 2, and .04 * 1, none below the one before."""
-        assert crowd.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-        assert crowd.holm([0.5, 0.9]) == [1.0, 1.0] and crowd.holm([0.001]) == [0.001]
+        assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+        assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.001]) == [0.001]
 
     def test_comparisons_pair_the_seeds_that_both_have(self):
         one, other = {"0": 0.9, "1": 0.8, "2": 0.7, "3": 0.6}, {"2": 0.5, "1": 0.5, "0": 0.5, "7": 0.0}
-        row = crowd.compare(one, {"other": other}).loc["`other`"]
+        row = compare({"other": (one, other)}).loc["other"]
         assert row["difference"] == "+0.300" and row["95% interval"] == "+0.052 to +0.548"
         assert row["difference / its spread"] == "+3.0" and row["p, corrected"] == "0.0351"
         # Without spread a gap is certain, unless there is none.
-        found = crowd.compare(dict.fromkeys(one, 0.75), {"less": dict.fromkeys(one, 0.5), "same": dict.fromkeys(one, 0.75)})
+        alike = dict.fromkeys(one, 0.75)
+        found = compare({"less": (alike, dict.fromkeys(one, 0.5)), "same": (alike, alike)})
         assert list(found["p, corrected"]) == ["< 0.0001", "1.0000"]
 
     def test_a_report_shows_what_is_finished_and_compares_what_has_three_seeds(self, tmp_path):
@@ -259,7 +192,7 @@ def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
 def runs(tmp_path_factory):
     """One mini run of two variants, trained here."""
     folder = tmp_path_factory.mktemp("study")
-    for name in ("mod", "oracle"):
+    for name in ("mod", "skip"):
         train_here(job(name, folder))
     return folder
 
@@ -268,7 +201,7 @@ class TestSweep:
     def test_a_finished_run_is_not_repeated(self, runs, monkeypatch):
         before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
         monkeypatch.setattr(sweep, "train_apart", lambda job: pytest.fail("trained again"))
-        sweep.sweep(runs / "runs", runs, MINI, VARIANTS, ("mod", "oracle"), seeds=1, jobs=1)
+        sweep.sweep(runs / "runs", runs, MINI, VARIANTS, ("mod", "skip"), seeds=1, jobs=1)
         assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == before
 
     def test_only_what_is_missing_is_trained(self, runs, monkeypatch):
@@ -280,10 +213,10 @@ class TestSweep:
     def test_what_others_start_from_is_trained_first(self, runs, monkeypatch):
         trained = []
         monkeypatch.setattr(sweep, "train_apart", lambda job: trained.append((job.file.name, job.start)))
-        mini = {name: replace(VARIANTS[name], train={}) for name in ("full", "pretrained-value")}
-        sweep.sweep(runs / "runs", runs, MINI, mini, ("pretrained-value",), seeds=1, jobs=1)
+        mini = {name: replace(gates.VARIANTS[name], train={}) for name in ("full", "pretrained-score-value")}
+        sweep.sweep(runs / "runs", runs, MINI, mini, ("pretrained-score-value",), seeds=1, jobs=1)
         start = runs / "runs" / "full-0" / "model.safetensors"
-        assert trained == [("full-0.json", None), ("pretrained-value-0.json", start)]
+        assert trained == [("full-0.json", None), ("pretrained-score-value-0.json", start)]
 
     def test_a_pretrained_decoder_is_what_it_was(self, runs, tmp_path):
         """A MoD model that starts from a dense run computes, on text alone, what that run computes."""
@@ -298,7 +231,7 @@ class TestSweep:
     def test_a_run_with_other_settings_is_refused(self, runs):
         known = job("mod", runs)
         other = replace(known, config=replace(known.config, train=replace(MINI.train, lr=0.5)))
-        for one in (other, replace(known, routers="oracle")):
+        for one in (other, replace(known, routers="once")):
             for file in (runs / "mod-0.json", runs / "runs" / "mod" / "identity.json"):
                 with pytest.raises(ValueError, match="is of a run with other settings"):
                     same(file, one.about)
@@ -398,7 +331,7 @@ class TestTables:
         assert steps_to(run, 0.35) == 40 and steps_to(run, 0.2) == 80 and math.isnan(steps_to(run, 0.01))
 
     def test_a_table_shows_every_row_and_ordering(self):
-        data = {"steps": 3, "clips": 4, "values": self.values(), "times": dict.fromkeys(VARIANTS, 0.5),
+        data = {"steps": 3, "clips": 4, "values": self.values(),
                 "costs": {name: {"flops": 0.6, "kv": 0.7} for name in VARIANTS}}
         text = report(1, data)
         assert all(f"| `{name}` {VARIANTS[name].title} |" in text for name in TABLES[1].rows)
@@ -407,7 +340,7 @@ class TestTables:
     def test_every_claim_compares_rows_of_its_table(self):
         for table in TABLES.values():
             assert {name for claim in table.claims for name in claim[:2]} <= set(table.rows) <= set(VARIANTS)
-            assert set(table.judged) <= set(MEASURES)
+        assert set(JUDGED) <= set(COLUMNS) <= set(MEASURES)
 
     def test_variants_are_configurations(self):
         for variant in VARIANTS.values():
@@ -423,6 +356,40 @@ class TestTables:
         assert "seeds must be at least 1" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             ablate.main(["--table", "9"])
+
+
+class TestGates:
+    def values(self, seeds: int = 4) -> dict:
+        """Quality rises by .2 with the sigmoid, by .05 with the value; recall the other way round. All layers lack a gate."""
+        values = {}
+        for setting in ("interleaved", "all"):
+            for gate in list(gates.GATES)[: 4 if setting == "interleaved" else 3]:
+                what, scales = 0.2 * gate.startswith("sigmoid"), 0.05 * gate.endswith("value")
+                rows = {"quality": 0.5 + what + scales, "recall": 0.3 + 0.25 * what + 4 * scales}
+                values[f"{setting}-{gate}"] = {measure: {str(seed): rows.get(measure, 0.5) + 0.01 * seed + 0.001 * (seed % 2) * what
+                                                         for seed in range(seeds)} for measure in gates.MEASURES}
+        return values
+
+    def test_an_effect_is_of_one_factor_averaged_over_the_other(self):
+        found = {measure: compare(dict(gates.effects(self.values(), measure))) for measure in ("quality", "recall")}
+        names = ["layers 1 and 3: sigmoid − score", "layers 1 and 3: value − update"]
+        assert list(found["quality"].index) == list(found["recall"].index) == names, "all layers lack a gate"
+        assert list(found["quality"]["difference"]) == ["+0.200", "+0.050"]
+        assert list(found["recall"]["difference"]) == ["+0.050", "+0.200"]
+        assert not dict(gates.effects(self.values(2), "quality")), "two seeds are too few"
+
+    def test_every_cell_of_the_two_by_two_differs_in_the_gate_alone(self):
+        for setting in gates.SETTINGS:
+            cells = [configure(gates.BASE, gates.VARIANTS[f"{setting}-{gate}"], 0) for gate in gates.GATES]
+            assert {replace(one, model=replace(one.model, gate="score-update")) for one in cells} == {cells[0]}
+            assert [one.model.gate for one in cells] == ["-".join(levels) for levels in gates.GATES.values()]
+
+    def test_a_report_shows_what_is_finished(self, tmp_path):
+        data = {"steps": 200, "short": 80, "clips": 8, "values": self.values()}
+        text = gates.report(data)
+        assert "| all layers: score-value |" in text and "all layers: sigmoid − score" not in text
+        gates.plot(json.loads(json.dumps(data)), tmp_path / "gates.png")
+        assert (tmp_path / "gates.png").stat().st_size > 10_000
 
 
 class TestSeeds:

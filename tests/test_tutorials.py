@@ -410,7 +410,7 @@ def test_code_cells_are_python_and_results_are_read_by_one_helper():
 
 def test_what_chapter_8_says_of_the_results_holds():
     """The chapter prints its numbers from the results, and its prose names hardly any. These orderings it relies on."""
-    from mod.study.ablate_report import judge
+    from mod.study.statistics import judge
 
     results = importlib.import_module("tutorials.course").results
     one = {}

@@ -31,10 +31,10 @@ from mod.related.methods import METHODS
 from mod.related.world import WORLD
 from mod.run import load_weights, read_tensors, to_json, write_text
 from mod.stream import Stream
-from mod.study.ablate_report import judge, mean_error, means, number_of_seeds
 from mod.study.common import PURPLE, SKY, command, markdown, publish
 from mod.study.machine import Machine, ratio, side_by_side
 from mod.study.needle import DEPTHS, LENGTHS, LONG
+from mod.study.statistics import judge, mean_error, means, number_of_seeds
 from mod.study.sweep import TrialFlags, Variant, collect, quick, read_off, sweep
 from mod.videollm import VideoLLM
 

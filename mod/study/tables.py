@@ -2,32 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 
 from mod.study.sweep import Variant
-
-# Table 5: the two gates elsewhere, in short runs, since recall is decided early.
-SHORT = {"steps": 80, "eval_clips": 64, "eval_every": 0}
-PLACES = {
-    "here": Variant("the setting of the other tables"),
-    "r-0.1": Variant("r = 0.1", {"keep_ratio": 0.1}),
-    "r-0.5": Variant("r = 0.5", {"keep_ratio": 0.5}),
-    "depth-2": Variant("2 layers", {"depth": 2}),
-    "depth-8": Variant("8 layers", {"depth": 8}),
-    "tokens-50": Variant("1 + 7×7 tokens a frame", {"image_size": 56, "grid": 7}, train={"batch_size": 8}),
-    "sprites-3": Variant("3 sprites", data={"sprites": 3}),
-    "pretrained": Variant("a trained dense decoder", start="full"),
-}
-GATES = {"value": "sigmoid-value", "update": "score-update"}
-
-
-def placed(place: Variant, gate: str) -> Variant:
-    """A place of table 5 with one of the two gates."""
-    model, train = {**place.model, "gate": GATES[gate]}, {**SHORT, **place.train}
-    return replace(place, title=f"{place.title}: {gate} gate", model=model, train=train)
-
 
 VARIANTS = {
     "mod": Variant("MoD: interleaved, learned, r = 0.2, value gate"),
@@ -45,28 +24,19 @@ VARIANTS = {
     "all-uniform": Variant("all layers, uniform", {"layers": "all", "select": "uniform"}),
     "r-0.1": Variant("interleaved, learned, r = 0.1", {"keep_ratio": 0.1}),
     "r-0.5": Variant("interleaved, learned, r = 0.5", {"keep_ratio": 0.5}),
-    "update": Variant("interleaved, the paper's gate", {"gate": "score-update"}),
-    "taught": Variant("interleaved, the paper's gate and an auxiliary target", {"gate": "score-update"}, "taught"),
-    "oracle": Variant("interleaved, oracle: keeps sprites and sparks", {}, "oracle"),
-    "all-update": Variant("all layers, the paper's gate", {"layers": "all", "gate": "score-update"}),
-    "all-oracle": Variant("all layers, oracle: keeps sprites and sparks", {"layers": "all"}, "oracle"),
-} | {f"{name}-{gate}": placed(place, gate) for name, place in PLACES.items() for gate in ("value", "update")}
+}
 
-COLUMNS = ("LM-PPL", "TimeDiff (s)", "Fluency", "LM-Correctness", "narration", "free-running narration", "speak",
-           "silence", "now", "past", "spark", "steps to quality")
-JUDGED = ("narration", "free-running narration", "speak", "silence", "now", "past", "spark")
+COLUMNS = ("free-running narration", "silence", "past", "spark", "steps to quality")  # shown; the JSON has all measures
+JUDGED = COLUMNS[:4]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows are names of variants; `claims` are orderings (better, worse, who says so), judged on all of `judged`."""
+    """Rows are names of variants; `claims` are orderings (better, worse, who says so), on each measure of JUDGED."""
 
     title: str
     rows: tuple[str, ...]
     claims: tuple[tuple[str, str, str], ...]
-    judged: tuple[str, ...] = JUDGED
-    columns: tuple[str, ...] = COLUMNS
-    with_costs: bool = True
 
 
 TABLES = {
@@ -101,30 +71,6 @@ TABLES = {
             ("mod", "r-0.1", "more tokens, more seen"),
             ("r-0.5", "mod", "more tokens, more seen"),
         ),
-    ),
-    4: Table(
-        "What makes the router learn",
-        ("update", "mod", "taught", "random", "uniform", "oracle",
-         "all-update", "all", "all-random", "all-uniform", "all-oracle"),
-        (
-            ("mod", "update", "ours: being read must carry gradient"),
-            ("taught", "update", "ours: so must any other lesson"),
-            ("oracle", "mod", "ours: nothing beats knowing"),
-            ("update", "random", "is the paper's gate better than chance?"),
-            ("all", "all-update", "ours, with no dense layer to help"),
-            ("all-oracle", "all", "ours, with no dense layer to help"),
-            ("all-update", "all-random", "with no dense layer to help"),
-        ),
-        ("recall", *JUDGED),
-        (*COLUMNS, "recall"),
-    ),
-    5: Table(
-        "Where the value gate stops helping the router",
-        tuple(f"{place}-{gate}" for place in PLACES for gate in ("value", "update")),
-        tuple((f"{place}-value", f"{place}-update", "ours") for place in PLACES),
-        ("recall", "narration"),
-        ("recall", "narration", "questions"),
-        with_costs=False,
     ),
 }
 
