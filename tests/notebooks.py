@@ -4,6 +4,7 @@
     python -m tests.notebooks 04               # the chapters whose names begin so
     python -m tests.notebooks --write 04       # and write the outputs into the files: how checked-in outputs are made
     python -m tests.notebooks --pictures DIR   # and their figures as files, to look at
+    python -m tests.notebooks --colab OWNER/NAME    # run nothing: put a badge on top that opens the chapter in Colab
 
 Chapters are executed as a student would: in the folder tutorials, one kernel each, one thread, exercises unsolved. Then,
 in the same kernel, every exercise is answered wrongly and rightly, and each answer is checked.
@@ -32,6 +33,11 @@ ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "tutorials"
 AGAIN_SECONDS = 3  # cells that take less are run again by the tests
 CELL_SECONDS = 600  # far more than any cell takes, on a busy machine too; a cell that hangs must not hang the tests
+FETCH = """import sys
+
+if "google.colab" in sys.modules:
+    !git clone -q https://github.com/{repository} clone
+    %cd -q clone/tutorials"""
 STAMP = "import time as _time; print(_time.process_time())"
 
 
@@ -41,7 +47,10 @@ def chapters(prefixes: list[str] | None = None) -> list[Path]:
 
 
 def read(path: Path) -> NotebookNode:
-    return nbformat.read(path, as_version=4)
+    """A chapter, without what `put_badge` has put on top."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "colab")]
+    return notebook
 
 
 def write(path: Path, notebook: NotebookNode) -> None:
@@ -54,6 +63,19 @@ def write(path: Path, notebook: NotebookNode) -> None:
     }
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
+
+
+def put_badge(path: Path, repository: str) -> None:
+    """Put a badge on top of a chapter that opens it in Colab, from a public repository (OWNER/NAME), and a cell that
+    fetches the rest there and does nothing elsewhere."""
+    notebook, host = read(path), "https://colab.research.google.com"
+    page = f"{host}/github/{repository}/blob/HEAD/tutorials/{path.name}"
+    top = [nbformat.v4.new_markdown_cell(f"[![Open in Colab]({host}/assets/colab-badge.svg)]({page})"),
+           nbformat.v4.new_code_cell(FETCH.format(repository=repository))]
+    for number, cell in enumerate(top):
+        cell.id, cell.metadata.tags = f"colab-{number}", ["colab"]
+    notebook.cells = top + notebook.cells
+    write(path, notebook)
 
 
 def tagged(cell: NotebookNode, tag: str) -> bool:
@@ -209,7 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("chapters", nargs="*", help="beginnings of chapters' names, such as 04; all without")
     parser.add_argument("--write", action="store_true", help="write the outputs into the files")
     parser.add_argument("--pictures", type=Path, help="write the figures into this folder")
+    parser.add_argument("--colab", metavar="OWNER/NAME", help="run nothing; put a badge on top that opens it in Colab")
     args = parser.parse_args(argv)
+    if args.colab:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.colab):
+            parser.error(f"--colab got {args.colab!r}, expected a public repository as OWNER/NAME")
+        for path in chapters(args.chapters):
+            put_badge(path, args.colab)
+        return 0
     bad = 0
     for path in chapters(args.chapters):
         try:

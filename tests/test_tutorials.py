@@ -9,6 +9,7 @@ import io
 import json
 import keyword
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 
@@ -107,7 +109,7 @@ def test_the_file_is_clean(path):
     assert path.stat().st_size < 500_000, "make figures smaller"
     text = re.sub(r'"image/png": "[^"]*"', "", raw)
     assert str(ROOT) not in text and "/tmp" not in text and "/home/" not in text
-    assert set(re.findall(r"https?://([\w.]+)", text)) <= {"arxiv.org"}
+    assert set(re.findall(r"https?://([\w.]+)", nbformat.writes(notebook))) <= {"arxiv.org"}
 
 
 @each_chapter
@@ -321,6 +323,20 @@ def test_a_layout_is_told_as_a_table():
     assert lines[2].split() == ["1", "<v>", "0"] and lines[3].split() == ["..."]
     assert lines[4].split(maxsplit=3) == ["5", "<v>", "0", "<assistant>   (streaming: speak)"]
     assert lines[6].split() == ["7", "red", "disc"] and lines[-1].split() == [str(len(layout.ids) - 1), "?"]
+
+
+def test_a_badge_is_put_on_top_once_and_its_cell_does_nothing_elsewhere(tmp_path):
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    before = read(shutil.copy(COURSE / f"{CHAPTERS[0]}.ipynb", tmp_path / "00_copy.ipynb"))
+    for name in ("somebody/else", "someone/some.where"):
+        notebooks.put_badge(tmp_path / "00_copy.ipynb", name)
+    badge, fetch, *rest = nbformat.read(tmp_path / "00_copy.ipynb", as_version=4).cells
+    assert badge.source.endswith("/github/someone/some.where/blob/HEAD/tutorials/00_copy.ipynb)")
+    assert rest == before.cells == read(tmp_path / "00_copy.ipynb").cells
+    exec(TransformerManager().transform_cell(fetch.source), {})  # in Colab alone it would need a shell
+    with pytest.raises(SystemExit):
+        notebooks.main(["--colab", "https://somewhere"])
 
 
 def test_scratch_folders_and_tables(capsys, monkeypatch):

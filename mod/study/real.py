@@ -20,7 +20,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -49,10 +49,11 @@ LIVE = 24, 12 * 24  # frames and text tokens of the stream that costs are told o
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: its title, and how its model differs from the preset's."""
+    """One row: its title, and how its model and training differ from the preset's."""
 
     title: str
     model: dict
+    train: dict = field(default_factory=dict)
 
 
 def gate_name(gate: str) -> str:
@@ -64,6 +65,8 @@ VARIANTS = {
     "full": Variant("full computation", {"layers": "none"}),
     "mod-value": Variant("MoD, interleaved, gate sigmoid-value", {"gate": "sigmoid-value"}),
     "mod-update": Variant("MoD, interleaved, the paper's gate score-update", {"gate": "score-update"}),
+    "mod-narrowed": Variant("MoD, interleaved, begun dense and narrowed down", {"gate": "sigmoid-value"},
+                            {"dense_steps": 40, "narrow_steps": 50}),
     "random": Variant("chance, interleaved", {"select": "random"}),
     "uniform": Variant("uniform, interleaved", {"select": "uniform"}),
     "skip": Variant("skipping every other layer", {"layers": "skip"}),
@@ -80,7 +83,7 @@ MEASURES: dict[str, Callable] = {
 }
 # Colour and dashes of a variant's lines. Of a gate the colour says what mu scales, and dashes that mu is the score.
 LINES = {"full": ("black", "-"), "random": (ORANGE, "-"), "uniform": ("grey", "-"), "skip": (PURPLE, "-"),
-         "mod-all": (SKY, "-")}
+         "mod-all": (SKY, "-"), "mod-narrowed": (BLUE, ":")}
 SCALED = {"value": BLUE, "update": VERMILION, "read": GREEN}
 LINES |= {gate_name(f"{mu}-{part}"): (colour, dashes) for part, colour in SCALED.items()
           for mu, dashes in (("sigmoid", "-"), ("score", "--"))}
@@ -128,7 +131,7 @@ def configure(flags: Flags, name: str, seed: int):
     if wanted.get("layers") == "skip":
         wanted["layers"] = "keep:" + ",".join("10"[layer % 2] for layer in range(base.model.depth))
     own = {"seed": seed, "device": flags.device, "dtype": flags.dtype}
-    own |= {"steps": flags.steps} if flags.steps else {}
+    own |= VARIANTS[name].train | ({"steps": flags.steps} if flags.steps else {})
     if flags.quick:
         own |= {"steps": 2, "batch_size": 2, "vit_steps": 2, "eval_every": 1, "eval_clips": 4}
     real = replace(base.real, align_steps=2) if flags.quick else base.real
