@@ -33,9 +33,10 @@ ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "tutorials"
 AGAIN_SECONDS = 3  # cells that take less are run again by the tests
 CELL_SECONDS = 600  # far more than any cell takes, on a busy machine too; a cell that hangs must not hang the tests
-FETCH = """import sys
+FETCH = """import os
+import sys
 
-if "google.colab" in sys.modules:
+if "google.colab" in sys.modules and not os.path.isdir("/content/clone"):
     !git clone -q https://github.com/{repository} clone
     %cd -q clone/tutorials"""
 STAMP = "import time as _time; print(_time.process_time())"
@@ -54,7 +55,10 @@ def read(path: Path) -> NotebookNode:
 
 
 def write(path: Path, notebook: NotebookNode) -> None:
-    """The same file for the same content: no times, no machine, nothing a viewer does not need."""
+    """The same file for the same content: no times, no machine, nothing a viewer does not need. A badge stays."""
+    if path.is_file() and not any(tagged(cell, "colab") for cell in notebook.cells):
+        before = nbformat.read(path, as_version=4)
+        notebook.cells = [cell for cell in before.cells if tagged(cell, "colab")] + notebook.cells
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
     notebook.metadata = {
@@ -236,6 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.colab:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.colab):
             parser.error(f"--colab got {args.colab!r}, expected a public repository as OWNER/NAME")
+        if args.write or args.pictures or not chapters(args.chapters):
+            parser.error("--colab runs nothing: name chapters that there are, and leave --write and --pictures out")
         for path in chapters(args.chapters):
             put_badge(path, args.colab)
         return 0

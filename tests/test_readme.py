@@ -223,8 +223,8 @@ def test_tables_are_what_the_runs_measured(path):
                 assert values[name][measure][seed] == pytest.approx(read(run), nan_ok=True) or values[name][measure][seed] is None
 
 
-@pytest.mark.parametrize("name", ["soak", "gap", "windows"])
-def test_long_streams_are_as_their_json_files_say(name):
+@pytest.mark.parametrize("name", ["soak", "gap", "windows", "crowd", "gates"])
+def test_reports_are_what_their_json_files_say(name):
     report = importlib.import_module(f"mod.study.{name}").report
     assert (ROOT / f"results/{name}.md").read_text() == report(json.loads((ROOT / f"results/{name}.json").read_text()))
     assert f"]({name}.png)" in RESULTS and (ROOT / f"results/{name}.png").exists()

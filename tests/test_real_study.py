@@ -61,12 +61,15 @@ def test_the_study_runs_and_goes_on_from_what_is_finished(llm, tmp_path, monkeyp
     result = tmp_path / "runs" / "real-quick" / "real" / "full-0.json"
     held = result.read_text()
     assert str(tmp_path) not in held, "nothing of this machine"
-    assert real.main([*flags, "--only", "full,mod-update"]) == 0 and result.read_text() == held
+    assert real.main([*flags, "--only", "full,mod-update,mod-narrowed"]) == 0 and result.read_text() == held
     data = json.loads((tmp_path / "runs" / "real-quick" / "real.json").read_text())
-    assert set(data["values"]) == {"full", "mod-update"} and set(data["values"]["full"]["quality"]) == {"0"}
+    assert set(data["values"]) == {"full", "mod-update", "mod-narrowed"} and set(data["values"]["full"]["quality"]) == {"0"}
     run = json.loads(held)
     assert data["values"]["full"]["quality"]["0"] == (run["narration_exact"] + run["question_accuracy"]) / 2
     assert data["costs"]["full"]["flops"] == 1 > data["costs"]["mod-update"]["flops"]
+    dense_start, at_once = (data["costs"][name] for name in ("mod-narrowed", "mod-update"))
+    assert dense_start["training flops"] == 1 > at_once["training flops"], "two steps are both dense"
+    assert dense_start["flops"] == at_once["flops"] and "mod-narrowed" not in data["inside"]["distances"]
     assert {point["step"] for point in data["curves"]["full"]["0"]} == {1, 2}
     gaps = data["inside"]["distances"]
     assert len(gaps["mod-value"]["text"]) == 3 and gaps["mod-value"]["vision"][0] == 0 < gaps["mod-value"]["vision"][1]
@@ -80,4 +83,5 @@ def test_the_study_runs_and_goes_on_from_what_is_finished(llm, tmp_path, monkeyp
 
 def test_mistakes_are_told(capsys):
     refused(real.main, [], capsys, "pass --llm")
+    refused(real.main, ["--llm", "x", "--only", "mod-narrowed", "--steps", "50"], capsys, "narrows down until step 90")
     refused(real.main, ["--llm", "x", "--only", "fuller"], capsys, "expected names among", "mod-value")

@@ -36,8 +36,11 @@ def equipped(kind: str, **changes) -> VideoLLM:
     return model
 
 
+OURS = VARIANTS | {"drop": crowd.VARIANTS["drop"]}  # and one with routers of its own
+
+
 def job(name: str, folder: Path, base: Config = MINI, **more) -> Job:
-    return Job(folder / "runs" / name, folder / f"{name}-0.json", configure(base, VARIANTS[name], 0), VARIANTS[name].routers, **more)
+    return Job(folder / "runs" / name, folder / f"{name}-0.json", configure(base, OURS[name], 0), OURS[name].routers, **more)
 
 
 class TestRouters:
@@ -116,6 +119,7 @@ class TestCrowd:
             assert variant.start == (f"{family}-dense" if late and not name.endswith("dense") else ""), name
             assert config.data == (configure(base, crowd.VARIANTS[f"{family}-dense"], 0) if late else base).data
             assert (config.model.take_turns == 1) == (variant.start == "two-dense" or family == "short")
+            assert (config.model.keep_ratio == 0.3) == (variant.start == "two-dense"), name
             assert (config.data.looks > 0) == (family == "two")
         assert configure(base, crowd.VARIANTS["mod-all"], 0) == replace(base, model=replace(base.model, layers="all"))
 
@@ -192,7 +196,7 @@ def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
 def runs(tmp_path_factory):
     """One mini run of two variants, trained here."""
     folder = tmp_path_factory.mktemp("study")
-    for name in ("mod", "skip"):
+    for name in ("mod", "drop"):
         train_here(job(name, folder))
     return folder
 
@@ -201,7 +205,7 @@ class TestSweep:
     def test_a_finished_run_is_not_repeated(self, runs, monkeypatch):
         before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
         monkeypatch.setattr(sweep, "train_apart", lambda job: pytest.fail("trained again"))
-        sweep.sweep(runs / "runs", runs, MINI, VARIANTS, ("mod", "skip"), seeds=1, jobs=1)
+        sweep.sweep(runs / "runs", runs, MINI, OURS, ("mod", "drop"), seeds=1, jobs=1)
         assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == before
 
     def test_only_what_is_missing_is_trained(self, runs, monkeypatch):
@@ -239,6 +243,12 @@ class TestSweep:
                 train_here(replace(one, file=runs / "new.json"))
         with pytest.raises(ValueError, match="is of a run with other settings"):
             same(runs / "mod-0.json", replace(known, start=Path("full-0/model.safetensors")).about)
+
+    def test_a_variants_own_routers_are_trained(self, runs):
+        one = sweep.job_of(runs / "runs", runs, MINI, OURS, "drop", 0)
+        model, _ = sweep.build(one, sweep.encoder(one.config, runs / "runs"))
+        assert [type(layer.router) for layer in routed(model)] == [routers.OneChoice] * 4
+        assert json.loads((runs / "drop-0.json").read_text())["routers"] == "once"
 
     def test_variants_of_a_seed_share_the_encoder(self, runs):
         """Whatever is drawn before, and whatever sizes the decoder has."""
@@ -360,12 +370,14 @@ class TestTables:
 
 class TestGates:
     def values(self, seeds: int = 4) -> dict:
-        """Quality rises by .2 with the sigmoid, by .05 with the value; recall the other way round. All layers lack a gate."""
+        """Quality rises by .2 with the sigmoid and by .05 with the value, recall the other way round; both together add
+        .04. All layers lack a gate."""
         values = {}
         for setting in ("interleaved", "all"):
             for gate in list(gates.GATES)[: 4 if setting == "interleaved" else 3]:
                 what, scales = 0.2 * gate.startswith("sigmoid"), 0.05 * gate.endswith("value")
-                rows = {"quality": 0.5 + what + scales, "recall": 0.3 + 0.25 * what + 4 * scales}
+                both = 0.04 * (gate == "sigmoid-value")
+                rows = {"quality": 0.5 + what + scales + both, "recall": 0.3 + 0.25 * what + 4 * scales + both}
                 values[f"{setting}-{gate}"] = {measure: {str(seed): rows.get(measure, 0.5) + 0.01 * seed + 0.001 * (seed % 2) * what
                                                          for seed in range(seeds)} for measure in gates.MEASURES}
         return values
@@ -374,8 +386,8 @@ class TestGates:
         found = {measure: compare(dict(gates.effects(self.values(), measure))) for measure in ("quality", "recall")}
         names = ["layers 1 and 3: sigmoid − score", "layers 1 and 3: value − update"]
         assert list(found["quality"].index) == list(found["recall"].index) == names, "all layers lack a gate"
-        assert list(found["quality"]["difference"]) == ["+0.200", "+0.050"]
-        assert list(found["recall"]["difference"]) == ["+0.050", "+0.200"]
+        assert list(found["quality"]["difference"]) == ["+0.220", "+0.070"]
+        assert list(found["recall"]["difference"]) == ["+0.070", "+0.220"]
         assert not dict(gates.effects(self.values(2), "quality")), "two seeds are too few"
 
     def test_every_cell_of_the_two_by_two_differs_in_the_gate_alone(self):

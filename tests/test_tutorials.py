@@ -335,8 +335,11 @@ def test_a_badge_is_put_on_top_once_and_its_cell_does_nothing_elsewhere(tmp_path
     assert badge.source.endswith("/github/someone/some.where/blob/HEAD/tutorials/00_copy.ipynb)")
     assert rest == before.cells == read(tmp_path / "00_copy.ipynb").cells
     exec(TransformerManager().transform_cell(fetch.source), {})  # in Colab alone it would need a shell
-    with pytest.raises(SystemExit):
-        notebooks.main(["--colab", "https://somewhere"])
+    notebooks.write(tmp_path / "00_copy.ipynb", read(tmp_path / "00_copy.ipynb"))
+    assert nbformat.read(tmp_path / "00_copy.ipynb", as_version=4).cells[:2] == [badge, fetch], "new outputs, the same badge"
+    for flags in (["https://somewhere"], ["a/b", "--write"], ["a/b", "99"]):
+        with pytest.raises(SystemExit):
+            notebooks.main(["--colab", *flags])
 
 
 def test_scratch_folders_and_tables(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The paper's tables, with one sprite: train every variant with equal steps and data over seeds, and write what comes out.
+"""The paper's tables, with one sprite: every variant trained with equal steps and data over seeds, and what comes out.
 
     python -m mod.study.ablate --table 1             # methods: full computation, early exit, skipping, MoD, pooling
     python -m mod.study.ablate --table 2             # which layers are routed
@@ -12,7 +12,7 @@ results/tableN.md, .json and .png; with --quick into runs/study-quick, because a
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -98,7 +98,7 @@ def run(flags: Flags) -> int:
     number, base, variants, seeds = int(flags.table), BASE, VARIANTS, flags.seeds
     table, runs, out = TABLES[number], Path("runs/study"), Path("results")
     if flags.quick:
-        base, variants = quick(base), {name: replace(one, train={}) for name, one in VARIANTS.items()}
+        base = quick(base)
         runs, out, seeds = Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
     if not flags.report:
         sweep(runs, out / "study", base, variants, table.rows, seeds, flags.jobs)

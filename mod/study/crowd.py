@@ -90,7 +90,7 @@ def after_dense_start(family: str, start: int, steps: int, train: dict, data: di
     return {f"{family}-dense": begin} | {
         f"{family}-{name}": replace(VARIANTS[name], start=f"{family}-dense", model=VARIANTS[name].model | model,
                                     data=data, train=train | {"steps": steps})
-        for name in ("full", "mod-all", "random-all", "drop", "pool", "exit", "skip")}
+        for name in ("full", "mod-all", "random-all", "drop", "exit", "skip")}
 
 
 # Half of the questions need two looks. A sprite must be kept twice then, so a layer avoids only what the last one kept,
@@ -123,8 +123,8 @@ RIVALS = (
     ("mod-all", tuple(name for name in GATES if name.startswith("mod-all-"))),
     ("mod", tuple(name for name in GATES if not name.startswith("mod-all-"))),
     ("mod-all", TABLES["B. What lets the layers divide a crowd"][1:]),
-    ("two-mod-all", ("two-random-all", "two-drop", "two-pool", "two-exit", "two-skip", "two-full")),
-    ("late-mod-all", ("late-random-all", "late-drop", "late-pool", "late-exit", "late-skip", "late-full")),
+    ("two-mod-all", ("two-random-all", "two-drop", "two-exit", "two-skip", "two-full")),
+    ("late-mod-all", ("late-random-all", "late-drop", "late-exit", "late-skip", "late-full")),
 )
 MEASURES = {
     "quality": COLUMNS["questions"],

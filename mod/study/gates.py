@@ -5,11 +5,11 @@ or its value in this layer's attention too), varied one at a time.
     python -m mod.study.gates --quick      # two seeds of a few steps each, to see that it works
     python -m mod.study.gates --report     # train nothing: write the table from the runs that are finished
 
-The primary measure is `quality`, the share of questions that are answered right. The effects that are judged were
-written down before the runs: in each setting that of the sigmoid, averaged over what mu scales, and that of the value,
-averaged over what mu is; with Holm's correction over all settings, for quality and for recall apart.
+The primary measure is `quality`, the share of questions that are answered right. Two effects are judged in each
+setting, as was written down before the runs: the sigmoid's, averaged over what mu scales, and the value's, averaged
+over what mu is. Holm's correction is over all settings that are finished, for quality and for recall apart.
 
-The default setting has the same four gates in mod/study/seeds.py, the crowd in mod/study/crowd.py. Finished runs are
+mod/study/seeds.py compares these gates in the default setting, and mod/study/crowd.py in a crowd. Finished runs are
 kept in results/gates and are never repeated. Writes results/gates.json, .md and .png.
 """
 
@@ -26,7 +26,7 @@ from mod.live.picture import BLUE, VERMILION, save
 from mod.related.world import WORLD
 from mod.study.common import command, markdown, publish
 from mod.study.statistics import Values, compare, mean_error, means, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, collect, quick, read_off, sweep
+from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
 from mod.study.tables import MEASURES as COLUMNS
 
 BASE = WORLD.presets["study"]
@@ -38,7 +38,7 @@ SETTINGS = {
     "all": Variant("all layers", {"layers": "all"}),
     "pretrained": Variant("layers 1 and 3 of a trained dense decoder", start="full", train={"steps": 80}),
 }
-VARIANTS = {"full": Variant("full computation, with which the pretrained begin", {"layers": "none"})} | {
+VARIANTS = {"full": Variant("full computation, the start of the trained decoder's", {"layers": "none"})} | {
     f"{name}-{gate}": replace(setting, title=f"{setting.title}: {gate}", model=setting.model | {"gate": gate})
     for name, setting in SETTINGS.items() for gate in GATES
 }
@@ -54,10 +54,11 @@ def effects(values: dict, measure: str) -> Iterator[tuple[str, tuple[Values, Val
         seeds = [seed for seed in next(iter(cells.values()), {}) if all(seed in cell for cell in cells.values())]
         if len(cells) < len(GATES) or len(seeds) < 3:
             continue
-        for factor, level, rest in ((0, "sigmoid", "score"), (1, "value", "update")):
+        for factor, changed, base in ((0, "sigmoid", "score"), (1, "value", "update")):
             halves = ({seed: float(np.mean([cells[gate][seed] for gate, levels in GATES.items()
-                                            if levels[factor] == half])) for seed in seeds} for half in (level, rest))
-            yield f"{setting.title}: {level} − {rest}", tuple(halves)
+                                            if levels[factor] == level])) for seed in seeds}
+                      for level in (changed, base))
+            yield f"{setting.title}: {changed} − {base}", tuple(halves)
 
 
 def report(data: dict) -> str:
@@ -71,7 +72,8 @@ def report(data: dict) -> str:
     for measure in ("quality", "recall"):
         family = dict(effects(values, measure))
         if family:
-            parts += [f"One factor, averaged over the other, seed by seed, in {measure}:\n", markdown(compare(family))]
+            parts += [f"One factor, averaged over the other, seed by seed, in {measure}; the rows above say whether "
+                      "it is the same with both:\n", markdown(compare(family))]
     return "\n".join(parts)
 
 
@@ -80,13 +82,14 @@ def plot(data: dict, path: Path) -> None:
     figure, values = Figure(figsize=(11, 3.6), layout="constrained"), data["values"]
     shifts = np.linspace(-0.24, 0.24, len(GATES))
     for axis, measure in zip(figure.subplots(1, 2, sharey=True), ("quality", "recall"), strict=True):
-        for shift, (gate, (what, scales)) in zip(shifts, GATES.items(), strict=True):
+        for shift, (gate, (mu, scales)) in zip(shifts, GATES.items(), strict=True):
+            look = {"marker": "o" if mu == "score" else "s", "color": VERMILION if scales == "update" else BLUE}
+            axis.plot([], [], linestyle="none", label=gate, **look)
             for row, setting in enumerate(SETTINGS):
                 if f"{setting}-{gate}" not in values:
                     continue
                 mean, error = mean_error(values[f"{setting}-{gate}"][measure])
-                axis.errorbar(mean, row + shift, xerr=error, capsize=3, marker="o" if what == "score" else "s",
-                              color=VERMILION if scales == "update" else BLUE, label=gate if row == 0 else None)
+                axis.errorbar(mean, row + shift, xerr=error, capsize=3, **look)
         axis.set_yticks(range(len(SETTINGS)), [setting.title for setting in SETTINGS.values()])
         axis.set(title=measure, xlabel="share, mean ± standard error over seeds", xlim=(-0.02, 1.05))
         axis.grid(alpha=0.3)
@@ -104,8 +107,8 @@ def run(flags: TrialFlags) -> int:
         sweep(runs, out, base, variants, list(variants), seeds, flags.jobs)
     found = {name: some for name, some in collect(out, base, variants, seeds).items() if some}
     require(found, f"no finished run in {out}; train first, without --report")
-    results = {"steps": base.train.steps, "short": variants["pretrained-score-update"].train.get("steps", 0),
-               "clips": base.train.eval_clips, "values": read_off(found, MEASURES)}
+    steps, short = (configure(base, variants[name], 0).train.steps for name in ("full", "pretrained-score-update"))
+    results = {"steps": steps, "short": short, "clips": base.train.eval_clips, "values": read_off(found, MEASURES)}
     publish(out, results, report(results), plot)
     return 0
 

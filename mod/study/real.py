@@ -11,6 +11,7 @@ answers that are right, word for word, given the true conversation so far, on th
 last step. Variants are trained for as many steps, at the same rates, on the same clips, through the same frozen
 encoder, and start from the same checkpoint. They are compared seed by seed; with one seed a difference is a difference
 between two runs and nothing more. A run whose loss is no number any more has diverged, and has no values.
+`mod-narrowed` was added after full computation, `mod-value` and chance had run.
 
 The preset is `llm`. Finished runs are kept in results/real and are never repeated; runs of another precision have a
 folder of their own. Writes results/real.json, .md and .png.
@@ -41,7 +42,7 @@ from mod.study.pretrained import distances, own_eyes, perplexities, states
 from mod.study.real_times import TimesFlags, peak_bytes, times, times_report
 from mod.study.statistics import mean_and_error, number_of_seeds
 from mod.study.tables import MEASURES as COLUMNS
-from mod.train import train, warm_up_vit
+from mod.train import narrowed, train, warm_up_vit
 
 PRESET = WORLD.presets["llm"]
 LIVE = 24, 12 * 24  # frames and text tokens of the stream that costs are told of
@@ -107,6 +108,9 @@ class Flags(TimesFlags):
                 "pass --llm")
         for name in self.names:
             require(name in VARIANTS, f"only got {name!r}, expected names among {', '.join(VARIANTS)}")
+            wide = sum(VARIANTS[name].train.values())  # steps until it keeps what it keeps from then on
+            require(self.quick or not 0 < self.steps < wide,
+                    f"steps got {self.steps}, but {name} narrows down until step {wide}; ask for more, or leave it out")
 
     @property
     def names(self) -> list[str]:
@@ -226,7 +230,8 @@ def look_inside(flags: Flags) -> None:
     config, seen, device = configure(flags, "full", 0), eyes(flags, 0), pick_device(flags.device, flags.dtype)
     whole, kind = states(config, seen, device)
     found = {"distances": {}}
-    for name in tqdm([name for name in VARIANTS if name != "full"], desc="step 0", unit="variant", disable=None):
+    routed = [name for name, variant in VARIANTS.items() if name != "full" and not variant.train]
+    for name in tqdm(routed, desc="step 0", unit="variant", disable=None):
         found["distances"][name] = distances(states(configure(flags, name, 0), seen, device)[0], whole, kind)
     model, source = WORLD.build(config, device)
     found["text"] = {"checkpoint": perplexities(model.decoder, source.words)["off"]}
@@ -241,8 +246,9 @@ def costs(config) -> dict[str, float]:
     def share(cost, stream) -> float:
         return cost(config.model, *stream) / cost(full, *stream)
 
-    return {"flops": share(decoder_flops, LIVE), "kv": share(kv_bytes, LIVE),
-            "training flops": share(decoder_flops, clip)}
+    widths = [narrowed(config, step).model for step in range(config.train.steps)]
+    training = sum(decoder_flops(width, *clip) for width in widths) / len(widths) / decoder_flops(full, *clip)
+    return {"flops": share(decoder_flops, LIVE), "kv": share(kv_bytes, LIVE), "training flops": training}
 
 
 def collect(flags: Flags) -> dict[str, dict[str, dict]]:

@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 Values = dict[str, float | None]  # of one measure: seed -> value
+EQUAL = 1e-9  # what differs by less differs by rounding
 
 
 def mean_error(values: Values) -> tuple[float, float]:
@@ -50,7 +51,7 @@ def judge(one: Values, other: Values) -> str:
     if len(gaps) < 2:
         return "-"
     text = f"{gaps.mean():+.3f} ± {gaps.sem():.3f}"
-    if len(gaps) < 3 or gaps.sem() < 1e-9:
+    if len(gaps) < 3 or gaps.std() < EQUAL:
         return text
     p = ttest_rel(pairs["one"], pairs["other"]).pvalue
     return f"**{text} (p {p:.3f}{', reversed' if gaps.mean() < 0 else ''})**" if p < 0.05 else f"{text} (p {p:.2f})"
@@ -66,17 +67,20 @@ def holm(pvalues: list[float]) -> list[float]:
 
 
 def compare(family: dict[str, tuple[Values, Values]]) -> pd.DataFrame:
-    """A family of differences (name -> one, other), seed by seed: mean, 95% interval, effect size, Holm's p."""
+    """A family of differences (name -> one, other), seed by seed: mean, 95% interval, effect size, Holm's p. Each needs
+    at least two seeds that both have."""
     rows, pvalues = {}, []
     for name, (one, other) in family.items():
         pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
         gaps = pairs["one"] - pairs["other"]
         wide = student.ppf(0.975, len(gaps) - 1) * gaps.sem()
+        spread = gaps.std() > EQUAL
         # Gaps that are all the same have no spread to test: no gap at all says nothing, any other one is certain.
-        pvalues.append(ttest_rel(pairs["one"], pairs["other"]).pvalue if gaps.std() > 0 else float(gaps.mean() == 0))
+        alike = float(abs(gaps.mean()) < EQUAL)
+        pvalues.append(ttest_rel(pairs.one, pairs.other).pvalue if spread else alike)
         rows[name] = {"difference": f"{gaps.mean():+.3f}",
                       "95% interval": f"{gaps.mean() - wide:+.3f} to {gaps.mean() + wide:+.3f}",
-                      "difference / its spread": f"{gaps.mean() / gaps.std():+.1f}" if gaps.std() > 0 else "-"}
+                      "difference / its spread": f"{gaps.mean() / gaps.std():+.1f}" if spread else "-"}
     for row, p in zip(rows.values(), holm(pvalues), strict=True):
         row["p, corrected"] = f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -37,8 +37,8 @@ QUESTIONS = {"where is the leader": "leader", "where is": "now",
 @dataclass(frozen=True)
 class Variant:
     """One row of a table: how its configuration differs from the study's, who routes ("once", or as the configuration
-    says), and, for a pretrained decoder, which variant's trained weights it begins with. With `probed`
-    its result says more, see mod/study/needle.py."""
+    says), and, for a pretrained decoder, which variant's trained weights it begins with. With `probed` its result says
+    more, see mod/study/needle.py."""
 
     title: str
     model: dict = field(default_factory=dict)
