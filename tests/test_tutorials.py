@@ -447,3 +447,8 @@ def test_what_chapter_8_says_of_the_results_holds():
         assert min(shares["mod-all"]) > max(shares[other]) + 0.05, other
         assert abs(mean[other] - crowd["costs"][other]["ceiling"]) < 0.05, other
     assert min(shares["mod-all"]) > 0.98 and mean["skip"] > 0.98
+    two = {name: crowd["values"][f"two-{name}"]["quality"] for name in ("mod-all", "skip", "exit")}
+    for other in ("skip", "exit"):
+        common = set(two[other]) & set(two["mod-all"])
+        assert len(common) == 3 and all(two["mod-all"][seed] > two[other][seed] for seed in common), other
+        assert all(crowd["costs"][f"two-{other}"]["ceiling"] < value for value in two[other].values()), other
