@@ -36,9 +36,9 @@ GATES = {"score-update": ("score", "update"), "sigmoid-update": ("sigmoid", "upd
 SETTINGS = {
     "interleaved": Variant("layers 1 and 3"),
     "all": Variant("all layers", {"layers": "all"}),
-    "pretrained": Variant("layers 1 and 3 of a trained dense decoder", start="full", train={"steps": 80}),
+    "pretrained": Variant("a trained decoder, layers 1 and 3", start="full", train={"steps": 80}),
 }
-VARIANTS = {"full": Variant("full computation, the start of the trained decoder's", {"layers": "none"})} | {
+VARIANTS = {"full": Variant("full computation: the trained decoder", {"layers": "none"})} | {
     f"{name}-{gate}": replace(setting, title=f"{setting.title}: {gate}", model=setting.model | {"gate": gate})
     for name, setting in SETTINGS.items() for gate in GATES
 }
@@ -81,7 +81,8 @@ def plot(data: dict, path: Path) -> None:
     """Quality and recall of each gate, setting by setting."""
     figure, values = Figure(figsize=(11, 3.6), layout="constrained"), data["values"]
     shifts = np.linspace(-0.24, 0.24, len(GATES))
-    for axis, measure in zip(figure.subplots(1, 2, sharey=True), ("quality", "recall"), strict=True):
+    shown = {"quality": "questions answered right", "recall": "sprite patches kept"}
+    for axis, measure in zip(figure.subplots(1, 2, sharey=True), shown, strict=True):
         for shift, (gate, (mu, scales)) in zip(shifts, GATES.items(), strict=True):
             look = {"marker": "o" if mu == "score" else "s", "color": VERMILION if scales == "update" else BLUE}
             axis.plot([], [], linestyle="none", label=gate, **look)
@@ -91,7 +92,7 @@ def plot(data: dict, path: Path) -> None:
                 mean, error = mean_error(values[f"{setting}-{gate}"][measure])
                 axis.errorbar(mean, row + shift, xerr=error, capsize=3, **look)
         axis.set_yticks(range(len(SETTINGS)), [setting.title for setting in SETTINGS.values()])
-        axis.set(title=measure, xlabel="share, mean ± standard error over seeds", xlim=(-0.02, 1.05))
+        axis.set(title=shown[measure], xlabel="share, mean ± standard error over seeds", xlim=(-0.02, 1.05))
         axis.grid(alpha=0.3)
     axis.invert_yaxis()
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
