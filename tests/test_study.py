@@ -315,8 +315,8 @@ class TestTables:
     def test_differences_are_judged_by_a_paired_test(self):
         values = self.values()
         mod, full = values["mod"], values["full"]
-        assert judge(mod["narration"], full["narration"]) == "**+0.100 ± 0.000 (p 0.000)**"
-        assert judge(full["narration"], mod["narration"]) == "**-0.100 ± 0.000 (p 0.000, reversed)**"
+        assert judge(mod["narration"], full["narration"]) == "**+0.100 ± 0.000 (p < 0.001)**"
+        assert judge(full["narration"], mod["narration"]) == "**-0.100 ± 0.000 (p < 0.001, reversed)**"
         assert judge(mod["now"], full["now"]) == "+0.000 ± 0.000", "no p when all seeds differ alike"
         assert judge(mod["narration"], {"0": 0.5, "1": None}) == "-"
         assert judge(mod["narration"], {"0": 0.5, "1": 0.4}) == "+0.455 ± 0.055", "no p for two seeds"

@@ -54,7 +54,8 @@ def judge(one: Values, other: Values) -> str:
     if len(gaps) < 3 or gaps.std() < EQUAL:
         return text
     p = ttest_rel(pairs["one"], pairs["other"]).pvalue
-    return f"**{text} (p {p:.3f}{', reversed' if gaps.mean() < 0 else ''})**" if p < 0.05 else f"{text} (p {p:.2f})"
+    told = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+    return f"**{text} ({told}{', reversed' if gaps.mean() < 0 else ''})**" if p < 0.05 else f"{text} (p {p:.2f})"
 
 
 def holm(pvalues: list[float]) -> list[float]:
