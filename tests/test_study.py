@@ -129,10 +129,10 @@ class TestCrowd:
         assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.001]) == [0.001]
 
     def test_comparisons_pair_the_seeds_that_both_have(self):
-        one, other = {"0": 0.9, "1": 0.8, "2": 0.7, "3": 0.6}, {"2": 0.5, "1": 0.5, "0": 0.5, "7": 0.0}
+        one, other = {"0": 0.9, "1": 0.8, "2": 0.7, "3": 0.6}, {"2": 0.4, "1": 0.45, "0": 0.5, "7": 0.0}
         row = compare({"other": (one, other)}).loc["other"]
-        assert row["difference"] == "+0.300" and row["95% interval"] == "+0.052 to +0.548"
-        assert row["difference / its spread"] == "+3.0" and row["p, corrected"] == "0.0351"
+        assert row["difference"] == "+0.350" and row["95% interval"] == "+0.226 to +0.474"
+        assert row["difference / its spread"] == "+7.0" and row["p, corrected"] == "0.0067"
         # Without spread a gap is certain, unless there is none.
         alike = dict.fromkeys(one, 0.75)
         found = compare({"less": (alike, dict.fromkeys(one, 0.5)), "same": (alike, alike)})
