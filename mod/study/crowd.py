@@ -267,7 +267,8 @@ def report(data: dict) -> str:
         there = {name: values[name]["quality"] for name in others if name in values}
         family = {f"`{name}`": (mine, found) for name, found in there.items() if len(set(found) & set(mine)) > 2}
         if family:
-            parts += [f"`{one}` minus the others in quality, seed by seed:\n", markdown(compare(family))]
+            parts += [f"`{one}` minus the others in quality, seed by seed (intervals alone, p by Holm's method):\n",
+                      markdown(compare(family))]
     return "\n".join(parts)
 
 

@@ -72,8 +72,8 @@ def report(data: dict) -> str:
     for measure in ("quality", "recall"):
         family = dict(effects(values, measure))
         if family:
-            parts += [f"One factor, averaged over the other, seed by seed, in {measure}; the rows above say whether "
-                      "it is the same with both:\n", markdown(compare(family))]
+            parts += [f"One factor, averaged over the other, seed by seed, in {measure} (intervals alone, p by Holm's "
+                      "method); the rows above say whether it is the same with both:\n", markdown(compare(family))]
     return "\n".join(parts)
 
 

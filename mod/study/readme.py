@@ -14,6 +14,7 @@ tests/test_readme.py fails when a page is stale.
 
 import ast
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def numbers(root: Path) -> dict[str, str]:
     return {
         "kept": str(kept), "tokens": str(tokens), "chance": f"{kept / tokens:.2f}",
         "flops": f"{first[0]['flop_ratio']:.2f}", "kv": f"{first[0]['kv_ratio']:.2f}", "seeds": str(len(first)),
-        "near": f"{max(apart):.3f}", "millions": f"{first[0]['params'] / 1e6:.1f}",
+        "near": f"{math.ceil(1000 * max(apart)) / 1000:.3f}", "millions": f"{first[0]['params'] / 1e6:.1f}",
         "steps": str(first[0]["steps"]), "seconds": span([run["seconds"] for run in first], 0),
         "step": cell(bench, "tiny", "step time"), "frame": cell(bench, "tiny | 260", "time of one more frame"),
         "far": cell(bench, "paper-like | 16,000", "time of one more frame"),
