@@ -265,6 +265,21 @@ class TestSweep:
         answers = list(one["kinds"].values())
         assert min(answers) <= one["question_accuracy"] <= max(answers)
 
+    def test_what_the_flags_of_a_study_ask_for(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        asked = []
+        monkeypatch.setattr(sweep, "sweep", lambda *all_of_it: asked.append(all_of_it))
+        with pytest.raises(UserError, match="no finished run in results/mini; train first"):
+            sweep.trained("mini", sweep.TrialFlags(report=True), MINI, OURS)
+        assert not asked
+        for flags, folder in ((sweep.TrialFlags(seeds=3), "results/mini"), (sweep.TrialFlags(seeds=3, quick=True), "runs/mini-quick/mini")):
+            with pytest.raises(UserError, match=f"no finished run in {folder}; train first"):
+                sweep.trained("mini", flags, MINI, gates.VARIANTS, ["full"])
+            runs, results, base, variants, names, seeds, _ = asked.pop()
+            assert (results, names, seeds) == (Path(folder), ["full"], 2 if flags.quick else 3)
+            assert runs == Path("runs/mini-quick" if flags.quick else "runs/mini") and base == (quick(MINI) if flags.quick else MINI)
+            assert variants["pretrained-score-value"].train == ({} if flags.quick else {"steps": 80})
+
     def test_a_run_in_a_process_of_its_own(self, tmp_path):
         apart = Job(tmp_path / "run", tmp_path / "mod-0.json", configure(MINI, Variant(""), 0))
         sweep.train_apart(apart)

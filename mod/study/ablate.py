@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from mod.config import Config, require
+from mod.config import Config
 from mod.live.costs import dense
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.related.world import WORLD
 from mod.study.common import PURPLE, command, markdown, publish
 from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.statistics import judge, mean_error, means, number_of_seeds
-from mod.study.sweep import TrialFlags, collect, configure, quick, read_off, sweep
+from mod.study.sweep import TrialFlags, configure, read_off, trained
 from mod.study.tables import COLUMNS, GOOD, JUDGED, MEASURES, TABLES, VARIANTS, Table
 
 BASE = WORLD.presets["study"]
@@ -95,19 +95,12 @@ def plot_quality(table: Table, data: dict, path: Path) -> None:
 
 
 def run(flags: Flags) -> int:
-    number, base, variants, seeds = int(flags.table), BASE, VARIANTS, flags.seeds
-    table, runs, out = TABLES[number], Path("runs/study"), Path("results")
-    if flags.quick:
-        base = quick(base)
-        runs, out, seeds = Path("runs/study-quick"), Path("runs/study-quick"), min(seeds, 2)
-    if not flags.report:
-        sweep(runs, out / "study", base, variants, table.rows, seeds, flags.jobs)
-    found = collect(out / "study", base, {name: variants[name] for name in table.rows}, seeds)
-    found = {name: some for name, some in found.items() if some}
-    require(found, f"no finished run of this table in {out / 'study'}; train first, without --report")
+    number = int(flags.table)
+    table = TABLES[number]
+    out, base, found = trained("study", flags, BASE, {name: VARIANTS[name] for name in table.rows})
     results = {"steps": base.train.steps, "clips": base.train.eval_clips, "costs": costs(base, list(found)),
                "values": read_off(found, MEASURES)}
-    publish(out / f"table{number}", results, report(number, results), partial(plot_quality, table))
+    publish(out.with_name(f"table{number}"), results, report(number, results), partial(plot_quality, table))
     if flags.quick:
         print("a few steps teach nothing: the numbers above only show that everything runs")
     return 0

@@ -39,11 +39,10 @@ from mod.related.data import HarderData
 from mod.related.world import WORLD
 from mod.router import new_router
 from mod.study.common import command, markdown, publish
-from mod.study.costs import average_text, decoder_flops, kv_bytes
+from mod.study.costs import average_text, decoder_flops, kv_bytes, mean_decoder_flops
 from mod.study.statistics import compare, mean_and_error, mean_error, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
+from mod.study.sweep import TrialFlags, Variant, configure, read_off, trained
 from mod.study.tables import MEASURES as COLUMNS
-from mod.train import narrowed
 
 BASE = WORLD.presets["crowd"]
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
@@ -158,9 +157,8 @@ def costs(name: str, text: float) -> dict[str, float]:
     whole, full = configure(BASE, VARIANTS[name], 0), dense(BASE.model)
     config = whole.model
     live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
-    clip, steps = (BASE.data.frames, text), whole.train.steps
-    widths = (narrowed(whole, step).model for step in range(steps))
-    training = sum(decoder_flops(width, *clip) for width in widths) / steps / decoder_flops(full, *clip)
+    clip = BASE.data.frames, text
+    training = mean_decoder_flops(whole, *clip) / decoder_flops(full, *clip)
 
     def share(cost, stream) -> float:
         return cost(config, *stream) / cost(full, *stream)
@@ -297,15 +295,7 @@ def plot(data: dict, path: Path) -> None:
 
 
 def run(flags: Flags) -> int:
-    base, variants, seeds = BASE, VARIANTS, flags.seeds
-    runs, out = Path("runs/crowd"), Path("results/crowd")  # results of runs, and the table beside them
-    if flags.quick:
-        variants = {name: replace(one, train={}) for name, one in VARIANTS.items()}
-        base, runs, out, seeds = quick(base), Path("runs/crowd-quick"), Path("runs/crowd-quick/crowd"), min(seeds, 2)
-    if not flags.report:
-        sweep(runs, out, base, variants, flags.names, seeds, flags.jobs)
-    found = {name: some for name, some in collect(out, base, variants, seeds).items() if some}
-    require(found, f"no finished run in {out}; train first, without --report")
+    out, base, found = trained("crowd", flags, BASE, VARIANTS, flags.names)
     _, source = WORLD.build(base, torch.device("cpu"))
     text = average_text(source.validation(64), source.words)
     results = {"steps": base.train.steps, "clips": base.train.eval_clips, "values": read_off(found, MEASURES),

@@ -21,18 +21,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mod.config import require
 from mod.live.picture import BLUE, VERMILION, save
 from mod.related.world import WORLD
 from mod.study.common import command, markdown, publish
 from mod.study.statistics import Values, compare, mean_error, means, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, collect, configure, quick, read_off, sweep
+from mod.study.sweep import TrialFlags, Variant, read_off, trained
 from mod.study.tables import MEASURES as COLUMNS
 
 BASE = WORLD.presets["study"]
 # What mu is, and what it scales.
-GATES = {"score-update": ("score", "update"), "sigmoid-update": ("sigmoid", "update"),
-         "score-value": ("score", "value"), "sigmoid-value": ("sigmoid", "value")}
+GATES = {gate: tuple(gate.split("-")) for gate in ("score-update", "sigmoid-update", "score-value", "sigmoid-value")}
 SETTINGS = {
     "interleaved": Variant("layers 1 and 3"),
     "all": Variant("all layers", {"layers": "all"}),
@@ -100,15 +98,9 @@ def plot(data: dict, path: Path) -> None:
 
 
 def run(flags: TrialFlags) -> int:
-    base, variants, seeds, runs, out = BASE, VARIANTS, flags.seeds, Path("runs/gates"), Path("results/gates")
-    if flags.quick:
-        base, variants = quick(base), {name: replace(one, train={}) for name, one in VARIANTS.items()}
-        runs, out, seeds = Path("runs/gates-quick"), Path("runs/gates-quick/gates"), min(seeds, 2)
-    if not flags.report:
-        sweep(runs, out, base, variants, list(variants), seeds, flags.jobs)
-    found = {name: some for name, some in collect(out, base, variants, seeds).items() if some}
-    require(found, f"no finished run in {out}; train first, without --report")
-    steps, short = (configure(base, variants[name], 0).train.steps for name in ("full", "pretrained-score-update"))
+    out, base, found = trained("gates", flags, BASE, VARIANTS)
+    steps = base.train.steps
+    short = steps if flags.quick else SETTINGS["pretrained"].train["steps"]
     results = {"steps": steps, "short": short, "clips": base.train.eval_clips, "values": read_off(found, MEASURES)}
     publish(out, results, report(results), plot)
     return 0

@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -37,24 +37,16 @@ from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.real.world import WORLD
 from mod.run import config_from, load_weights, pick_device, read_tensors, to_json, write_tensors, write_text
 from mod.study.common import PURPLE, SHARES, SKY, command, markdown, publish
-from mod.study.costs import decoder_flops, kv_bytes
+from mod.study.costs import decoder_flops, kv_bytes, mean_decoder_flops
 from mod.study.pretrained import distances, own_eyes, perplexities, states
 from mod.study.real_times import TimesFlags, peak_bytes, times, times_report
 from mod.study.statistics import mean_and_error, number_of_seeds
+from mod.study.sweep import Variant
 from mod.study.tables import MEASURES as COLUMNS
-from mod.train import narrowed, train, warm_up_vit
+from mod.train import train, warm_up_vit
 
 PRESET = WORLD.presets["llm"]
 LIVE = 24, 12 * 24  # frames and text tokens of the stream that costs are told of
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: its title, and how its model and training differ from the preset's."""
-
-    title: str
-    model: dict
-    train: dict = field(default_factory=dict)
 
 
 def gate_name(gate: str) -> str:
@@ -67,7 +59,7 @@ VARIANTS = {
     "mod-value": Variant("MoD, interleaved, gate sigmoid-value", {"gate": "sigmoid-value"}),
     "mod-update": Variant("MoD, interleaved, the paper's gate score-update", {"gate": "score-update"}),
     "mod-narrowed": Variant("MoD, interleaved, begun dense and narrowed down", {"gate": "sigmoid-value"},
-                            {"dense_steps": 40, "narrow_steps": 50}),
+                            train={"dense_steps": 40, "narrow_steps": 50}),
     "random": Variant("chance, interleaved", {"select": "random"}),
     "uniform": Variant("uniform, interleaved", {"select": "uniform"}),
     "skip": Variant("skipping every other layer", {"layers": "skip"}),
@@ -108,7 +100,8 @@ class Flags(TimesFlags):
                 "pass --llm")
         for name in self.names:
             require(name in VARIANTS, f"only got {name!r}, expected names among {', '.join(VARIANTS)}")
-            wide = sum(VARIANTS[name].train.values())  # steps until it keeps what it keeps from then on
+            own = VARIANTS[name].train
+            wide = own.get("dense_steps", 0) + own.get("narrow_steps", 0)  # steps until it has narrowed down
             require(self.quick or not 0 < self.steps < wide,
                     f"steps got {self.steps}, but {name} narrows down until step {wide}; ask for more, or leave it out")
 
@@ -246,9 +239,8 @@ def costs(config) -> dict[str, float]:
     def share(cost, stream) -> float:
         return cost(config.model, *stream) / cost(full, *stream)
 
-    widths = [narrowed(config, step).model for step in range(config.train.steps)]
-    training = sum(decoder_flops(width, *clip) for width in widths) / len(widths) / decoder_flops(full, *clip)
-    return {"flops": share(decoder_flops, LIVE), "kv": share(kv_bytes, LIVE), "training flops": training}
+    return {"flops": share(decoder_flops, LIVE), "kv": share(kv_bytes, LIVE),
+            "training flops": mean_decoder_flops(config, *clip) / decoder_flops(full, *clip)}
 
 
 def collect(flags: Flags) -> dict[str, dict[str, dict]]:

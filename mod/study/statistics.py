@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 Values = dict[str, float | None]  # of one measure: seed -> value
 EQUAL = 1e-9  # what differs by less differs by rounding
@@ -42,18 +42,23 @@ def number_of_seeds(values: dict[str, dict[str, Values]]) -> str:
     return f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
 
 
+def differences(one: Values, other: Values) -> pd.Series:
+    """Seed by seed, of the seeds for which both have a value. The paired test asks whether their mean is zero."""
+    pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
+    return pairs["one"] - pairs["other"]
+
+
 def judge(one: Values, other: Values) -> str:
     """The difference of two variants in one measure, seed by seed: mean ± standard error (p of a paired t-test); bold
     when p is below 0.05, and then "reversed" when it is negative. No p is given for fewer than three seeds, nor when
     all differ alike, as at a ceiling."""
-    pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
-    gaps = pairs["one"] - pairs["other"]
+    gaps = differences(one, other)
     if len(gaps) < 2:
         return "-"
     text = f"{gaps.mean():+.3f} ± {gaps.sem():.3f}"
     if len(gaps) < 3 or gaps.std() < EQUAL:
         return text
-    p = ttest_rel(pairs["one"], pairs["other"]).pvalue
+    p = ttest_1samp(gaps, 0).pvalue
     told = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
     return f"**{text} ({told}{', reversed' if gaps.mean() < 0 else ''})**" if p < 0.05 else f"{text} (p {p:.2f})"
 
@@ -72,13 +77,12 @@ def compare(family: dict[str, tuple[Values, Values]]) -> pd.DataFrame:
     at least two seeds that both have."""
     rows, pvalues = {}, []
     for name, (one, other) in family.items():
-        pairs = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
-        gaps = pairs["one"] - pairs["other"]
+        gaps = differences(one, other)
         wide = student.ppf(0.975, len(gaps) - 1) * gaps.sem()
         spread = gaps.std() > EQUAL
         # Gaps that are all the same have no spread to test: no gap at all says nothing, any other one is certain.
         alike = float(abs(gaps.mean()) < EQUAL)
-        pvalues.append(ttest_rel(pairs.one, pairs.other).pvalue if spread else alike)
+        pvalues.append(ttest_1samp(gaps, 0).pvalue if spread else alike)
         rows[name] = {"difference": f"{gaps.mean():+.3f}",
                       "95% interval": f"{gaps.mean() - wide:+.3f} to {gaps.mean() + wide:+.3f}",
                       "difference / its spread": f"{gaps.mean() / gaps.std():+.1f}" if spread else "-"}

@@ -258,6 +258,22 @@ def collect(results: Path, base: Config, variants: dict[str, Variant], seeds: in
     return found
 
 
+def trained(name: str, flags: TrialFlags, base: Config, variants: dict[str, Variant],
+            names: Sequence[str] | None = None) -> tuple[Path, Config, dict[str, dict[str, dict]]]:
+    """Do what the flags of the study `name` ask for: train what is not there yet, of all variants or of `names`, unless
+    it is to report alone. Returns the folder of results, the configuration that the runs differ from, and what is
+    finished: variant -> seed -> metrics. Raises UserError when nothing is."""
+    runs, results, seeds = Path("runs") / name, Path("results") / name, flags.seeds
+    if flags.quick:
+        runs, base, seeds = Path("runs") / f"{name}-quick", quick(base), min(seeds, 2)
+        results, variants = runs / name, {each: replace(one, train={}) for each, one in variants.items()}
+    if not flags.report:
+        sweep(runs, results, base, variants, list(variants) if names is None else names, seeds, flags.jobs)
+    found = {each: some for each, some in collect(results, base, variants, seeds).items() if some}
+    require(found, f"no finished run in {results}; train first, without --report")
+    return results, base, found
+
+
 def read_off(results: dict[str, dict[str, dict]], measures: dict[str, Callable]) -> dict[str, dict[str, dict]]:
     """`results` (variant -> seed -> metrics) column by column: variant -> measure -> seed -> value."""
     return {name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in measures.items()}
