@@ -271,26 +271,29 @@ def report(data: dict) -> str:
 
 
 def plot(data: dict, path: Path) -> None:
-    """Quality against cost, with what each could reach."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
-    # The best first, so that labels move down for others.
-    shown = {name: mean_error(data["values"][name]["quality"]) for name in PLOTTED if name in data["values"]}
-    labels: list[tuple[float, float]] = []
-    for name, (mean, error) in sorted(shown.items(), key=lambda one: -one[1][0]):
-        variant, cost = VARIANTS[name], data["costs"][name]
-        below = [at for x, at in labels if abs(x - cost["flops"]) < 0.12 and abs(at - mean) < 0.1]
-        labels.append((cost["flops"], min([mean + 0.01, *(at - 0.035 for at in below)])))
-        routed = routed_layers(variant.model["layers"], BASE.model.depth) if variant.model["layers"] in PATTERNS else ()
-        colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
-        axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
-        axis.annotate(name, labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
-        if cost["ceiling"] is not None:
-            axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
-    axis.set(title="A crowd: quality against cost (red: learned routing; grey: what is reached by counting)",
-             xlabel="decoder FLOPs of a live stream (share of full computation)",
-             ylabel="questions answered right (share), ± standard error", xlim=(0, 1.08), ylim=(0, 1.05))
-    axis.grid(alpha=0.3)
+    """Quality against cost, with what each could reach: of one look, and with half of the questions of two."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = {"one look": "", "half of the questions need two looks": "two-"}
+    for axis, (title, prefix) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        # The best first, so that labels move down for others.
+        names = [prefix + name for name in PLOTTED if prefix + name in data["values"]]
+        shown = {name: mean_error(data["values"][name]["quality"]) for name in names}
+        labels: list[tuple[float, float]] = []
+        for name, (mean, error) in sorted(shown.items(), key=lambda one: -one[1][0]):
+            variant, cost = VARIANTS[name], data["costs"][name]
+            below = [at for x, at in labels if abs(x - cost["flops"]) < 0.12 and abs(at - mean) < 0.1]
+            labels.append((cost["flops"], min([mean + 0.01, *(at - 0.035 for at in below)])))
+            layers = variant.model["layers"]
+            routed = routed_layers(layers, BASE.model.depth) if layers in PATTERNS else ()
+            colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
+            axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
+            axis.annotate(name, labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
+            if cost["ceiling"] is not None:
+                axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
+        axis.set(title=title, xlabel="decoder FLOPs of a live stream (share of full computation)", xlim=(0, 1.12),
+                 ylim=(0, 1.05), ylabel="" if prefix else "questions answered right (share), ± standard error")
+        axis.grid(alpha=0.3)
+    figure.suptitle("A crowd: quality against cost (red: learned routing; grey: what is reached by counting)")
     save(figure, path)
 
 
