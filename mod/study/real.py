@@ -11,7 +11,7 @@ answers that are right, word for word, given the true conversation so far, on th
 last step. Variants are trained for as many steps, at the same rates, on the same clips, through the same frozen
 encoder, and start from the same checkpoint. They are compared seed by seed; with one seed a difference is a difference
 between two runs and nothing more. A run whose loss is no number any more has diverged, and has no values.
-`mod-narrowed` was added after full computation, `mod-value` and chance had run.
+`mod-narrowed` was added after full computation, `mod-value` and chance had run, and then `random-narrowed`.
 
 The preset is `llm`. Finished runs are kept in results/real and are never repeated; runs of another precision have a
 folder of their own. Writes results/real.json, .md and .png.
@@ -61,6 +61,8 @@ VARIANTS = {
     "mod-narrowed": Variant("MoD, interleaved, begun dense and narrowed down", {"gate": "sigmoid-value"},
                             train={"dense_steps": 40, "narrow_steps": 50}),
     "random": Variant("chance, interleaved", {"select": "random"}),
+    "random-narrowed": Variant("chance, interleaved, begun dense and narrowed down", {"select": "random"},
+                               train={"dense_steps": 40, "narrow_steps": 50}),
     "uniform": Variant("uniform, interleaved", {"select": "uniform"}),
     "skip": Variant("skipping every other layer", {"layers": "skip"}),
     "mod-all": Variant("MoD in all layers, gate sigmoid-value", {"layers": "all"}),
@@ -76,7 +78,7 @@ MEASURES: dict[str, Callable] = {
 }
 # Colour and dashes of a variant's lines. Of a gate the colour says what mu scales, and dashes that mu is the score.
 LINES = {"full": ("black", "-"), "random": (ORANGE, "-"), "uniform": ("grey", "-"), "skip": (PURPLE, "-"),
-         "mod-all": (SKY, "-"), "mod-narrowed": (BLUE, ":")}
+         "mod-all": (SKY, "-"), "mod-narrowed": (BLUE, ":"), "random-narrowed": (ORANGE, ":")}
 SCALED = {"value": BLUE, "update": VERMILION, "read": GREEN}
 LINES |= {gate_name(f"{mu}-{part}"): (colour, dashes) for part, colour in SCALED.items()
           for mu, dashes in (("sigmoid", "-"), ("score", "--"))}
