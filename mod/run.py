@@ -22,7 +22,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -32,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mod.config import Config, ModelConfig, UserError, require
-from mod.layout import Vocabulary
 
 # Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
 # alone, when a flag or a run asks for them.
@@ -117,33 +115,6 @@ def with_flags(config: Config, arguments: argparse.Namespace) -> Config:
     """`config` with the given flags on top. Raises UserError when they do not fit together."""
     kinds = sections(type(config)).items()
     return replace(config, **{name: replace(getattr(config, name), **given(arguments, kind)) for name, kind in kinds})
-
-
-@dataclass(frozen=True)
-class Question:
-    time: Fraction  # seconds
-    text: str
-
-
-def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Question:
-    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds, "start:..." before
-    the first. `frames`: how many there will be. Raises UserError when nobody could ask that then."""
-    when, colon, text = ask.partition(":")
-    when, text = when.strip(), text.strip()
-    if isinstance(words, Vocabulary):
-        text = " ".join(text.lower().replace("?", " ? ").split())
-    expected = 'expected WHEN:WORDS such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
-    try:
-        seconds = when.removesuffix("s") if when != "start" else "-1"
-        moment = Fraction(seconds) if seconds != when else int(when) / fps
-    except (ValueError, OverflowError, ZeroDivisionError):
-        raise UserError(f"--ask got {ask!r}, {expected}") from None
-    require(bool(colon and text), f"--ask got {ask!r}, {expected}")
-    if when != "start" and not 0 <= moment * fps < frames:
-        there = f"frames 0 to {frames - 1} (0 to {float((frames - 1) / fps):g} s)"
-        raise UserError(f"--ask got {ask!r}, but the stream has {there}; name one of them, or pass more --frames")
-    words.encode(text)
-    return Question(moment, text)
 
 
 def run_script(script: Callable[[], int], name: str) -> int:

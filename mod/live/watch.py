@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from mod.config import Config, ModelConfig, UserError, require
+from mod.config import Config, ModelConfig, require
 from mod.data import Source
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.live import calibrate, saved
+from mod.live.ask import Question, Told, parse_told
 from mod.live.costs import window_that_fits
 from mod.live.draw import terminal
 from mod.live.live import Live, LiveStream, Paced
@@ -32,15 +33,11 @@ from mod.live.picture import draw_stream, save
 from mod.live.record import Moment, Recorder
 from mod.live.settings import StreamConfig
 from mod.live.show import Printer, Synthetic
-from mod.run import Parser, Question, add_flags, given, load_run, parse_ask, pick_device
+from mod.run import Parser, add_flags, given, load_run, pick_device
 from mod.videollm import VideoLLM
 
 ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
 MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could not be looked at
-
-
-class Told(str):
-    """What --tell was given, in the list of --ask: the two happen in the order in which they were given."""
 
 
 def extend(parser: Parser, doc: str) -> Parser:
@@ -179,15 +176,6 @@ def open_sources(arguments, config: Config, source: Source, fps: Fraction, opene
             "video with --video")
     seeds = range(arguments.seed, arguments.seed + arguments.streams)
     return [Synthetic(source, seed, arguments.frames) for seed in seeds]
-
-
-def parse_told(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> tuple[Question, bool]:
-    """A question, or what the model is only told, and whether it is to be answered. Raises UserError as `parse_ask`."""
-    answered = not isinstance(ask, Told)
-    try:
-        return parse_ask(str(ask), frames, fps, words), answered
-    except UserError as error:
-        raise error if answered else UserError(str(error).replace("--ask", "--tell", 1)) from None
 
 
 def run(argv: list[str], parser: Parser, doc: str) -> int:
