@@ -76,8 +76,8 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
 
 class Engine:
     """Who trains: here one process. For several that share each batch there is another, in mod/parallel.py: its `wrap`
-    averages gradients, and splits the weights if asked; `total` sums numbers over all; `whole` puts a split tensor
-    together, `like` splits one; `together` lets parts of a split model be called; `meet` waits; `close` ends it."""
+    averages gradients, and splits the weights if asked; `total` sums numbers over all, so it waits for all; `whole`
+    puts a split tensor together, `like` splits one; `together` lets parts of a split model be called."""
 
     rank, world, device = 0, 1, None
 
@@ -95,12 +95,6 @@ class Engine:
 
     def together(self, wrapped: nn.Module):
         return nullcontext()
-
-    def meet(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def half(config: Config, device: torch.device):
