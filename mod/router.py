@@ -55,7 +55,6 @@ class Router(nn.Module):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
         self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, 0
-        self.asleep = False  # every mu is one then, and nothing is learned
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
@@ -79,9 +78,7 @@ class Router(nn.Module):
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)
             times = None if times is None else F.pad(times[:, :-1], (0, 1))
         chosen = top_k(ranked, self.kept, times)
-        mu = self.weight(scores).gather(1, chosen)
-        # Times zero, so that the weights have a gradient, which several processes wait for.
-        return chosen, 1 + 0 * mu if self.asleep else mu, scores.detach()
+        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 
 class LayerExpert(Router):
@@ -90,12 +87,6 @@ class LayerExpert(Router):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__(dim, frame_tokens, keep_ratio, layer, gate)
         self.w = nn.Linear(dim, 1, bias=False)
-
-    def quiet(self) -> None:
-        """Begin with scores near zero. A sigmoid gate's mu is one then, which does not disturb a decoder that can look
-        already; a score gate's would be zero, and nothing could be learned, so it begins as it is."""
-        if self.gate.startswith("sigmoid"):
-            nn.init.normal_(self.w.weight, std=1e-3)
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         # Scores stay in the weights' precision under autocast: bfloat16 would make many of them equal.

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,10 +24,8 @@ from tqdm import tqdm
 
 from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source, clip_batch, clip_pixels, synthetic
-from mod.decoder import MoDBlock
 from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
 from mod.optim import Muon, make_optimizers, optimizer_step, schedule
-from mod.router import LayerExpert
 from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
 from mod.videollm import VideoLLM
 from mod.vit import ViT
@@ -141,17 +138,6 @@ def entry_of(fetched: dict, config: Config, source: Source, step: int, engine: E
     }
 
 
-def narrowed(config: Config, step: int) -> Config:
-    """The configuration of a step. For `dense_steps` a routed layer keeps all tokens of a frame. Then the share that it
-    keeps falls by the same factor per step, for `narrow_steps`, to its keep ratio."""
-    settings, model = config.train, config.model
-    if step >= settings.dense_steps + settings.narrow_steps:
-        return config
-    part = max(0.0, (step - settings.dense_steps) / max(1, settings.narrow_steps))
-    ratios = (ratio**part if ratio else 0.0 for ratio in model.keep_ratios)
-    return replace(config, model=replace(model, layers="keep:" + ",".join(map(str, ratios))))
-
-
 def validate(model: VideoLLM, config: Config, source: Source, number: int, free: bool = False) -> dict:
     """Metrics on at most `number` validation clips, teacher-forced, and with `free` also free-running.
 
@@ -200,8 +186,7 @@ def patient_interrupt():
     pressed: list[bool] = []
 
     def note(*_):
-        if pressed:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises
         pressed.append(True)
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
@@ -285,6 +270,9 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     require(settings.batch_size >= engine.world * settings.accumulate,
             f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in "
             f"{settings.accumulate} parts; raise --batch-size")
+    narrowing = None
+    if settings.dense_steps or settings.narrow_steps:
+        from mod.related import narrowing
     state = out / "state.safetensors"
     goes_on = resume and state.is_file()
     require(goes_on or not (resume and (out / "model.safetensors").exists()),
@@ -329,9 +317,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
             right = warm_up_vit(model.vit, source, settings)
             source.warmed(model)
             log({"kind": "warm-up", "step": 0, "right": right, "seconds": time.monotonic() - started})
-        for layer in model.decoder.layers if settings.dense_steps else ():
-            if isinstance(layer, MoDBlock) and isinstance(layer.router, LayerExpert):
-                layer.router.quiet()
+        if settings.dense_steps:
+            narrowing.quiet(model)
         wrapped, optimizers = set_up()
         save()
     if settings.compile:
@@ -340,10 +327,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if engine.rank else None)
     with patient_interrupt() as stop, bar:
         while step < settings.steps:
-            now = narrowed(config, step)
-            model.decoder.keep(now.model.keep_counts, asleep=step < settings.dense_steps)
-            fetched = train_step(wrapped, optimizers, now, source, step, engine)
-            model.decoder.keep(config.model.keep_counts)
+            with narrowing.routed(model, config, step) if narrowing else nullcontext(config) as now:
+                fetched = train_step(wrapped, optimizers, now, source, step, engine)
             step += 1
             bar.update()
             last, stopping = step == settings.steps, bool(engine.total([float(bool(stop))])[0])  # all stop at one step
