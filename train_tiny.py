@@ -45,10 +45,11 @@ FIXED = ("seed", "optimizer", "vit_lr", "vit_steps")  # training settings that a
 
 
 def build_parser(worlds: list[World]) -> Parser:
-    parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0])
+    """The flags of a run, and of the settings of these kinds of runs; of none of them, no help either."""
+    parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0], add_help=bool(worlds))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
     presets = sorted({preset for world in worlds for preset in world.presets})
-    parser.add_argument("--preset", choices=presets, help="named configuration of a new run (default: tiny)")
+    parser.add_argument("--preset", choices=presets or None, help="named configuration of a new run (default: tiny)")
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="continue the run in --out")
     fate.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -61,15 +62,11 @@ def build_parser(worlds: list[World]) -> Parser:
 def choose_world(argv: list[str]) -> tuple[World, object]:
     """The first kind of run that knows all given flags and the preset, the core before others, or the kind of the run
     that goes on; and the parsed flags."""
-    early = Parser(add_help=False)
-    early.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    early.add_argument("--preset", default="")
-    early.add_argument("--resume", action="store_true")
-    first, _ = early.parse_known_args(argv)
+    first, _ = build_parser([]).parse_known_args(argv)
     names, worlds = [read_config(first.out).world] if first.resume else list(WORLDS), []
     for name in names:
         worlds.append(find_world(name))
-        if first.preset in ("", *worlds[-1].presets) and not {"-h", "--help"} & set(argv):
+        if first.preset in (None, *worlds[-1].presets) and not {"-h", "--help"} & set(argv):
             arguments, unknown = build_parser(worlds[-1:]).parse_known_args(argv)
             if not unknown:
                 return worlds[-1], arguments

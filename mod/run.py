@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mod.config import Config, ModelConfig, UserError, require
+from mod.evaluate import cost_ratios
 
 # Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
 # alone, when a flag or a run asks for them.
@@ -45,15 +46,15 @@ class World:
     settle    (config, names of the given flags) -> the config that these flags mean, or None when there is nothing to
               train, which it has then explained
     validate  as `train.validate`
-    costs     as `evaluate.cost_ratios`, with the model as last argument
+    costs     (config, frames, text tokens, model) -> shares of full computation, as `evaluate.cost_ratios`
     """
 
     config: type[Config]
     presets: Mapping[str, Config]
     build: Callable
     validate: Callable
-    costs: Callable
     settle: Callable = lambda config, given: config
+    costs: Callable = lambda config, frames, text, model: cost_ratios(config.model, frames, text)
 
 
 def find_world(name: str) -> World:

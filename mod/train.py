@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source, clip_batch, clip_pixels, synthetic
-from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
+from mod.evaluate import free_running, summarize, teacher_forced
 from mod.optim import Muon, make_optimizers, optimizer_step, schedule
 from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
 from mod.videollm import VideoLLM
@@ -369,8 +369,4 @@ def build(config: Config, device: torch.device) -> tuple[VideoLLM, Source]:
     return VideoLLM(config.model).to(device), source
 
 
-def costs(config: Config, frames: int, text: int, model: VideoLLM) -> dict[str, float]:
-    return cost_ratios(config.model, frames, text)
-
-
-WORLD = World(Config, {"tiny": Config()}, build, validate, costs)
+WORLD = World(Config, {"tiny": Config()}, build, validate)
