@@ -28,7 +28,7 @@ from typing import get_args, get_type_hints
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mod.config import Config, ModelConfig, UserError, require
 from mod.evaluate import cost_ratios
@@ -196,16 +196,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); restore it or train again") from error
 
 
-def load_weights(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path,
-                 like: Callable = Tensor.to) -> None:
-    """Copy tensors into parameters. Raises UserError naming the first that is missing, left over or misshapen. `like`
-    splits a tensor as its parameter is split, where several processes share it."""
+def load_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to,
+                 owner: str = "model") -> None:
+    """Copy tensors into a model's parameters, or into what another `owner` has of them. Raises UserError naming the
+    first that is missing, left over, misshapen or not floating point. `like` splits a tensor as its parameter is split,
+    where several processes share it."""
     for name, parameter in own.items():
-        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another model")
+        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another {owner}")
         got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(got == expected, f"{source}: {name} is {got}, expected {expected}; it belongs to another model")
+        require(got == expected and tensors[name].is_floating_point(),
+                f"{source}: {name} is {got}, expected {expected}, floating point; it belongs to another {owner}")
     for name in tensors:
-        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another model")
+        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another {owner}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(like(tensors[name], parameter))

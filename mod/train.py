@@ -200,13 +200,18 @@ def patient_interrupt():
             signal.signal(signal.SIGINT, before)
 
 
+def memory_of(model: VideoLLM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, by the parameter's name and theirs for it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[parameter]}/{key}": value for optimizer in optimizers
+            for parameter, memory in optimizer.state.items() for key, value in memory.items()}
+
+
 def write_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], step: int, seconds: float,
                 engine: Engine) -> None:
     """Everything that the next step depends on. The data's position is the step: clips are made from their number."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model/{name}": tensor for name, tensor in model.weights().items()}
-    tensors |= {f"optimizer/{names[parameter]}/{key}": value for optimizer in optimizers
-                for parameter, memory in optimizer.state.items() for key, value in memory.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in memory_of(model, optimizers).items()}
     tensors = {name: engine.whole(tensor.detach()) for name, tensor in tensors.items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -227,32 +232,25 @@ def read_state(
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     try:
         step, seconds = int(note["step"]), float(note["seconds"])
-        require(0 <= step < 2**53, f"{path} says that it is of step {step}; restore it or train anew")
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = tensor
         torch.set_rng_state(kinds["random"]["cpu"])
-    except UserError:
-        raise
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise UserError(f"{path} is no training state of this project; train anew or name another folder") from None
+    require(0 <= step < 2**53, f"{path} says that it is of step {step}; restore it or train anew")
     load_weights(model.weights(), kinds["model"], path, engine.like)
-    names, memory = {parameter: name for name, parameter in model.named_parameters()}, kinds["optimizer"]
+    trained = {name.rpartition("/")[0] for name in kinds["optimizer"]}  # of the others nothing is remembered yet
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            held = {key: memory.pop(f"{names[parameter]}/{key}", None) for key in keys}
-            if all(tensor is None for tensor in held.values()):
-                continue  # it has not been trained yet
-            for key, tensor in held.items():  # the same order in every process, which share out split tensors together
-                shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
-                fits = tensor is not None and tensor.shape == shape and tensor.dtype == dtype
-                require(fits and (key != "step" or 0 <= tensor.item() < 2**53),
-                        f"{path}: the optimizer's {key} of {names[parameter]} is missing or of another kind; restore "
-                        "the file or train anew")
-                optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
-    require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's "
-            "own settings")
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if names[p] in trained):
+            optimizer.state[parameter] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                                          for key in keys}
+    memory = memory_of(model, optimizers)
+    load_weights(memory, kinds["optimizer"], path, engine.like, "optimizer")
+    require(all(0 <= value < 2**53 for name, value in memory.items() if name.endswith("/step")),
+            f"{path}: a number of steps is damaged; restore it or train anew")
     if "cuda" in kinds["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(kinds["random"]["cuda"])
     return step, seconds
