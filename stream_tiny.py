@@ -2,19 +2,10 @@
 
 python stream_tiny.py                                        # after python train_tiny.py
 python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
-python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
-python stream_tiny.py --html stream.html                     # a page to play it on, with what each routed layer kept
-python stream_tiny.py --draw                                 # the same in the terminal; --save stream.png: as a picture
-python stream_tiny.py --json                                 # one JSON object per line, for programs
-python stream_tiny.py --frames 5000 --window 8               # a long stream in constant memory
-python stream_tiny.py --frames 5000 --window 8 --state live.safetensors    # goes on where a crash has cut it off
-python stream_tiny.py --streams 8                            # several videos at once, in one batch
-python stream_tiny.py --calibrate                            # when to speak: sets the default threshold
-python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
-python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
+python stream_tiny.py --help                                 # windows, pages, real videos and whatever else there is
 
-The first two commands are all here. Any other flag, and any other time to ask at, is a matter of mod/live, which is
-imported then.
+The first two commands are all here. Any other flag, and any other time to ask at, is a matter of mod/live/watch.py,
+which is imported then.
 """
 
 import argparse

@@ -1,5 +1,16 @@
 """A live stream from its flags: what is streamed, what it remembers, and how it is shown.
 
+python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
+python stream_tiny.py --html stream.html                     # a page to play it on, with what each routed layer kept
+python stream_tiny.py --draw                                 # the same in the terminal; --save stream.png: as a picture
+python stream_tiny.py --json                                 # one JSON object per line, for programs
+python stream_tiny.py --frames 5000 --window 8               # a long stream in constant memory
+python stream_tiny.py --frames 5000 --window 8 --state live.safetensors    # goes on where a crash has cut it off
+python stream_tiny.py --streams 8                            # several videos at once, in one batch
+python stream_tiny.py --calibrate                            # when to speak: sets the default threshold
+python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
+python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
+
 `stream_tiny.py` calls `run` when a flag is not its own, or the run is not the core's. Videos and language models are
 those of mod/real, which is imported when one of them is asked for.
 """
@@ -41,9 +52,9 @@ MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could
 
 
 def extend(parser: Parser, doc: str) -> Parser:
-    """Add the flags of all that this folder does; `doc` shows how they are used."""
+    """Add the flags of all that this folder does. `doc` shows how the core is used, and so do the lines above."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(line for line in doc.splitlines() if line.startswith("python "))
+    parser.epilog = "\n".join(line for line in (doc + __doc__).splitlines() if line.startswith("python "))
     if not parser.add_help:
         parser.add_argument("-h", "--help", action="help", help="show this help message and exit")
     add_flags(parser, "a live stream", StreamConfig)
