@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mod.config import Config, ModelConfig, UserError, require
+from mod.config import Config, UserError, require
 from mod.evaluate import cost_ratios
 
 # Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
@@ -246,15 +246,6 @@ def read_config(folder: Path) -> Config:
         raise UserError(told) from error
 
 
-def check_widths(sizes: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raises UserError for a size in config.json that no weight has, before a model of that size asks for memory."""
-    widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
-              sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}
-    strange = widths - {side for tensor in tensors.values() for side in tensor.shape}
-    require(not strange, f"{folder}: its config.json says {max(strange, default=0)}, a size that no weight there has; "
-            "it belongs to another model")
-
-
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
     """A trained run: model, source of clips, configuration. Raises UserError when it is missing, unfinished, damaged or
     another project's."""
@@ -264,7 +255,13 @@ def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
     config = replace(config, train=replace(config.train, dtype=dtype))
     tensors, _ = read_tensors(path)
     if config.world != "real":  # which builds on its checkpoints, and holds what was trained alone
-        check_widths(config.model, tensors, folder)
+        # A size that no weight has is refused before a model of that size asks for memory.
+        sizes = config.model
+        widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
+                  sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}
+        strange = widths - {side for tensor in tensors.values() for side in tensor.shape}
+        require(not strange, f"{folder}: its config.json says {max(strange, default=0)}, a size that no weight there "
+                "has; it belongs to another model")
     model, source = find_world(config.world).build(config, device)
     load_weights(model.weights(), tensors, path)
     return model.to(getattr(torch, dtype)).eval(), source, config
