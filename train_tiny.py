@@ -4,10 +4,7 @@ python train_tiny.py                                         # the default: visi
 python train_tiny.py --layers none --out runs/full           # full computation, to compare
 python train_tiny.py --gate score-update --out runs/update   # the paper's gate; watch the router's recall
 python train_tiny.py --resume                                # go on after Ctrl-C or a crash
-python train_tiny.py --method list                           # the systems of the field; --method NAME trains one
-python train_tiny.py --preset paper                          # the paper's model: what it takes, and how to train it
-python train_tiny.py --llm FOLDER --vision FOLDER --data streams.jsonl --out runs/real    # real weights and videos
-torchrun --nproc-per-node 2 train_tiny.py                    # several processes share each batch
+python train_tiny.py --help                                  # other systems, harder streams, real weights and videos
 """
 
 import os

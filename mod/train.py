@@ -156,10 +156,10 @@ def validate(model: VideoLLM, config: Config, source: Source, number: int, free:
     return metrics
 
 
-def earlier_log(path: Path, step: int | None, steps: int) -> str:
-    """What an earlier run logged up to `step`, where this one goes on. Its last line may be cut by a crash."""
+def earlier_log(path: Path, step: int, steps: int) -> str:
+    """What a run logged up to `step`, where it goes on. Its last line may be cut by a crash."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step is not None else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
@@ -287,7 +287,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     def save() -> None:
         write_state(out, model, optimizers, step, time.monotonic() - started, engine)
 
-    step = None
+    step = 0
     if goes_on:
         wrapped, optimizers = set_up()
         step, before = read_state(out, model, optimizers, engine)
@@ -308,9 +308,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     out.mkdir(parents=True, exist_ok=True)
     if engine.rank == 0:
         write_config(out, config)
-        write_text(out / "log.jsonl", earlier_log(out / "log.jsonl", step, settings.steps))
-    if step is None:
-        step = 0
+        write_text(out / "log.jsonl", earlier_log(out / "log.jsonl", step, settings.steps) if goes_on else "")
+    if not goes_on:
         if settings.vit_steps and source.warm_up:
             right = warm_up_vit(model.vit, source, settings)
             source.warmed(model)
