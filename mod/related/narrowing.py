@@ -29,7 +29,10 @@ def narrowed(config: Config, step: int) -> Config:
 
 
 def routers(model: VideoLLM) -> list[Router]:
-    return [layer.router for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
+    """Those of the method's own kind; other mixtures of depths (depths.py) have a linear layer there, and stay as they
+    are."""
+    found = [layer.router for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
+    return [router for router in found if isinstance(router, Router)]
 
 
 def quiet(model: VideoLLM) -> None:
