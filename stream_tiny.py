@@ -2,31 +2,23 @@
 
 python stream_tiny.py                                        # after python train_tiny.py
 python stream_tiny.py --seed 7 --ask "6:where is it ?"       # ask after frame 6
-python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
-python stream_tiny.py --html stream.html                     # a page to play it on, with what each routed layer kept
-python stream_tiny.py --draw                                 # the same in the terminal; --save stream.png: as a picture
-python stream_tiny.py --json                                 # one JSON object per line, for programs
-python stream_tiny.py --frames 5000 --window 8               # a long stream in constant memory
-python stream_tiny.py --frames 5000 --window 8 --state live.safetensors    # goes on where a crash has cut it off
-python stream_tiny.py --streams 8                            # several videos at once, in one batch
-python stream_tiny.py --calibrate                            # when to speak: sets the default threshold
-python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
-python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
+python stream_tiny.py --help                                 # windows, pages, real videos and whatever else there is
 
-The first three commands are all here; every other flag is that of mod/live, which is imported when one is given.
+The first two commands are all here. Any other flag, and any other time to ask at, is a matter of mod/live/watch.py,
+which is imported then.
 """
 
 import argparse
+import re
 import sys
 import time
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from mod.config import require
-from mod.run import Parser, load_run, parse_ask, pick_device, read_config, run_script
+from mod.run import Parser, load_run, pick_device, read_config, run_script
 from mod.stream import Stream
 
 
@@ -56,8 +48,9 @@ def say(when: str, said: str | None, truth: str) -> bool:
 
 def run(argv: list[str]) -> int:
     arguments, others = build_parser().parse_known_args(argv)
+    asked = [re.fullmatch(r"\s*(\d+)\s*:\s*(\S.*)", ask) for ask in arguments.ask]  # after a frame, by its number
     calibrated = (arguments.checkpoint / "calibration.json").is_file()  # then the threshold is the one found there
-    if others or calibrated or read_config(arguments.checkpoint).world != "core":
+    if others or calibrated or None in asked or read_config(arguments.checkpoint).world != "core":
         from mod.live.watch import run as watch
 
         return watch(argv, build_parser(), __doc__)
@@ -68,23 +61,26 @@ def run(argv: list[str]) -> int:
     model, source, config = load_run(arguments.checkpoint, device, arguments.dtype)
     if arguments.compile:
         model.decoder.compile()
-    frames, fps = arguments.frames or config.data.frames, Fraction(str(config.data.fps))
-    questions = [parse_ask(ask, frames, fps, source.words) for ask in arguments.ask]
+    frames, questions = arguments.frames or config.data.frames, []
+    for ask in asked:
+        frame, question = int(ask[1]), " ".join(ask[2].lower().replace("?", " ? ").split())
+        require(frame < frames, f"--ask got {ask[0]!r}, but the stream has frames 0 to {frames - 1}; name one of them, "
+                "or pass more --frames")
+        source.words.encode(question)  # refuses a word that the model does not know
+        questions.append((frame, question))
     threshold = getattr(arguments, "threshold", config.train.threshold)
     require(0 <= threshold <= 1, f"threshold must be from 0 to 1, got {threshold}")
     stream = Stream(model, source.words, threshold=threshold, max_words=config.train.max_words)
     print(f"{'frame':>5} {'time':>8}   {'said':<34} truth")
-    for question in (q for q in questions if q.time < 0):
-        say(f"      user: {question.text}", stream.ask([question.text])[0], "nowhere")
     right, seconds = [], 0.0
     for t, clip in enumerate(islice(source.live(arguments.seed), frames)):
         began = time.perf_counter()
         [said] = stream.narrate(torch.as_tensor(clip.frames))
         seconds += time.perf_counter() - began
-        right.append(say(f"{t:>5} {float(t / fps):>6.2f} s", said, clip.said[0].text if clip.said else ""))
-        for question in (q for q in questions if t <= q.time * fps < t + 1):
-            print(f"{'':<16}   user: {question.text}")
-            say("", stream.ask([question.text])[0], clip.truth[0].get(question.text, "?"))
+        right.append(say(f"{t:>5} {t / config.data.fps:>6.2f} s", said, clip.said[0].text if clip.said else ""))
+        for question in (question for frame, question in questions if frame == t):
+            print(f"{'':<16}   user: {question}")
+            say("", stream.ask([question])[0], clip.truth[0].get(question, "?"))
     print(f"\nright: {sum(right)} of {frames} frames; speed: {frames / seconds:.0f} frames per second on {device}")
     vision, entries = config.model.frame_tokens * frames, stream.cache.entries()
     text = stream.position[0] - vision

@@ -4,16 +4,12 @@ python train_tiny.py                                         # the default: visi
 python train_tiny.py --layers none --out runs/full           # full computation, to compare
 python train_tiny.py --gate score-update --out runs/update   # the paper's gate; watch the router's recall
 python train_tiny.py --resume                                # go on after Ctrl-C or a crash
-python train_tiny.py --method list                           # the systems of the field; --method NAME trains one
-python train_tiny.py --preset paper                          # the paper's model: what it takes, and how to train it
-python train_tiny.py --llm FOLDER --vision FOLDER --data streams.jsonl --out runs/real    # real weights and videos
-torchrun --nproc-per-node 2 train_tiny.py                    # several processes share each batch
+python train_tiny.py --help                                  # other systems, harder streams, real weights and videos
 """
 
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,10 +42,11 @@ FIXED = ("seed", "optimizer", "vit_lr", "vit_steps")  # training settings that a
 
 
 def build_parser(worlds: list[World]) -> Parser:
-    parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0])
+    """The flags of a run, and of the settings of these kinds of runs; of none of them, no help either."""
+    parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0], add_help=bool(worlds))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
     presets = sorted({preset for world in worlds for preset in world.presets})
-    parser.add_argument("--preset", choices=presets, help="named configuration of a new run (default: tiny)")
+    parser.add_argument("--preset", choices=presets or None, help="named configuration of a new run (default: tiny)")
     fate = parser.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="continue the run in --out")
     fate.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -62,15 +59,11 @@ def build_parser(worlds: list[World]) -> Parser:
 def choose_world(argv: list[str]) -> tuple[World, object]:
     """The first kind of run that knows all given flags and the preset, the core before others, or the kind of the run
     that goes on; and the parsed flags."""
-    early = Parser(add_help=False)
-    early.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    early.add_argument("--preset", default="")
-    early.add_argument("--resume", action="store_true")
-    first, _ = early.parse_known_args(argv)
+    first, _ = build_parser([]).parse_known_args(argv)
     names, worlds = [read_config(first.out).world] if first.resume else list(WORLDS), []
     for name in names:
         worlds.append(find_world(name))
-        if first.preset in ("", *worlds[-1].presets) and not {"-h", "--help"} & set(argv):
+        if first.preset in (None, *worlds[-1].presets) and not {"-h", "--help"} & set(argv):
             arguments, unknown = build_parser(worlds[-1:]).parse_known_args(argv)
             if not unknown:
                 return worlds[-1], arguments
@@ -81,7 +74,7 @@ def choose_world(argv: list[str]) -> tuple[World, object]:
 def choose_config(world: World, arguments) -> Config | None:
     """Flag > run > preset. None when there is nothing to train. Raises UserError when the folder's run must not be
     touched or is another model's."""
-    out, kinds = arguments.out, sections(world.config)
+    out = arguments.out
     require(not out.exists() or out.is_dir(), f"--out got {out}, which is a file, expected a folder; name another")
     if arguments.resume:
         require(not arguments.preset, f"--preset got {arguments.preset}, but the run in {out} goes on as it began; "
@@ -89,12 +82,12 @@ def choose_config(world: World, arguments) -> Config | None:
         base = read_config(out)
     else:
         base = world.presets[arguments.preset or next(iter(world.presets))]
-    names = {name for kind in kinds.values() for name in given(arguments, kind)}
+    names = {name for kind in sections(world.config).values() for name in given(arguments, kind)}
     config = world.settle(with_flags(base, arguments), names)
     if config is None:
         return None
     if arguments.resume:
-        refuse_changes(base, config, kinds, out)
+        refuse_changes(base, config, out)
     else:
         if (out / "config.json").exists():
             read_config(out)  # the folder of a checkpoint, say, is not ours to overwrite
@@ -104,19 +97,20 @@ def choose_config(world: World, arguments) -> Config | None:
     return config
 
 
-def refuse_changes(saved: Config, config: Config, kinds: dict[str, type], out: Path) -> None:
+def refuse_changes(saved: Config, config: Config, out: Path) -> None:
     """Raises UserError when a run that goes on would become another one; says what else is new."""
-    new = {(part, each.name): getattr(getattr(config, part), each.name) for part, kind in kinds.items()
-           for each in fields(kind)
-           if getattr(getattr(config, part), each.name) != getattr(getattr(saved, part), each.name)}
+    before, after = ({(part, name): value for part, settings in asdict(one).items() for name, value in settings.items()}
+                     for one in (saved, config))
+    new = {place: value for place, value in after.items() if value != before[place]}
     for (part, name), value in new.items():
         require(part == "train" and name not in FIXED,
-                f"{name} got {value}, but the run in {out} has {getattr(getattr(saved, part), name)}; resume without "
-                f"{flag_of(name)}, or train in another --out")
+                f"{name} got {value}, but the run in {out} has {before[part, name]}; resume without {flag_of(name)}, "
+                "or train in another --out")
     if (out / "metrics.json").exists() and config.train.steps == saved.train.steps:
-        for name in (name for _, name in new if name not in EVALUATION):
-            raise UserError(f"{name} got {getattr(config.train, name)}, but the run in {out} has finished its "
-                            f"{saved.train.steps} steps; ask for more --steps as well, or train in another --out")
+        for (_, name), value in new.items():
+            require(name in EVALUATION,
+                    f"{name} got {value}, but the run in {out} has finished its {saved.train.steps} steps; ask for "
+                    "more --steps as well, or train in another --out")
     told = ", ".join(f"{name} = {value}" for (_, name), value in new.items())
     print(f"resuming {out}" + (f" with {told} from the flags" if told else ""))
 
@@ -145,23 +139,14 @@ def print_table(metrics: dict) -> None:
 
 def run(argv: list[str]) -> int:
     world, arguments = choose_world(argv)
-    config, engine = choose_config(world, arguments), Engine()
+    config, engine, out = choose_config(world, arguments), Engine(), arguments.out
     if config is None:
         return 0
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         from mod.parallel import Processes
 
         engine = Processes(config.train)
-    try:
-        # The first process speaks for all.
-        with redirect_stdout(open(os.devnull, "w")) if engine.rank else nullcontext():
-            return train_run(world, config, arguments, engine)
-    finally:
-        engine.close()
-
-
-def train_run(world: World, config: Config, arguments, engine: Engine) -> int:
-    out, device = arguments.out, engine.device or pick_device(config.train.device, config.train.dtype)
+    device = engine.device or pick_device(config.train.device, config.train.dtype)
     model, source = world.build(config, device)
     clips = source.validation(16)
     frames = round(sum(len(clip.frames) for clip in clips) / len(clips))
@@ -169,7 +154,7 @@ def train_run(world: World, config: Config, arguments, engine: Engine) -> int:
     stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
     print_plan(config, model, world.costs(config, frames, text, model), stream)
     print(f"training {config.train.steps} steps into {out}; Ctrl-C saves and stops\n")
-    engine.meet()  # before the first process writes what others look for
+    engine.total([0.0])  # all are here before the first process writes what the others look for
     for name in RUN_FILES if arguments.overwrite and engine.rank == 0 else ():
         (out / name).unlink(missing_ok=True)
     metrics = train(config, out, model, source, arguments.resume, engine, world.validate)

@@ -97,11 +97,6 @@ class KVCache:
         """Entries held in each layer by one stream."""
         return [layer.lengths[row] for layer in self.layers]
 
-    def bytes(self, row: int = 0) -> int:
-        """Bytes of the keys and values that one stream holds (what is in use, not what is allocated)."""
-        number_bytes = self.layers[0].k.element_size() + self.layers[0].v.element_size()
-        return sum(self.entries(row)) * self.config.kv_heads * self.config.head_dim * number_bytes
-
     def mark(self) -> list[list[int]]:
         """Where every layer stands now; `rewind(mark)` comes back to it."""
         return [layer.lengths for layer in self.layers]

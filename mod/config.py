@@ -25,8 +25,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def check(config, least: dict[str, float], shares: tuple[str, ...] = ()) -> None:
-    """Raise UserError unless every field has its type (a float may be given whole), is finite, is one of its choices,
-    and is at least `least[name]`; `shares` lie from 0 to 1."""
+    """Raise UserError unless every field has its type (a float may be given whole) and is one of its choices, and every
+    number is finite and at least 0, or `least[name]`; `shares` lie from 0 to 1."""
     hints = get_type_hints(type(config))
     for each in fields(config):
         name, value, kind = each.name, getattr(config, each.name), hints[each.name]
@@ -35,10 +35,11 @@ def check(config, least: dict[str, float], shares: tuple[str, ...] = ()) -> None
             continue
         fits = type(value) is kind or (kind is float and type(value) is int)
         require(fits, f"{name} must be of type {kind.__name__}, got {value!r}")
-        require(kind is not float or math.isfinite(value), f"{name} must be finite, got {value}")
-        if name in least:
-            require(value >= least[name], f"{name} must be at least {least[name]}, got {value}")
-        require(name not in shares or 0 <= value <= 1, f"{name} must be from 0 to 1, got {value}")
+        if kind in (int, float):
+            require(kind is int or math.isfinite(value), f"{name} must be finite, got {value}")
+            require(name not in shares or 0 <= value <= 1, f"{name} must be from 0 to 1, got {value}")
+            lowest = least.get(name, 0)
+            require(value >= lowest, f"{name} must be at least {lowest}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,7 @@ class DataConfig:
     fps: float = 2.0  # frames per second of stream time
 
     def __post_init__(self):
-        least = {"frames": 1, "sprites": 1, "distractors": 0, "noise": 0, "fps": 1e-9}
-        check(self, least, shares=("event_rate", "question_rate"))
+        check(self, {"frames": 1, "sprites": 1, "fps": 1e-9}, shares=("event_rate", "question_rate"))
         require(self.sprites <= 6, f"sprites must be 1 to 6, got {self.sprites}")
 
 
@@ -205,11 +205,9 @@ class TrainConfig:
     fsdp: bool = False  # under torchrun, split the weights over the processes (FSDP2) instead of copying them
 
     def __post_init__(self):
-        zero = ("steps", "seed", "warmup", "vit_steps", "eval_every", "vit_lr", "stream_weight", "dense_steps",
-                "narrow_steps")
         one = ("batch_size", "accumulate", "log_every", "eval_clips", "save_every", "max_words")
         positive = dict.fromkeys(("lr", "adam_lr", "router_rate", "clip"), 1e-30)
-        check(self, dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | positive, ("threshold",))
+        check(self, dict.fromkeys(one, 1) | positive, shares=("threshold",))
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.accumulate <= self.batch_size,
                 f"a step's {self.batch_size} clips cannot be split into {self.accumulate} parts; raise --batch-size")

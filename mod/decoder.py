@@ -6,7 +6,6 @@ that real checkpoints fit. Positions are an explicit argument all the way down.
 Read next: cache.py
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,12 +125,6 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-
-    def keep(self, counts: Sequence[int], asleep: bool = False) -> None:
-        """From now on layer l keeps counts[l] tokens of a frame, if it is routed. `asleep` routers do not learn."""
-        for layer, kept in zip(self.layers, counts, strict=True):
-            if isinstance(layer, MoDBlock):
-                layer.router.kept, layer.router.asleep = kept, asleep
 
     def compile(self, **options) -> None:
         """torch.compile it: one graph for batches and chunks of all sizes."""

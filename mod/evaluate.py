@@ -86,14 +86,6 @@ def fluency(turn: Turn) -> float:
     return good / (m + n)
 
 
-def stream_mean(
-    streams: Sequence[Sequence[Turn]], measure: Callable[[Turn], float], wanted: Callable[[Turn], bool]
-) -> float:
-    """Mean over the wanted turns of a stream, then over the streams that have any; nan when none has."""
-    values = [[measure(turn) for turn in turns if wanted(turn)] for turns in streams]
-    return mean([mean(one) for one in values if one])
-
-
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -105,39 +97,44 @@ def summarize(streams: Sequence[Sequence[Turn]], silent: Sequence[bool], fps: fl
     silence_accuracy are shares of frames; time_diff is in seconds. nan where there is nothing to count.
     """
     turns = [turn for stream in streams for turn in stream]
+    worded = [[turn for turn in stream if turn.right] for stream in streams]
+    timed = [[turn for turn in stream if turn.timed] for stream in streams]
+
+    def over(streams: list[list[Turn]], measure: Callable[[Turn], float]) -> float:
+        """Mean over the turns of a stream, then over the streams that have any."""
+        return mean([mean([measure(turn) for turn in stream]) for stream in streams if stream])
+
     return {
         "narration_exact": mean([turn.exact for turn in turns if turn.kind == "narration"]),
         "question_accuracy": mean([turn.exact for turn in turns if turn.kind == "answer"]),
         "speak_accuracy": mean([turn.spoke[-1] for turn in turns if turn.timed]),
         "silence_accuracy": mean(silent),
-        "lm_ppl": stream_mean(streams, perplexity, lambda turn: len(turn.right) > 0),
-        "lm_correctness": stream_mean(streams, lambda t: correct_prefix(t) / len(t.right), lambda t: len(t.right) > 0),
-        "time_diff": stream_mean(streams, lambda turn: abs(frame_diff(turn)), lambda turn: turn.timed) / fps,
-        "fluency": stream_mean(streams, fluency, lambda turn: turn.timed),
+        "lm_ppl": over(worded, perplexity),
+        "lm_correctness": over(worded, lambda turn: correct_prefix(turn) / len(turn.right)),
+        "time_diff": over(timed, lambda turn: abs(frame_diff(turn))) / fps,
+        "fluency": over(timed, fluency),
     }
 
 
 class Book:
-    """What is noted down about one stream: the turns so far, the open one, whether it spoke at every frame, and for
-    every frame that should be silent whether it was."""
+    """What is noted down about one stream: the turns so far, the decisions of the open one, whether it spoke at every
+    frame, and for every frame that should be silent whether it was."""
 
     def __init__(self):
-        self.turn, self.turns, self.spoke, self.silent = Turn(), [], {}, []
+        self.turns, self.open, self.spoke, self.silent = [], [], [], []
 
-    def decide(self, frame: int, spoke: bool, expected: bool | None) -> None:
+    def decide(self, spoke: bool, expected: bool | None) -> None:
         """At the end of a frame the model spoke or did not; None: a user speaks next, so nothing was expected."""
-        self.spoke[frame] = spoke
+        self.spoke.append(spoke)
         if expected is not None:
-            self.turn.spoke.append(spoke)
+            self.open.append(spoke)
         if expected is False:
             self.silent.append(not spoke)
 
     def respond(self, kind: str, frame: int, right: list[bool], logp: list[float], exact: bool) -> None:
         """A response ends the open turn."""
-        self.turn.kind, self.turn.end, self.turn.exact = kind, frame, exact
-        self.turn.right, self.turn.logp = right, logp
-        self.turns.append(self.turn)
-        self.turn = Turn()
+        self.turns.append(Turn(kind, frame, self.open, right, logp, exact=exact))
+        self.open = []
 
 
 @torch.inference_mode()
@@ -171,7 +168,7 @@ def teacher_forced(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], th
                 roles = ["nobody", *(say.role for say in says)]
                 if t >= 0:
                     asked = roles[1:2] == ["user"]
-                    book.decide(t, False if asked else next(rated)[0], None if asked else len(roles) > 1)
+                    book.decide(False if asked else next(rated)[0], None if asked else len(roles) > 1)
                 for before, say in zip(roles, says, strict=False):
                     if say.role == "assistant":
                         if before == "user":
@@ -223,7 +220,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
                 asked = [bool(row) and (row[0].frame, row[0].role) == (t, "user") for row in left]
                 truths = due(t, "assistant")
                 for row in (row for row, there in enumerate(sees) if there):
-                    told[row].decide(t, speaks[row], None if asked[row] else truths[row] is not None)
+                    told[row].decide(speaks[row], None if asked[row] else truths[row] is not None)
                 respond("narration", t, truths, speaks)
             # Then the questions, one of every row that has any at a time, and the answers that are due.
             while any(row and row[0].frame == t for row in left):
@@ -237,7 +234,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
         for book in told:
             for turn in book.turns:
                 if turn.timed and not any(turn.spoke):
-                    turn.after = [spoke for frame, spoke in book.spoke.items() if frame > turn.end]
+                    turn.after = book.spoke[turn.end + 1 :]
         books += told
     return [book.turns for book in books], list(chain(*(book.silent for book in books)))
 

@@ -97,11 +97,6 @@ class Layout:
     frame: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    @property
-    def streaming(self) -> list[bool]:
-        """Is the label a speak-or-stay-silent decision? Those stand at vision tokens, and no other labels do."""
-        return [at >= 0 and label != NO_LABEL for at, label in zip(self.frame, self.labels, strict=True)]
-
     def append(self, frame: int, ids: Sequence[int], labels: Sequence[int]) -> None:
         self.ids += ids
         self.frame += [frame] * len(ids)
@@ -217,7 +212,7 @@ def collate(layouts: Sequence[Layout], pixels: Tensor, frame_tokens: int, keep_c
 
     frame, labels = rows("frame", PADDING), rows("labels", NO_LABEL).ravel()
     labelled = np.flatnonzero(labels != NO_LABEL)
-    streaming = frame.ravel()[labelled] >= 0
+    streaming = frame.ravel()[labelled] >= 0  # decisions stand at vision tokens, and no other labels do
     plan = make_plan(frame, [0] * len(layouts), frame_tokens, keep_counts)
     ids, *rest = map(torch.from_numpy, (rows("ids", 0), labelled, labels[labelled], streaming))
     decisions = int(streaming.sum())

@@ -4,7 +4,9 @@ Every process takes its share of each batch, gradients are averaged by PyTorch's
 alone writes. There are two ways to hold the weights: copied to every process (DDP), or split over them (FSDP2).
 """
 
+import atexit
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -38,7 +40,10 @@ class Processes(Engine):
             self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
 
     def wrap(self, model: VideoLLM, split: bool) -> nn.Module:
         """A model whose gradients are averaged over all processes: copied, or `split` layer by layer."""
@@ -73,10 +78,3 @@ class Processes(Engine):
         yield
         if split:
             wrapped.reshard()
-
-    def meet(self) -> None:
-        """Wait until every process is here."""
-        dist.barrier()
-
-    def close(self) -> None:
-        dist.destroy_process_group()

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mod.config import ModelConfig, UserError, keep_count
+from mod.config import ModelConfig, keep_count, require
 
 
 def top_k(scores: Tensor, k: int, times: Tensor | None = None) -> Tensor:
@@ -55,7 +55,6 @@ class Router(nn.Module):
         super().__init__()
         self.frame_tokens, self.layer, self.gate = frame_tokens, layer, gate
         self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, 0
-        self.asleep = False  # every mu is one then, and nothing is learned
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
@@ -79,9 +78,7 @@ class Router(nn.Module):
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)
             times = None if times is None else F.pad(times[:, :-1], (0, 1))
         chosen = top_k(ranked, self.kept, times)
-        mu = self.weight(scores).gather(1, chosen)
-        # Times zero, so that the weights have a gradient, which several processes wait for.
-        return chosen, 1 + 0 * mu if self.asleep else mu, scores.detach()
+        return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 
 class LayerExpert(Router):
@@ -90,12 +87,6 @@ class LayerExpert(Router):
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
         super().__init__(dim, frame_tokens, keep_ratio, layer, gate)
         self.w = nn.Linear(dim, 1, bias=False)
-
-    def quiet(self) -> None:
-        """Begin with scores near zero. A sigmoid gate's mu is one then, which does not disturb a decoder that can look
-        already; a score gate's would be zero, and nothing could be learned, so it begins as it is."""
-        if self.gate.startswith("sigmoid"):
-            nn.init.normal_(self.w.weight, std=1e-3)
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
         # Scores stay in the weights' precision under autocast: bfloat16 would make many of them equal.
@@ -110,37 +101,15 @@ class LayerExpert(Router):
         return 2 * torch.sigmoid(scores) if self.gate.startswith("sigmoid") else scores
 
 
-class RandomRouter(Router):
-    """Tokens drawn by chance (paper, Table 3).
-
-    DEVIATION: the draw is a hash of layer and position, no dice, so that streaming draws what training drew.
-    """
-
-    def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        # An integer hash (multiply, fold the high bits down, twice): looks random, costs nothing, needs no state.
-        mixed = (pos.long() * 0x9E3779B1 + (self.layer + 1) * 0x85EBCA77) & 0xFFFFFFFF
-        for _ in range(2):
-            mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-        return ((mixed ^ (mixed >> 13)) >> 8).to(torch.float32)  # 24 bits, which float32 holds exactly
-
-
-class UniformRouter(Router):
-    """Every (n/k)-th token of the frame (paper, Table 3)."""
-
-    def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        i = torch.arange(self.frame_tokens, device=tokens.device)
-        # floor((i+1)k/n) > floor(ik/n) is true for exactly k of n, evenly spread.
-        before, after = ((j * self.kept).div(self.frame_tokens, rounding_mode="floor") for j in (i, i + 1))
-        return (after > before).to(tokens.dtype).expand(tokens.shape[0], self.frame_tokens)
-
-
-ROUTERS = {"learned": LayerExpert, "random": RandomRouter, "uniform": UniformRouter}
+ROUTERS: dict[str, type[Router]] = {"learned": LayerExpert}  # mod/related/chance.py adds others, or you do
 
 
 def new_router(config: ModelConfig, layer: int) -> Router:
     """The router that the configuration asks for in this layer, with weights as its class draws them."""
     if config.select not in ROUTERS:
-        raise UserError(f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
+        import mod.related.chance  # noqa: F401 (adds its routers)
+    require(config.select in ROUTERS,
+            f"select got {config.select!r}, expected {' or '.join(ROUTERS)}; add others to ROUTERS")
     router = ROUTERS[config.select](config.dim, config.frame_tokens, config.keep_ratios[layer], layer, config.gate)
     router.keep_last, router.take_turns = config.keep_last, config.take_turns
     return router

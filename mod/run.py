@@ -22,17 +22,16 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from mod.config import Config, ModelConfig, UserError, require
-from mod.layout import Vocabulary
+from mod.config import Config, UserError, require
+from mod.evaluate import cost_ratios
 
 # Where each kind of run is put together, by the name that config.json notes. All but the core's are imported here
 # alone, when a flag or a run asks for them.
@@ -47,15 +46,15 @@ class World:
     settle    (config, names of the given flags) -> the config that these flags mean, or None when there is nothing to
               train, which it has then explained
     validate  as `train.validate`
-    costs     as `evaluate.cost_ratios`, with the model as last argument
+    costs     (config, frames, text tokens, model) -> shares of full computation, as `evaluate.cost_ratios`
     """
 
     config: type[Config]
     presets: Mapping[str, Config]
     build: Callable
     validate: Callable
-    costs: Callable
     settle: Callable = lambda config, given: config
+    costs: Callable = lambda config, frames, text, model: cost_ratios(config.model, frames, text)
 
 
 def find_world(name: str) -> World:
@@ -117,33 +116,6 @@ def with_flags(config: Config, arguments: argparse.Namespace) -> Config:
     """`config` with the given flags on top. Raises UserError when they do not fit together."""
     kinds = sections(type(config)).items()
     return replace(config, **{name: replace(getattr(config, name), **given(arguments, kind)) for name, kind in kinds})
-
-
-@dataclass(frozen=True)
-class Question:
-    time: Fraction  # seconds
-    text: str
-
-
-def parse_ask(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> Question:
-    """ "6:where is it ?" is after frame 6, "2.5s:..." after the last frame that came by 2.5 seconds, "start:..." before
-    the first. `frames`: how many there will be. Raises UserError when nobody could ask that then."""
-    when, colon, text = ask.partition(":")
-    when, text = when.strip(), text.strip()
-    if isinstance(words, Vocabulary):
-        text = " ".join(text.lower().replace("?", " ? ").split())
-    expected = 'expected WHEN:WORDS such as "6:where is it ?" (frame), "2.5s:where is it ?" (seconds) or "start:..."'
-    try:
-        seconds = when.removesuffix("s") if when != "start" else "-1"
-        moment = Fraction(seconds) if seconds != when else int(when) / fps
-    except (ValueError, OverflowError, ZeroDivisionError):
-        raise UserError(f"--ask got {ask!r}, {expected}") from None
-    require(bool(colon and text), f"--ask got {ask!r}, {expected}")
-    if when != "start" and not 0 <= moment * fps < frames:
-        there = f"frames 0 to {frames - 1} (0 to {float((frames - 1) / fps):g} s)"
-        raise UserError(f"--ask got {ask!r}, but the stream has {there}; name one of them, or pass more --frames")
-    words.encode(text)
-    return Question(moment, text)
 
 
 def run_script(script: Callable[[], int], name: str) -> int:
@@ -224,16 +196,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or no safetensors file ({error}); restore it or train again") from error
 
 
-def load_weights(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: Path,
-                 like: Callable = Tensor.to) -> None:
-    """Copy tensors into parameters. Raises UserError naming the first that is missing, left over or misshapen. `like`
-    splits a tensor as its parameter is split, where several processes share it."""
+def load_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to,
+                 owner: str = "model") -> None:
+    """Copy tensors into a model's parameters, or into what another `owner` has of them. Raises UserError naming the
+    first that is missing, left over, misshapen or not floating point. `like` splits a tensor as its parameter is split,
+    where several processes share it."""
     for name, parameter in own.items():
-        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another model")
+        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another {owner}")
         got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(got == expected, f"{source}: {name} is {got}, expected {expected}; it belongs to another model")
+        require(got == expected and tensors[name].is_floating_point(),
+                f"{source}: {name} is {got}, expected {expected}, floating point; it belongs to another {owner}")
     for name in tensors:
-        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another model")
+        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another {owner}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(like(tensors[name], parameter))
@@ -272,15 +246,6 @@ def read_config(folder: Path) -> Config:
         raise UserError(told) from error
 
 
-def check_widths(sizes: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raises UserError for a size in config.json that no weight has, before a model of that size asks for memory."""
-    widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
-              sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}
-    strange = widths - {side for tensor in tensors.values() for side in tensor.shape}
-    require(not strange, f"{folder}: its config.json says {max(strange, default=0)}, a size that no weight there has; "
-            "it belongs to another model")
-
-
 def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
     """A trained run: model, source of clips, configuration. Raises UserError when it is missing, unfinished, damaged or
     another project's."""
@@ -290,7 +255,13 @@ def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
     config = replace(config, train=replace(config.train, dtype=dtype))
     tensors, _ = read_tensors(path)
     if config.world != "real":  # which builds on its checkpoints, and holds what was trained alone
-        check_widths(config.model, tensors, folder)
+        # A size that no weight has is refused before a model of that size asks for memory.
+        sizes = config.model
+        widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,
+                  sizes.vit_hidden, sizes.patches_per_side**2, sizes.patch_size}
+        strange = widths - {side for tensor in tensors.values() for side in tensor.shape}
+        require(not strange, f"{folder}: its config.json says {max(strange, default=0)}, a size that no weight there "
+                "has; it belongs to another model")
     model, source = find_world(config.world).build(config, device)
     load_weights(model.weights(), tensors, path)
     return model.to(getattr(torch, dtype)).eval(), source, config

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,10 +24,8 @@ from tqdm import tqdm
 
 from mod.config import Config, TrainConfig, UserError, require
 from mod.data import Source, clip_batch, clip_pixels, synthetic
-from mod.decoder import MoDBlock
-from mod.evaluate import cost_ratios, free_running, summarize, teacher_forced
+from mod.evaluate import free_running, summarize, teacher_forced
 from mod.optim import Muon, make_optimizers, optimizer_step, schedule
-from mod.router import LayerExpert
 from mod.run import World, load_weights, read_tensors, to_json, write_config, write_tensors, write_text
 from mod.videollm import VideoLLM
 from mod.vit import ViT
@@ -76,8 +73,8 @@ def warm_up_vit(vit: ViT, source: Source, settings: TrainConfig) -> float:
 
 class Engine:
     """Who trains: here one process. For several that share each batch there is another, in mod/parallel.py: its `wrap`
-    averages gradients, and splits the weights if asked; `total` sums numbers over all; `whole` puts a split tensor
-    together, `like` splits one; `together` lets parts of a split model be called; `meet` waits; `close` ends it."""
+    averages gradients, and splits the weights if asked; `total` sums numbers over all, so it waits for all; `whole`
+    puts a split tensor together, `like` splits one; `together` lets parts of a split model be called."""
 
     rank, world, device = 0, 1, None
 
@@ -95,12 +92,6 @@ class Engine:
 
     def together(self, wrapped: nn.Module):
         return nullcontext()
-
-    def meet(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def half(config: Config, device: torch.device):
@@ -147,17 +138,6 @@ def entry_of(fetched: dict, config: Config, source: Source, step: int, engine: E
     }
 
 
-def narrowed(config: Config, step: int) -> Config:
-    """The configuration of a step. For `dense_steps` a routed layer keeps all tokens of a frame. Then the share that it
-    keeps falls by the same factor per step, for `narrow_steps`, to its keep ratio."""
-    settings, model = config.train, config.model
-    if step >= settings.dense_steps + settings.narrow_steps:
-        return config
-    part = max(0.0, (step - settings.dense_steps) / max(1, settings.narrow_steps))
-    ratios = (ratio**part if ratio else 0.0 for ratio in model.keep_ratios)
-    return replace(config, model=replace(model, layers="keep:" + ",".join(map(str, ratios))))
-
-
 def validate(model: VideoLLM, config: Config, source: Source, number: int, free: bool = False) -> dict:
     """Metrics on at most `number` validation clips, teacher-forced, and with `free` also free-running.
 
@@ -176,10 +156,10 @@ def validate(model: VideoLLM, config: Config, source: Source, number: int, free:
     return metrics
 
 
-def earlier_log(path: Path, step: int | None, steps: int) -> str:
-    """What an earlier run logged up to `step`, where this one goes on. Its last line may be cut by a crash."""
+def earlier_log(path: Path, step: int, steps: int) -> str:
+    """What a run logged up to `step`, where it goes on. Its last line may be cut by a crash."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step is not None else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             repeated = entry["kind"] == "eval" and entry["step"] == steps  # this process evaluates the end again
@@ -206,8 +186,7 @@ def patient_interrupt():
     pressed: list[bool] = []
 
     def note(*_):
-        if pressed:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises
         pressed.append(True)
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
@@ -221,13 +200,18 @@ def patient_interrupt():
             signal.signal(signal.SIGINT, before)
 
 
+def memory_of(model: VideoLLM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, by the parameter's name and theirs for it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[parameter]}/{key}": value for optimizer in optimizers
+            for parameter, memory in optimizer.state.items() for key, value in memory.items()}
+
+
 def write_state(folder: Path, model: VideoLLM, optimizers: list[torch.optim.Optimizer], step: int, seconds: float,
                 engine: Engine) -> None:
     """Everything that the next step depends on. The data's position is the step: clips are made from their number."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model/{name}": tensor for name, tensor in model.weights().items()}
-    tensors |= {f"optimizer/{names[parameter]}/{key}": value for optimizer in optimizers
-                for parameter, memory in optimizer.state.items() for key, value in memory.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in memory_of(model, optimizers).items()}
     tensors = {name: engine.whole(tensor.detach()) for name, tensor in tensors.items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -248,32 +232,25 @@ def read_state(
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     try:
         step, seconds = int(note["step"]), float(note["seconds"])
-        require(0 <= step < 2**53, f"{path} says that it is of step {step}; restore it or train anew")
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = tensor
         torch.set_rng_state(kinds["random"]["cpu"])
-    except UserError:
-        raise
     except (KeyError, ValueError, TypeError, RuntimeError):
         raise UserError(f"{path} is no training state of this project; train anew or name another folder") from None
+    require(0 <= step < 2**53, f"{path} says that it is of step {step}; restore it or train anew")
     load_weights(model.weights(), kinds["model"], path, engine.like)
-    names, memory = {parameter: name for name, parameter in model.named_parameters()}, kinds["optimizer"]
+    trained = {name.rpartition("/")[0] for name in kinds["optimizer"]}  # of the others nothing is remembered yet
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            held = {key: memory.pop(f"{names[parameter]}/{key}", None) for key in keys}
-            if all(tensor is None for tensor in held.values()):
-                continue  # it has not been trained yet
-            for key, tensor in held.items():  # the same order in every process, which share out split tensors together
-                shape, dtype = ((), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
-                fits = tensor is not None and tensor.shape == shape and tensor.dtype == dtype
-                require(fits and (key != "step" or 0 <= tensor.item() < 2**53),
-                        f"{path}: the optimizer's {key} of {names[parameter]} is missing or of another kind; restore "
-                        "the file or train anew")
-                optimizer.state[parameter][key] = tensor if key == "step" else engine.like(tensor, parameter)
-    require(not memory, f"{path} was written by another optimizer ({min(memory, default='')}); resume with the run's "
-            "own settings")
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if names[p] in trained):
+            optimizer.state[parameter] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                                          for key in keys}
+    memory = memory_of(model, optimizers)
+    load_weights(memory, kinds["optimizer"], path, engine.like, "optimizer")
+    require(all(0 <= value < 2**53 for name, value in memory.items() if name.endswith("/step")),
+            f"{path}: a number of steps is damaged; restore it or train anew")
     if "cuda" in kinds["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(kinds["random"]["cuda"])
     return step, seconds
@@ -291,6 +268,9 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     require(settings.batch_size >= engine.world * settings.accumulate,
             f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in "
             f"{settings.accumulate} parts; raise --batch-size")
+    narrowing = None
+    if settings.dense_steps or settings.narrow_steps:
+        from mod.related import narrowing
     state = out / "state.safetensors"
     goes_on = resume and state.is_file()
     require(goes_on or not (resume and (out / "model.safetensors").exists()),
@@ -307,7 +287,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     def save() -> None:
         write_state(out, model, optimizers, step, time.monotonic() - started, engine)
 
-    step = None
+    step = 0
     if goes_on:
         wrapped, optimizers = set_up()
         step, before = read_state(out, model, optimizers, engine)
@@ -328,16 +308,14 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     out.mkdir(parents=True, exist_ok=True)
     if engine.rank == 0:
         write_config(out, config)
-        write_text(out / "log.jsonl", earlier_log(out / "log.jsonl", step, settings.steps))
-    if step is None:
-        step = 0
+        write_text(out / "log.jsonl", earlier_log(out / "log.jsonl", step, settings.steps) if goes_on else "")
+    if not goes_on:
         if settings.vit_steps and source.warm_up:
             right = warm_up_vit(model.vit, source, settings)
             source.warmed(model)
             log({"kind": "warm-up", "step": 0, "right": right, "seconds": time.monotonic() - started})
-        for layer in model.decoder.layers if settings.dense_steps else ():
-            if isinstance(layer, MoDBlock) and isinstance(layer.router, LayerExpert):
-                layer.router.quiet()
+        if settings.dense_steps:
+            narrowing.quiet(model)
         wrapped, optimizers = set_up()
         save()
     if settings.compile:
@@ -346,10 +324,8 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     bar = tqdm(total=settings.steps, initial=step, desc="training", unit="step", disable=True if engine.rank else None)
     with patient_interrupt() as stop, bar:
         while step < settings.steps:
-            now = narrowed(config, step)
-            model.decoder.keep(now.model.keep_counts, asleep=step < settings.dense_steps)
-            fetched = train_step(wrapped, optimizers, now, source, step, engine)
-            model.decoder.keep(config.model.keep_counts)
+            with narrowing.routed(model, config, step) if narrowing else nullcontext(config) as now:
+                fetched = train_step(wrapped, optimizers, now, source, step, engine)
             step += 1
             bar.update()
             last, stopping = step == settings.steps, bool(engine.total([float(bool(stop))])[0])  # all stop at one step
@@ -390,8 +366,4 @@ def build(config: Config, device: torch.device) -> tuple[VideoLLM, Source]:
     return VideoLLM(config.model).to(device), source
 
 
-def costs(config: Config, frames: int, text: int, model: VideoLLM) -> dict[str, float]:
-    return cost_ratios(config.model, frames, text)
-
-
-WORLD = World(Config, {"tiny": Config()}, build, validate, costs)
+WORLD = World(Config, {"tiny": Config()}, build, validate)

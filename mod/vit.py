@@ -33,11 +33,6 @@ def vision_attention(config: ModelConfig) -> Attention:
     return Attention(config.vit_dim, config.vit_heads, qkv_bias=True, out_bias=True)
 
 
-def vision_block(config: ModelConfig) -> Block:
-    norms = (nn.LayerNorm(config.vit_dim, eps=NORM_EPS) for _ in range(2))
-    return Block(vision_attention(config), MLP(config.vit_dim, config.vit_hidden), *norms)
-
-
 class PoolingHead(nn.Module):
     """One learned query attends to all patches: pooled = a + MLP(norm(a)), a = Attention(probe -> patches)."""
 
@@ -65,7 +60,10 @@ class ViT(nn.Module):
         self.patch = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         # Loud enough that the warm-up learns where things are, quiet enough that colours stay louder.
         self.position = nn.Parameter(torch.randn(patches, width) * 0.3)
-        self.blocks = nn.ModuleList(vision_block(config) for _ in range(config.vit_depth))
+        self.blocks = nn.ModuleList(
+            Block(vision_attention(config), MLP(width, config.vit_hidden),
+                  nn.LayerNorm(width, eps=NORM_EPS), nn.LayerNorm(width, eps=NORM_EPS))
+            for _ in range(config.vit_depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = PoolingHead(config)
 

@@ -9,7 +9,7 @@ from mod.config import ModelConfig
 from mod.data import COLOURS, SHAPES, SIDES, WORDS, Clip
 from mod.decoder import MoDBlock
 from mod.layers import PAD
-from mod.layout import NO_LABEL, PADDING, TEXT, Batch, Plan, Say, Vocabulary, collate, lay_out, make_plan
+from mod.layout import NO_LABEL, PADDING, TEXT, Batch, Layout, Plan, Say, Vocabulary, collate, lay_out, make_plan
 from mod.videollm import VideoLLM
 
 WORDS_ALL = Vocabulary(WORDS)
@@ -84,6 +84,11 @@ def frame_of(batch: Batch) -> Tensor:
         frame[places] = so_far[row]
         so_far[row] += 1
     return frame.view(rows, length)
+
+
+def streaming_of(layout: Layout) -> list[bool]:
+    """Is each label of a layout a speak-or-stay-silent decision? Those stand at vision tokens."""
+    return [at >= 0 and label != NO_LABEL for at, label in zip(layout.frame, layout.labels, strict=True)]
 
 
 def labels_of(batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ from mod.real.sentences import in_sentences, sentence
 from mod.real.tokenizer import TextTokenizer
 from mod.real.world import WORLD, build
 from mod.stream import Stream
-from tests.helpers import plan_of
+from tests.helpers import plan_of, streaming_of
 from tests.test_llm import SIZES, tensors
 from tests.test_scripts import refused
 
@@ -115,7 +115,7 @@ def test_the_opening_is_no_choice_but_its_first_token(llm):
     reply = [*words.encode("It is nowhere."), words.eos]
     expected = [words.assistant, *reply, words.assistant, *reply, words.eos]
     assert [label for label in layout.labels if label != NO_LABEL] == expected
-    assert [label for label, speaks in zip(layout.labels, layout.streaming, strict=True) if speaks] == [words.assistant, words.eos]
+    assert [label for label, speaks in zip(layout.labels, streaming_of(layout), strict=True) if speaks] == [words.assistant, words.eos]
     for at, label in enumerate(layout.labels):
         follows = [token for token, frame in zip(layout.ids[at + 1 :], layout.frame[at + 1 :], strict=True) if frame == TEXT]
         if label not in (NO_LABEL, words.eos) or (label == words.eos and layout.frame[at] == TEXT):
@@ -171,7 +171,7 @@ def test_a_stream_is_what_its_transcript_computes_offline(model):
         layout, logits = offline_logits(model, words, pixels[row], [Say(t, role, text) for role, t, text in said[row]])
         assert stream.position[row] == len(layout.ids), "the stream fed what training would"
         labels = [label for label in layout.labels if label != NO_LABEL]
-        text = [not speaks for label, speaks in zip(layout.labels, layout.streaming, strict=True) if label != NO_LABEL]
+        text = [not speaks for label, speaks in zip(layout.labels, streaming_of(layout), strict=True) if label != NO_LABEL]
         chosen = logits.masked_fill(stream.never, -torch.inf).argmax(-1).tolist()
         run = 0
         for own, label, is_text in zip(chosen, labels, text, strict=True):

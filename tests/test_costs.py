@@ -11,7 +11,7 @@ from mod.config import DataConfig, ModelConfig
 from mod.data import make_clip
 from mod.evaluate import cost_ratios
 from mod.layout import Say, lay_out
-from mod.live.costs import chunk_flops, dense, layer_tokens
+from mod.live.costs import chunk_flops, dense, held_bytes, layer_tokens
 from mod.stream import Stream
 from mod.study.costs import (
     activation_bytes,
@@ -91,7 +91,7 @@ def test_what_is_read_is_the_weights_once_and_the_cache(layers, changes):
     weights = [sum(p.numel() for p in layer.parameters()) for layer in model.decoder.layers]
     assert layer_weights(model.config) == weights
     stream = streamed(model, 3, 2)
-    everywhere = 4 * sum(weights) + stream.cache.bytes()
+    everywhere = 4 * sum(weights) + held_bytes(stream.cache)
     assert read_bytes(model.config, 0, 1, 3, 3) == everywhere, "text runs through every layer"
     entered = [number for number, kept in enumerate(model.config.keep_counts) if kept]
     entry = 4 * 2 * model.config.kv_heads * model.config.head_dim
@@ -130,9 +130,9 @@ def test_a_fixed_budget_holds_what_the_formula_says(budget, text, layers):
     stream, pixels = streamed(model, 0, text - 1), random_pixels(1, model.config, dtype=torch.float32)
     while stream.seen[0] < frames:
         stream.see(pixels)
-    assert stream.cache.bytes() <= max(budget, kv_bytes(model.config, 0, text))
+    assert held_bytes(stream.cache) <= max(budget, kv_bytes(model.config, 0, text))
     stream.see(pixels)
-    assert stream.cache.bytes() > budget
+    assert held_bytes(stream.cache) > budget
 
 
 @given(frames=st.integers(1, 6), words=st.integers(0, 9), layers=st.sampled_from(["none", "interleaved", "all"]))
@@ -140,7 +140,7 @@ def test_cache_entries_and_bytes_are_exact(frames, words, layers):
     model = small_model(dtype=torch.float32, layers=layers)
     stream = streamed(model, frames, words)
     assert stream.cache.entries() == layer_tokens(model.config, frames, 1 + words)
-    assert stream.cache.bytes() == kv_bytes(model.config, frames, 1 + words)
+    assert held_bytes(stream.cache) == kv_bytes(model.config, frames, 1 + words)
 
 
 def test_the_papers_ratio_on_vision_alone():

@@ -14,7 +14,7 @@ SCRIPTS = ("train_tiny.py", "stream_tiny.py")
 CORE = sorted(path for path in (ROOT / "mod").glob("*.py") if path.stem not in ROOMS)
 # Where the core names a room: run.py says where each kind of run is put together, the scripts go behind their flags.
 DOORS = {"run.py": {"mod.related.world", "mod.real.world"}, "train_tiny.py": {"mod.parallel"},
-         "stream_tiny.py": {"mod.live.watch"}}
+         "router.py": {"mod.related.chance"}, "train.py": {"mod.related.narrowing"}, "stream_tiny.py": {"mod.live.watch"}}
 LOADED = "import sys; {}; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'mod'))"
 
 

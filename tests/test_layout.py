@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mod.layers import PAD
 from mod.layout import NO_LABEL, PADDING, TEXT, Say, Vocabulary, collate, lay_out, make_plan
 from tests.helpers import WORDS_ALL as W
-from tests.helpers import conversations, frame_of, labels_of, random_pixels, small_config
+from tests.helpers import conversations, frame_of, labels_of, random_pixels, small_config, streaming_of
 
 N = 5
 
@@ -29,7 +29,7 @@ def test_one_streaming_label_per_learned_frame_and_none_before_a_user(talk):
         speaker = speaker_after(said, t)
         expected = {None: W.eos, "assistant": W.assistant, "user": NO_LABEL}[speaker]
         assert [layout.labels[i] for i in places] == [NO_LABEL] * (N - 1) + [expected]
-        assert [layout.streaming[i] for i in places] == [False] * (N - 1) + [speaker != "user"]
+        assert [streaming_of(layout)[i] for i in places] == [False] * (N - 1) + [speaker != "user"]
 
 
 @given(conversations())
@@ -38,9 +38,9 @@ def test_every_text_label_is_the_next_token_and_covers_every_response(talk):
     layout = lay_out(W, frames, N, said)
     learned = []
     for i, label in enumerate(layout.labels):
-        if label != NO_LABEL and not (layout.streaming[i] and label == W.eos):
+        if label != NO_LABEL and not (streaming_of(layout)[i] and label == W.eos):
             assert layout.ids[i + 1] == label and layout.frame[i + 1] == -1
-        if label != NO_LABEL and not layout.streaming[i] and label != W.assistant:
+        if label != NO_LABEL and not streaming_of(layout)[i] and label != W.assistant:
             learned.append(label)
     responses = [[*W.encode(say.text), W.eos] for say in said if say.role == "assistant"]
     assert learned == [token for response in responses for token in response]
@@ -51,7 +51,7 @@ def test_length_and_order(talk):
     frames, said = talk
     layout = lay_out(W, frames, N, said)
     spoken = sum(len(say.text.split()) + (2 if say.role == "assistant" else 1) for say in said)
-    for row in (layout.ids, layout.frame, layout.labels, layout.streaming):
+    for row in (layout.ids, layout.frame, layout.labels, streaming_of(layout)):
         assert len(row) == 1 + frames * N + spoken
     vision = [frame for frame in layout.frame if frame >= 0]
     assert vision == sorted(vision)
@@ -81,7 +81,7 @@ def test_collate_pads_on_the_right_with_tokens_at_the_end_of_time(one, two):
         assert batch.ids[row, :length].tolist() == layout.ids
         assert pos[row, :length].tolist() == list(range(length))
         assert frame[row, :length].tolist() == layout.frame and labels[row, :length].tolist() == layout.labels
-        assert streaming[row, :length].tolist() == layout.streaming
+        assert streaming[row, :length].tolist() == streaming_of(layout)
         assert (pos[row, length:] == PAD).all() and (labels[row, length:] == NO_LABEL).all()
         assert (frame[row, length:] == PADDING).all() and not streaming[row, length:].any()
     assert batch.plan.vision.shape == (len(batch.pixels), N)

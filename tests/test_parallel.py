@@ -87,7 +87,6 @@ assert engine.world == 2 and all(isinstance(p, DTensor) for p in model.parameter
 weight = model.decoder.layers[0].mlp.up.weight
 assert 2 * weight.to_local().numel() == weight.numel() == engine.whole(weight).numel()
 assert engine.total([1.0, float(engine.rank)]) == [2.0, 1.0]
-engine.close()
 """)
     done = torchrun(script=str(script))
     assert done.returncode == 0, done.stderr[-2000:]

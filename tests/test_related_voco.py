@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mod.layout import Plan
+from mod.live.costs import held_bytes
 from mod.related.ragged import run_layers
 from mod.related.voco import VoCo, VoCoCache, codes, lay_out, stays
 from mod.related.voco import mask as batch_mask
@@ -234,6 +235,6 @@ class TestWhatStays:
         parts = [slice(0, 1), *(slice(1 + t * (N + 1), 1 + (t + 1) * (N + 1)) for t in range(6))]
         _, held, cache = evicted(x, frame, voco, 1, parts)
         assert [each[0] for each in held] == [1, 2, 3, 4, 5, 6, 7]
-        assert cache.bytes() == 7 * CONFIG.depth * 2 * CONFIG.kv_heads * CONFIG.head_dim * 8
+        assert held_bytes(cache) == 7 * CONFIG.depth * 2 * CONFIG.kv_heads * CONFIG.head_dim * 8
         cache.evict()
         assert cache.entries() == [7] * CONFIG.depth, "nothing left to drop"

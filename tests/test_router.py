@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mod.config import Gate, keep_count, parse_layers, routed_layers
 from mod.layout import Say
-from mod.router import ROUTERS, LayerExpert, new_router, top_k
+from mod.related.chance import ROUTERS
+from mod.router import LayerExpert, new_router, top_k
 from tests.helpers import as_batch, conversations, offline, plan_of, small_config, small_model
 
 

@@ -17,7 +17,7 @@ from mod.data import synthetic
 from mod.evaluate import free_running, teacher_forced
 from mod.layout import Say
 from mod.optim import make_optimizers
-from mod.router import ROUTERS
+from mod.related.chance import ROUTERS
 from mod.stream import Stream
 from mod.train import Engine, entry_of, train_step
 from mod.videollm import VideoLLM

@@ -11,6 +11,7 @@ from mod.cache import FIRST
 from mod.config import Gate
 from mod.layers import PAD
 from mod.layout import TEXT, Say, lay_out
+from mod.live.costs import held_bytes
 from mod.stream import Stream
 from tests.helpers import (
     WORDS_ALL,
@@ -237,7 +238,7 @@ def test_cache_bytes_are_the_real_tensors():
     for layer in stream.cache.layers:
         part = layer.k[:, :, : layer.lengths[0]]
         used += 2 * part.numel() * part.element_size()
-    assert stream.cache.bytes() == used
+    assert held_bytes(stream.cache) == used
 
 
 def test_a_frame_for_each_stream_is_asked_for():

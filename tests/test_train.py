@@ -20,8 +20,9 @@ from mod.decoder import MoDBlock
 from mod.evaluate import summarize, teacher_forced
 from mod.layout import NO_LABEL, Say
 from mod.optim import Muon, make_optimizers, orthogonalize, schedule
+from mod.related.narrowing import keep, narrowed
 from mod.run import flag_of, read_config, read_tensors, remarks
-from mod.train import Engine, build, entry_of, narrowed, read_state, train, train_step, write_state
+from mod.train import Engine, build, entry_of, read_state, train, train_step, write_state
 from mod.videollm import VideoLLM
 from tests.helpers import WORDS_ALL, as_batch, labels_of, offline, small_config, small_model
 
@@ -302,7 +303,8 @@ class TestNarrowing:
             routers = [layer.router for layer in model.decoder.layers if isinstance(layer, MoDBlock)]
             fetched = step_here(model, optimizers, config, source, step, engine)
             kept = {routing.layer: int(routing.kept.sum(1).unique()) for routing in fetched["trace"]}
-            seen.append((kept, {router.asleep for router in routers},
+            asleep = {bool((router.weight(torch.ones(1, 1)) == 1).all()) for router in routers}
+            seen.append((kept, asleep,
                          [router.w.weight.detach().clone() for router in routers if router.kept]))
             return fetched
 
@@ -329,7 +331,7 @@ class TestNarrowing:
         for name, p in other.named_parameters():  # layer 2 is skipped, and has a router, in both
             theirs = re.sub(r"layers\.([013])\.", r"layers.\1.block.", name) if name not in mine else name
             p.data.copy_(mine[theirs])
-        model.decoder.keep(dense.keep_counts, asleep=True)
+        keep(model, dense.keep_counts, sleep=True)
         torch.testing.assert_close(model.predict(batch), other.predict(batch), rtol=1e-5, atol=1e-5)
 
 

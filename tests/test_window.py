@@ -13,6 +13,7 @@ from mod.cache import KVCache, LayerCache
 from mod.config import UserError
 from mod.layers import Rope, rotate
 from mod.layout import TEXT
+from mod.live.costs import held_bytes
 from mod.live.live import LiveStream
 from mod.live.saved import restore_stream, stream_state
 from mod.live.settings import StreamConfig
@@ -241,7 +242,7 @@ def test_in_half_precision_turning_again_and_again_costs_nothing():
         k, v = come([0] * 5)
     assert cache.held() == (64, 1) and cache.gone == [64 * 5]
     torch.testing.assert_close(cache.layers[0].k[:, :, :1], turned(word.float(), -64 * 5), rtol=0, atol=1e-4)
-    assert k.dtype == v.dtype == half and cache.bytes() == sum(cache.entries()) * 2 * 6 * (4 + 2)
+    assert k.dtype == v.dtype == half and held_bytes(cache) == sum(cache.entries()) * 2 * 6 * (4 + 2)
 
 
 @settings(max_examples=10)

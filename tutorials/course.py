@@ -113,7 +113,7 @@ def row_of(layout, words) -> str:
             continue
         word = "<v>" if frame >= 0 else words.words[token]
         meaning = "" if label == NO_LABEL else words.words[label]
-        if layout.streaming[position]:
+        if frame >= 0 and label != NO_LABEL:
             meaning += "   (streaming: " + ("stay silent)" if label == words.eos else "speak)")
         lines.append(f"{position:>8}  {word:<14} {frame if frame >= 0 else '':>5}  {meaning}".rstrip())
     return "\n".join(lines)

@@ -8,6 +8,7 @@ Read next: record.py
 
 from dataclasses import fields
 
+from mod.cache import KVCache
 from mod.config import ModelConfig
 
 
@@ -19,6 +20,12 @@ def dense(config: ModelConfig) -> ModelConfig:
 def layer_tokens(config: ModelConfig, frames: int, text: int) -> list[int]:
     """Tokens that each decoder layer processes, which is also what it leaves in the cache."""
     return [kept * frames + text for kept in config.keep_counts]
+
+
+def held_bytes(cache: KVCache, row: int = 0) -> int:
+    """Bytes of the keys and values that one stream holds (what is in use, not what is allocated)."""
+    number_bytes = cache.layers[0].k.element_size() + cache.layers[0].v.element_size()
+    return sum(cache.entries(row)) * cache.config.kv_heads * cache.config.head_dim * number_bytes
 
 
 def chunk_flops(config: ModelConfig, frames: int, text: int, held_frames: int, held_text: int) -> int:

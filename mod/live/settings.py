@@ -24,7 +24,7 @@ class StreamConfig:
     on_late: Literal["off", "wait", "skip"] = "off"  # when late in real time: wait, or skip frames; off: no clock
 
     def __post_init__(self):
-        check(self, {"refractory": 0, "window": 0, "memory_mb": 0, "sinks": 0}, ("threshold",))
+        check(self, {}, shares=("threshold",))
         require(not (self.window and self.memory_mb),
                 "got window and memory_mb, expected one of them; leave the other out")
         require(not (self.memory_mb and self.forget == "vision"),

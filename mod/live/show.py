@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from mod.data import Clip, Source
-from mod.live.costs import dense, layer_tokens
+from mod.live.costs import dense, held_bytes, layer_tokens
 from mod.live.live import Happened, LiveStream, Paced
 from mod.live.record import NOTHING, REFUSED
 
@@ -98,7 +98,7 @@ class Printer:
         rows, full = range(stream.rows), dense(config)  # of several streams the sums
         held = (sum(numbers) for numbers in zip(*map(stream.held, rows), strict=True))
         entries = [sum(layer) for layer in zip(*map(stream.cache.entries, rows), strict=True)]
-        whole, used = layer_tokens(full, *held), sum(map(stream.cache.bytes, rows))
+        whole, used = layer_tokens(full, *held), sum(held_bytes(stream.cache, row) for row in rows)
         where = f"layers 0 to {config.depth - 1}" + (f" of {stream.rows} streams" if stream.rows > 1 else "")
         print(f"cache: {' '.join(map(str, entries))} entries in {where}, {used:,} bytes")
         bytes_of_full = used * sum(whole) // sum(entries)  # an entry of the same size

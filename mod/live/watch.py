@@ -1,5 +1,16 @@
 """A live stream from its flags: what is streamed, what it remembers, and how it is shown.
 
+python stream_tiny.py --ask "2.5s:where did it appear ?"     # ask 2.5 seconds into the stream
+python stream_tiny.py --html stream.html                     # a page to play it on, with what each routed layer kept
+python stream_tiny.py --draw                                 # the same in the terminal; --save stream.png: as a picture
+python stream_tiny.py --json                                 # one JSON object per line, for programs
+python stream_tiny.py --frames 5000 --window 8               # a long stream in constant memory
+python stream_tiny.py --frames 5000 --window 8 --state live.safetensors    # goes on where a crash has cut it off
+python stream_tiny.py --streams 8                            # several videos at once, in one batch
+python stream_tiny.py --calibrate                            # when to speak: sets the default threshold
+python stream_tiny.py --video clip.mp4 --fps 2               # a real video; - is standard input, /dev/video0 a camera
+python stream_tiny.py --llm FOLDER --text "The capital of France is"     # no video: a real language model goes on
+
 `stream_tiny.py` calls `run` when a flag is not its own, or the run is not the core's. Videos and language models are
 those of mod/real, which is imported when one of them is asked for.
 """
@@ -20,10 +31,11 @@ from pathlib import Path
 
 import torch
 
-from mod.config import Config, ModelConfig, UserError, require
+from mod.config import Config, ModelConfig, require
 from mod.data import Source
 from mod.layout import Vocabulary, assistant_ids, user_ids
 from mod.live import calibrate, saved
+from mod.live.ask import Question, Told, parse_told
 from mod.live.costs import window_that_fits
 from mod.live.draw import terminal
 from mod.live.live import Live, LiveStream, Paced
@@ -32,21 +44,17 @@ from mod.live.picture import draw_stream, save
 from mod.live.record import Moment, Recorder
 from mod.live.settings import StreamConfig
 from mod.live.show import Printer, Synthetic
-from mod.run import Parser, Question, add_flags, given, load_run, parse_ask, pick_device
+from mod.run import Parser, add_flags, given, load_run, pick_device
 from mod.videollm import VideoLLM
 
 ENDLESS = 1000  # frames of a source that does not know its length, unless --frames says more or a window bounds it
 MOST_PICTURED, MOST_PAGED = 24, 5000  # frames; a picture, a page, of more could not be looked at
 
 
-class Told(str):
-    """What --tell was given, in the list of --ask: the two happen in the order in which they were given."""
-
-
 def extend(parser: Parser, doc: str) -> Parser:
-    """Add the flags of all that this folder does; `doc` shows how they are used."""
+    """Add the flags of all that this folder does. `doc` shows how the core is used, and so do the lines above."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(line for line in doc.splitlines() if line.startswith("python "))
+    parser.epilog = "\n".join(line for line in (doc + __doc__).splitlines() if line.startswith("python "))
     if not parser.add_help:
         parser.add_argument("-h", "--help", action="help", help="show this help message and exit")
     add_flags(parser, "a live stream", StreamConfig)
@@ -179,15 +187,6 @@ def open_sources(arguments, config: Config, source: Source, fps: Fraction, opene
             "video with --video")
     seeds = range(arguments.seed, arguments.seed + arguments.streams)
     return [Synthetic(source, seed, arguments.frames) for seed in seeds]
-
-
-def parse_told(ask: str, frames: float, fps: Fraction, words: Vocabulary) -> tuple[Question, bool]:
-    """A question, or what the model is only told, and whether it is to be answered. Raises UserError as `parse_ask`."""
-    answered = not isinstance(ask, Told)
-    try:
-        return parse_ask(str(ask), frames, fps, words), answered
-    except UserError as error:
-        raise error if answered else UserError(str(error).replace("--ask", "--tell", 1)) from None
 
 
 def run(argv: list[str], parser: Parser, doc: str) -> int:

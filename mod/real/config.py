@@ -27,7 +27,7 @@ class RealConfig:
     lora_alpha: float = 256.0  # their scale is alpha / rank
 
     def __post_init__(self):
-        check(self, {"lora_rank": 1, "lora_alpha": 1e-30, "holdout": 0, "align_steps": 0})
+        check(self, {"lora_rank": 1, "lora_alpha": 1e-30})
         require(self.holdout < 1, f"holdout is a share, expected 0 to below 1, got {self.holdout}")
         require(bool(self.llm) or self.train in ("auto", "full"),
                 f"train got {self.train!r}, which needs a trained decoder; name one with --llm or pass --train full")

@@ -13,7 +13,7 @@ from mod.real.parts import RealVideoLLM, assemble, read_words
 from mod.real.source import real_source
 from mod.real.vision import frame_tokens_grid, vision_sizes
 from mod.run import World, flag_of
-from mod.train import costs, validate
+from mod.train import validate
 
 SCENES = {"sprites", "event_rate", "question_rate", "distractors", "noise"}  # settings of synthetic streams alone
 
@@ -80,4 +80,4 @@ def build(config: RealRun, device: torch.device) -> tuple[RealVideoLLM, Source]:
     return model, real_source(config, words, model)
 
 
-WORLD = World(RealRun, PRESETS, build, validate, costs, settle)
+WORLD = World(RealRun, PRESETS, build, validate, settle)

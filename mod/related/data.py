@@ -72,9 +72,9 @@ class HarderData(DataConfig):
     echo: bool = True  # answers about a crowd repeat the name of whom they are about
 
     def __post_init__(self):
-        super().__post_init__()
         shares = ("drift", "sparks", "ahead", "landmark", "wide", "looks", "later")
-        check(self, {"crowd": 0, "shapes": 0, "asks": 1}, shares)
+        check(self, {"asks": 1}, shares)
+        super().__post_init__()
         require(self.crowd <= MOST, f"crowd must be at most {MOST}, got {self.crowd}")
         require(self.shapes <= len(SHAPES), f"shapes must be at most {len(SHAPES)}, got {self.shapes}")
         names = self.shapes * len(COLOURS) if self.shapes else MOST

@@ -17,8 +17,6 @@ In a stream FastV must know the question before it drops: asked again, it cannot
 question come in one chunk, and text alone after it.
 """
 
-from collections.abc import Sequence
-
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
@@ -71,9 +69,6 @@ class FastV(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
-
-    def keep(self, counts: Sequence[int], asleep: bool = False) -> None:
-        self.decoder.keep(counts, asleep)
 
     def scores(self, x: Tensor, turn: Tensor, pos: Tensor, asks: Tensor | None = None) -> Tensor:
         """Of each token that enters layer K - 1: x (B, T, D), turn (B, T, 2, E), pos (B, T) -> (B, T). `asks` (B,) is

@@ -112,4 +112,4 @@ def full_counts(data: HarderData, model: FieldModel) -> dict[str, float]:
     return counted(full, Vocabulary(words_of(data)), counted_clips(data, model))
 
 
-WORLD = World(RelatedRun, PRESETS, build, validate, costs, settle)
+WORLD = World(RelatedRun, PRESETS, build, validate, settle, costs)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mod.cache import KVCache
 from mod.config import ModelConfig, UserError, require
 from mod.layout import Plan
-from mod.live.costs import dense
+from mod.live.costs import dense, held_bytes
 from mod.run import Parser, run_script, to_json
 from mod.study.bench_report import plot, report
 from mod.study.common import publish
@@ -228,7 +228,7 @@ def bench_streaming(machine: Machine, size: Size, bar: tqdm) -> list[dict]:
         frames = context // size.model.frame_tokens
         for one in live.values():
             one.skip_to(frames)
-        held = {name: live[name].cache.bytes() for name in size.pair}
+        held = {name: held_bytes(live[name].cache) for name in size.pair}
         for name, config in size.pair.items():
             assert held[name] == kv_bytes(config, frames, 0, machine.number_bytes), "not the formula's"
         point = {"context": frames * size.model.frame_tokens, "kv_bytes": held}
@@ -252,7 +252,7 @@ def fill(machine: Machine, size: Size, bar: tqdm) -> dict:
     plain = Machine(machine.device, machine.dtype_name)  # compiled or not, the bytes are the same
     for name, config in size.pair.items():
         promised, live = frames_that_fit(config, budget, 0, machine.number_bytes), Live(plain, config)
-        while live.cache.bytes() <= budget:
+        while held_bytes(live.cache) <= budget:
             live.step()
         frames[name] = live.position // config.frame_tokens - 1
         assert frames[name] == promised, "not the formula's"

@@ -9,11 +9,10 @@ tensors.
 
 from collections.abc import Sequence
 
-from mod.config import Config, ModelConfig
+from mod.config import ModelConfig
 from mod.data import Clip
 from mod.layout import Vocabulary, lay_out
 from mod.live.costs import chunk_flops, layer_tokens
-from mod.train import narrowed
 
 DECODER = ("router", "projections", "attention", "ffn")  # the parts that the choice of layers changes
 
@@ -60,12 +59,6 @@ def decoder_flops(config: ModelConfig, frames: int, text: int) -> int:
     """FLOPs of the decoder's layers and their routers, forward; a training step has three times as many."""
     parts = forward_flops(config, frames, text)
     return sum(parts[name] for name in DECODER)
-
-
-def mean_decoder_flops(config: Config, frames: int, text: float) -> float:
-    """As `decoder_flops`, mean over the steps of a run, whose routed layers may begin dense and narrow down."""
-    steps = config.train.steps
-    return sum(decoder_flops(narrowed(config, step).model, frames, text) for step in range(steps)) / steps
 
 
 def frame_flops(config: ModelConfig, cached: int, text: int) -> int:

@@ -39,9 +39,9 @@ from mod.related.data import HarderData
 from mod.related.world import WORLD
 from mod.router import new_router
 from mod.study.common import command, markdown, publish
-from mod.study.costs import average_text, decoder_flops, kv_bytes, mean_decoder_flops
+from mod.study.costs import average_text, decoder_flops, kv_bytes
 from mod.study.statistics import compare, mean_and_error, mean_error, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, configure, read_off, trained
+from mod.study.sweep import TrialFlags, Variant, configure, mean_decoder_flops, read_off, trained
 from mod.study.tables import MEASURES as COLUMNS
 
 BASE = WORLD.presets["crowd"]

@@ -24,7 +24,7 @@ from mod.config import Config, ModelConfig, require
 from mod.data import Clip, Source
 from mod.decoder import Routing
 from mod.evaluate import teacher_forced
-from mod.live.costs import dense
+from mod.live.costs import dense, held_bytes
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION
 from mod.real.lora import changes
 from mod.run import load_run
@@ -187,7 +187,7 @@ class Look:
                 seconds[name].append(self.machine.clock(partial(stream.see, pictures[t % PICTURES])))
                 if more := text(t + 1) - text(t):
                     stream.feed([[words.eos] * more])
-                held[name][t + 1] = stream.cache.bytes()
+                held[name][t + 1] = held_bytes(stream.cache)
         torch.set_num_threads(threads)
         return seconds, held
 

@@ -37,11 +37,11 @@ from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
 from mod.real.world import WORLD
 from mod.run import config_from, load_weights, pick_device, read_tensors, to_json, write_tensors, write_text
 from mod.study.common import PURPLE, SHARES, SKY, command, markdown, publish
-from mod.study.costs import decoder_flops, kv_bytes, mean_decoder_flops
+from mod.study.costs import decoder_flops, kv_bytes
 from mod.study.pretrained import distances, own_eyes, perplexities, states
 from mod.study.real_times import TimesFlags, peak_bytes, times, times_report
 from mod.study.statistics import mean_and_error, number_of_seeds
-from mod.study.sweep import Variant
+from mod.study.sweep import Variant, mean_decoder_flops
 from mod.study.tables import MEASURES as COLUMNS
 from mod.train import train, warm_up_vit
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mod.config import Config, require
 from mod.data import Clip, endless
 from mod.layout import Vocabulary, assistant_ids, user_ids
-from mod.live.costs import layer_tokens
+from mod.live.costs import held_bytes, layer_tokens
 from mod.live.live import LiveStream
 from mod.live.picture import BLUE, GREEN, ORANGE, save
 from mod.live.settings import StreamConfig
@@ -117,7 +117,7 @@ def soak(model: VideoLLM, words: Vocabulary, config: Config, settings: StreamCon
         "tokens": old.tokens,
         "furthest": old.furthest,
         "old_to_fresh": statistics.median(a / b for a, b in turns) if turns else None,
-        "cache_bytes": old.stream.cache.bytes(),
+        "cache_bytes": held_bytes(old.stream.cache),
     }
 
 

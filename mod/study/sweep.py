@@ -24,8 +24,10 @@ from tqdm import tqdm
 from mod.config import Config, ModelConfig, UserError, check, require
 from mod.data import Clip, Source
 from mod.evaluate import teacher_forced
+from mod.related.narrowing import narrowed
 from mod.run import config_from, find_world, load_weights, read_tensors, run_script, to_json, write_tensors, write_text
 from mod.study import routers
+from mod.study.costs import decoder_flops
 from mod.train import train, warm_up_vit
 from mod.videollm import VideoLLM
 
@@ -132,6 +134,12 @@ def build(job: Job, encoder_file: Path) -> tuple[VideoLLM, Source]:
         load_weights(own, new | kept, job.start)
     load_weights(dict(model.vit.named_parameters()), read_tensors(encoder_file)[0], encoder_file)
     return model, source
+
+
+def mean_decoder_flops(config: Config, frames: int, text: float) -> float:
+    """As `decoder_flops`, mean over the steps of a run, whose routed layers may begin dense and narrow down."""
+    steps = config.train.steps
+    return sum(decoder_flops(narrowed(config, step).model, frames, text) for step in range(steps)) / steps
 
 
 def quick(base: Config) -> Config:
