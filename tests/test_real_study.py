@@ -75,6 +75,11 @@ def test_the_study_runs_and_goes_on_from_what_is_finished(llm, tmp_path, monkeyp
     assert len(gaps["mod-value"]["text"]) == 3 and gaps["mod-value"]["vision"][0] == 0 < gaps["mod-value"]["vision"][1]
     assert gaps["mod-value"] == gaps["mod-sigmoid-read"] != gaps["mod-update"], "a sigmoid gate begins at weight one"
     assert data["values"]["full"]["perplexity of text, adapters off"]["0"] == data["inside"]["text"]["checkpoint"]
+    diverged = {"config": run["config"], "diverged": "the loss became nan", "curve": []}
+    (result.parent / "mod-score-value-0.json").write_text(json.dumps(diverged))
+    assert real.main([*flags, "--report"]) == 0, "a run that has diverged has a row, and no curve"
+    data = json.loads((tmp_path / "runs" / "real-quick" / "real.json").read_text())
+    assert set(data["values"]["mod-score-value"]["quality"].values()) == {None}
     other = json.loads(held)
     other["config"]["train"]["steps"] = 3
     result.write_text(json.dumps(other))

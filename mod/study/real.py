@@ -300,6 +300,8 @@ def plot(data: dict, path: Path) -> None:
     for axis, measure in zip(axes, SHARES, strict=False):
         for name, runs in data["curves"].items():
             points = pd.DataFrame([point for run in runs.values() for point in run if measure in point])
+            if points.empty:  # it has diverged before the first validation
+                continue
             means = points.groupby("step")[measure].mean()
             colour, dashes = LINES[name]
             axis.plot(means.index, means, dashes, marker=".", color=colour, label=name)
