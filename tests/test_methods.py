@@ -18,6 +18,7 @@ from mod.layout import NO_LABEL, Vocabulary, lay_out
 from mod.live.live import LiveStream
 from mod.live.saved import cache_state, restore_cache, restore_stream, stream_state
 from mod.live.settings import StreamConfig
+from mod.related import world
 from mod.related.base import ONLINE, Reducer
 from mod.related.costs import counted, frame_bytes
 from mod.related.data import HARDER_WORDS, SPARK_QUESTION, make_clip
@@ -478,8 +479,17 @@ QUICK = ["--steps", "1", "--batch-size", "2", "--vit-steps", "1", "--frames", "3
          "--preset", "field", "--device", "cpu", "--max-words", "3"]
 
 
+@pytest.fixture
+def one_clip_counted(monkeypatch):
+    """Costs are counted on one clip, so that a test is quick that is not about them."""
+    monkeypatch.setattr(world, "COUNTED", 1)
+    world.full_counts.cache_clear()
+    yield
+    world.full_counts.cache_clear()
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys):
+def test_every_method_trains_by_its_flag_and_streams_or_says_why_not(name, tmp_path, capsys, one_clip_counted):
     out = tmp_path / "run"
     assert train_tiny.main([*QUICK, "--method", name, "--dense-steps", "1", "--narrow-steps", "1", "--out", str(out)]) == 0
     told, config = capsys.readouterr().out, json.loads((out / "config.json").read_text())

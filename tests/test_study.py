@@ -424,6 +424,7 @@ class TestSeeds:
         mini = replace(Config(), train=MINI.train)
         for name, value in (("BASE", mini), ("RUNS", tmp_path / "runs"), ("RESULTS", tmp_path), ("EARLY", 2)):
             monkeypatch.setattr(seeds, name, value)
+        monkeypatch.setattr(sweep, "train_apart", sweep.train_here)  # five more processes would show nothing new
         assert seeds.main(["--seeds", "1", "--jobs", "1"]) == 0
         results, known = (json.loads((path / "seeds.json").read_text()) for path in (tmp_path, ROOT / "results"))
         shown = (tmp_path / "seeds.md").read_text()

@@ -58,7 +58,7 @@ class Trial:
         return measure(self.machine(compile), [SMALL if self.quick else PAPER], memory=self.device == "cuda")
 
     def tests(self) -> dict:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_gpu.py"]
         limit = PARTS["tests"][1] - 10  # before this process is ended, or pytest would go on alone
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         return {"last line": done.stdout.strip().splitlines()[-1], "code": done.returncode}
