@@ -42,7 +42,7 @@ FIXED = ("seed", "optimizer", "vit_lr", "vit_steps")  # training settings that a
 
 
 def build_parser(worlds: list[World]) -> Parser:
-    """The flags of a run, and of the settings of these kinds of runs; of none of them, no help either."""
+    """The flags of a run, and of the settings of these kinds of runs. Without any, --help is left for later."""
     parser = Parser(prog="train_tiny.py", description=__doc__.split("\n")[0], add_help=bool(worlds))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
     presets = sorted({preset for world in worlds for preset in world.presets})
@@ -150,6 +150,7 @@ def run(argv: list[str]) -> int:
     model, source = world.build(config, device)
     clips = source.validation(16)
     frames = round(sum(len(clip.frames) for clip in clips) / len(clips))
+    # With frames of no tokens a layout holds the text alone.
     text = round(sum(len(lay_out(source.words, len(clip.frames), 0, clip.said).ids) for clip in clips) / len(clips))
     stream = f"{frames} frames of {config.model.frame_tokens} tokens and {text} text tokens"
     print_plan(config, model, world.costs(config, frames, text, model), stream)

@@ -38,7 +38,7 @@ class LayerCache:
         """Store k, v (B, G, K, E) at pos (B, K). Returns all keys and values up to the longest row, (B, G, S, E), and
         which of them the new tokens see, (B, K, S) bool."""
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # under autocast they come in another precision
-        if len(pos) == 1:
+        if len(pos) == 1:  # one stream, as usual: this is the quicker way on a CPU
             slots = self.slots[0]
             self.k.index_copy_(2, slots, k)
             self.v.index_copy_(2, slots, v)
@@ -52,7 +52,7 @@ class LayerCache:
 
     @torch.inference_mode(False)  # otherwise tensors made here could only be modified in inference mode
     def grow(self, slots: int) -> None:
-        """Have at least so many slots. Doubling makes growing rare."""
+        """Have at least this many slots. Doubling makes growing rare."""
         have = self.pos.shape[1]
         if slots > have:
             more = max(slots, 2 * have) - have
@@ -91,7 +91,7 @@ class KVCache:
         slots = to_device(slots, plan.pos.device)
         for layer in self.layers:
             layer.slots = slots[layer.kept]
-        self.places = plan.pos
+        self.places = plan.pos  # a window counts anew instead, see mod/live/window.py
 
     def entries(self, row: int = 0) -> list[int]:
         """Entries held in each layer by one stream."""

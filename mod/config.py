@@ -76,7 +76,7 @@ class ModelConfig:
     # DEVIATION: in the paper the frame's last token, which decides whether to speak, competes like the others.
     keep_last: bool = False  # routed layers always keep the last token of a frame, as one of their k
     # DEVIATION: in the paper each layer chooses on its own.
-    take_turns: int = 0  # so many routed layers before are remembered: tokens that the fewest of them kept come first
+    take_turns: int = 0  # look back at this many routed layers, and prefer tokens that few of them kept
 
     def __post_init__(self):
         sizes = {each.name: 1 for each in fields(ModelConfig) if each.type is int}
@@ -185,9 +185,10 @@ class TrainConfig:
     lr: float = 0.02  # Muon's learning rate, for the matrices of decoder and connector
     adam_lr: float = 2e-3  # AdamW's learning rate, for everything else
     router_rate: float = 1.0  # the routers' learning rate, in AdamW's
-    # DEVIATION: the paper begins with a pretrained decoder; a new one can learn to look before it learns to skip.
-    dense_steps: int = 0  # for so many steps routed layers keep all tokens, and routers do not learn
-    narrow_steps: int = 0  # in so many more steps they come down to what they keep from then on
+    # DEVIATION: the paper begins with a pretrained decoder; a new one can learn to look before it learns to skip. See
+    # mod/related/narrowing.py.
+    dense_steps: int = 0  # routed layers keep all tokens for this many steps, and routers do not learn
+    narrow_steps: int = 0  # over this many more steps they come down to what they keep from then on
     warmup: int = 20  # steps of linear warm-up; a cosine to zero follows
     clip: float = 1.0  # largest norm of the gradient
     stream_weight: float = 1.0  # omega, the weight of the streaming loss
@@ -217,9 +218,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. A folder that stretches the method has a subclass with settings of its own, and its own `world`."""
+    """A whole run. Folders such as mod/related have a subclass with more settings; `world` says who builds the run."""
 
-    world: ClassVar[str] = "core"  # who builds it, see run.py
+    world: ClassVar[str] = "core"  # a name in `WORLDS` of run.py
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

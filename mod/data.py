@@ -170,7 +170,7 @@ class Scene:
 
     def asked(self, truth: dict[str, str]) -> list[str]:
         """What the user asks after this frame, of the questions that `truth` answers."""
-        # What can be read off earlier words measures little: never ask for a repeated answer, rarely for nothing.
+        # An answer that was given before can be read off the words: do not ask for it again, and seldom for nothing.
         fresh = {question: answer for question, answer in truth.items() if self.answered.get(question) != answer}
         worth = [question for question, answer in fresh.items() if answer not in NOTHING or self.rng.random() < 0.2]
         if not worth or self.rng.random() >= self.config.question_rate:
@@ -288,13 +288,13 @@ class Source:
 
     words: Vocabulary
     training: Callable[[int], list[Clip]]  # step -> its clips; nothing but the step decides which
-    validation: Callable[[int], list[Clip]]  # a number -> at most so many clips
+    validation: Callable[[int], list[Clip]]  # a number -> at most this many clips
     live: Callable[[int], Iterator[Clip]] | None = None  # a seed -> an endless stream, frame by frame
     probe: Callable[[Sequence[Routing], Sequence[Clip]], dict[str, float]] = lambda trace, clips: {}  # routers' recall
     warm_up: Callable[[int], list[Clip]] | None = None  # step -> clips whose patch labels teach a new vision encoder
-    warmed: Callable = lambda model: None  # what follows the warm-up, once
+    warmed: Callable = lambda model: None  # called once, after the warm-up
     label_sizes: tuple[int, ...] = LABEL_SIZES
-    summary_labels: int = len(LABEL_SIZES)  # the CLS token learns the first this many of them
+    summary_labels: int = len(LABEL_SIZES)  # how many of these labels, from the first, the CLS token learns too
 
 
 def synthetic(
@@ -311,7 +311,7 @@ def synthetic(
             f"image_size must be at least {4 * CELLS} to show a sprite, got {model.image_size}")
 
     def training(step: int) -> list[Clip]:
-        # The numbers of different steps never meet.
+        # Numbers of different steps never meet. (The factor `frames` is not needed, but decides which clips they are.)
         first = step * train.batch_size * data.frames
         return [make(data, model, "train", train.seed, first + i) for i in range(train.batch_size)]
 

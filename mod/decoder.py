@@ -74,9 +74,10 @@ class MoDBlock(nn.Module):
         """x (B, T, D), turn (B, T, 2, E) -> (B, T, D); inside, K tokens of each row. `trace` collects the decisions."""
         if len(plan.vision) == 0:
             return self.block(x, turn, plan.pos, past=past)
-        router, alone = self.router, plan.vision.shape == x.shape[:2]  # is every row one frame, and nothing else?
+        # A streamed frame: every row is one frame and nothing else. Its kept tokens are the short row, without slots.
+        router, alone = self.router, plan.vision.shape == x.shape[:2]
         frames = (x, plan.pos) if alone else (take(x, plan.vision), take(plan.pos, plan.vision))
-        chosen, weight, scores = router(*frames, router.times([earlier.kept for earlier in trace or ()]))
+        chosen, weight, scores = router(*frames, router.kept_before([earlier.kept for earlier in trace or ()]))
         if trace is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
             trace.append(Routing(router.layer, kept, scores))
@@ -93,9 +94,9 @@ class MoDBlock(nn.Module):
         pos = None
         if past is not None:  # original positions, never renumbered
             pos = plan.pos.gather(1, chosen) if alone else take(plan.pos, index).where(route.real, PAD)
-        # DEVIATION: in the paper mu scales the update alone.
-        loudness = None if router.gate.endswith("update") else mu
-        update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=loudness)
+        # DEVIATION: in the paper mu scales nothing but the update.
+        value_gate = None if router.gate.endswith("update") else mu
+        update = self.block.update(take(x, index), take(turn, index), pos, past=past, value_gate=value_gate)
 
         # Scatter. A slot that is not real has weight 0: it adds nothing, whichever token it points at.
         if router.gate.endswith("read"):

@@ -240,7 +240,7 @@ def free_running(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip], thre
 
 
 def cost_ratios(config: ModelConfig, frames: int, text: int) -> dict[str, float]:
-    """What a stream of so many frames and text tokens costs as a share of full computation: FLOPs of the decoder's
+    """What a stream of this many frames and text tokens costs as a share of full computation: FLOPs of the decoder's
     layers, and entries of the KV cache. A layer processes, and caches, n = k * frames + text tokens."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     weights = config.dim * (2 * queries + 2 * keys) + 3 * config.dim * config.ffn_hidden

@@ -41,7 +41,7 @@ class Rope:
 
     def turn(self, pos: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """How `rotate` turns tokens at pos (B, T): cosines and sines for heads of width E = size, (B, T, 2, E)."""
-        # After hours of a stream float32 could not tell neighbours' angles apart: whole turns go first, in float64.
+        # After hours of a stream float32 cannot tell neighbours' angles apart: take them modulo 2 pi in float64 first.
         exact = torch.float32 if pos.device.type == "mps" else torch.float64
         angle = pos.to(exact)[..., None] * self.frequency(size, pos.device, exact)
         angle = angle.remainder(2 * math.pi).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         turn  (B, T, 2, E) rotation of each token; rows run forwards in time, padding on the right
         pos   (B, T) position of each token, which `past` stores
         past  a LayerCache: the new keys and values are appended to it, and all that it holds is attended to
-        mask  (B or 1, T, S) bool, which keys a query sees, in place of the rule
+        mask  (B or 1, T, S) bool, which keys a query sees, in place of the rule; for methods in mod/related
         context  (B, S, D) keys and values come from here instead of x (the vision encoder's pooling head)
         value_gate  (B, T) factor on each token's value, i.e. on how loudly it is read
         """

@@ -144,7 +144,7 @@ class Plan(NamedTuple):
 
     pos: Tensor  # (B, T) position of each token in its stream, PAD for padding
     vision: Tensor  # (F, N) flat indices of every frame's tokens
-    routes: dict[int, Route]  # by keep count k; also N, of a routed layer whose ratio is rounded up to the whole frame
+    routes: dict[int, Route]  # by keep count k, N among them
     counts: dict[int, tuple[int, ...]]  # by keep count: how many tokens of each row enter such a layer, on the host
 
     def to(self, device: torch.device | str) -> "Plan":
@@ -153,7 +153,11 @@ class Plan(NamedTuple):
 
 def make_plan(frame: np.ndarray, start: Sequence[int], frame_tokens: int, keep_counts: Collection[int]) -> Plan:
     """The plan of tokens whose frames are `frame` (B, T), TEXT for text and PADDING on the right; row b begins at
-    position start[b]. Made on the host, with NumPy. Raises ValueError when a frame is not whole."""
+    position start[b]. Made on the host, with NumPy. Raises ValueError when a frame is not whole.
+
+    An example with N = 3 and k = 1: of `<bos> A A A word` the short row is [0, 1, 4], and slot 1 is the frame's. When
+    the router picks the third A it writes 3 there: [0, 3, 4].
+    """
     rows, length = frame.shape
     real, vision = frame != PADDING, np.flatnonzero(frame >= 0)
     if vision.size % frame_tokens or (np.diff(vision.reshape(-1, frame_tokens)) != 1).any():

@@ -34,21 +34,21 @@ from torch import Tensor, nn
 from mod.config import ModelConfig, keep_count, require
 
 
-def top_k(scores: Tensor, k: int, times: Tensor | None = None) -> Tensor:
+def top_k(scores: Tensor, k: int, kept_before: Tensor | None = None) -> Tensor:
     """The k largest of each row's scores (F, N), as rising indices (F, k). Of equal scores the earlier token wins.
-    With `times` (F, N) those of the fewest times come first, whatever their scores."""
+    With `kept_before` (F, N) tokens that earlier layers kept least often come first, whatever their scores."""
     # torch.topk breaks ties arbitrarily; a stable sort does not.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    if times is not None:
-        order = order.gather(1, times.gather(1, order).sort(dim=-1, stable=True).indices)
+    if kept_before is not None:
+        order = order.gather(1, kept_before.gather(1, order).sort(dim=-1, stable=True).indices)
     return order[:, :k].sort(dim=-1).values
 
 
 class Router(nn.Module):
     """Chooses `kept` = ceil(keep_ratio * N) tokens of every frame. Subclasses say how tokens are scored.
 
-    To try a router of your own, subclass this, implement `score`, and add it to `ROUTERS`. One with weights also needs
-    `weight`, or inherits it from LayerExpert: the choice has no gradient, mu has.
+    To try a router of your own, subclass this, implement `score`, and add it to `ROUTERS`. A router with parameters
+    also needs `weight`, or inherits it from LayerExpert: mu has a gradient, the choice itself has none.
     """
 
     def __init__(self, dim: int, frame_tokens: int, keep_ratio: float, layer: int, gate: str = "sigmoid-value"):
@@ -57,27 +57,31 @@ class Router(nn.Module):
         self.kept, self.keep_last, self.take_turns = keep_count(keep_ratio, frame_tokens), False, 0
 
     def score(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only."""
+        """tokens (F, N, D), pos (F, N) -> scores (F, N); may depend on its own frame only. `pos` is for choices by
+        position, see mod/related/chance.py."""
         raise NotImplementedError
 
     def weight(self, scores: Tensor) -> Tensor:
         """mu of each token, (F, N) -> (F, N). One, unless the scores are learned."""
         return torch.ones_like(scores)
 
-    def times(self, earlier: Sequence[Tensor]) -> Tensor | None:
-        """How many of the layers that this one remembers kept each token, (F, N); `earlier`: what the routed layers
-        before it kept, (F, N) bool each, in order. None if there is nothing to remember."""
-        remembered = earlier[-self.take_turns :] if self.take_turns else []
-        return sum(kept.int() for kept in remembered) if remembered else None
+    def kept_before(self, earlier: Sequence[Tensor]) -> Tensor | None:
+        """How many of the last `take_turns` routed layers kept each token, (F, N); `earlier`: what all routed layers
+        before this one kept, (F, N) bool each, in order. None if there is nothing to look back at."""
+        last = earlier[-self.take_turns :] if self.take_turns else []
+        return sum(kept.int() for kept in last) if last else None
 
-    def forward(self, tokens: Tensor, pos: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, pos: Tensor, kept_before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (F, N, D), pos (F, N) -> the k chosen tokens of each frame as rising indices (F, k), their mu (F, k),
-        and all scores (F, N). With `times` (F, N) tokens of the fewest times come first."""
+        and all scores (F, N). `kept_before` (F, N): see `top_k`."""
         ranked = scores = self.score(tokens, pos)
         if self.keep_last:
             ranked = F.pad(scores[:, :-1], (0, 1), value=torch.inf)
-            times = None if times is None else F.pad(times[:, :-1], (0, 1))
-        chosen = top_k(ranked, self.kept, times)
+            if kept_before is not None:  # zero times, or infinity would not put it first
+                kept_before = F.pad(kept_before[:, :-1], (0, 1))
+        chosen = top_k(ranked, self.kept, kept_before)
         return chosen, self.weight(scores).gather(1, chosen), scores.detach()
 
 

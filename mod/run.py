@@ -254,7 +254,7 @@ def load_run(folder: Path, device: torch.device, dtype: str = "float32"):
     require(finished, f"the run in {folder} is not finished; finish it: python train_tiny.py --out {folder} --resume")
     config = replace(config, train=replace(config.train, dtype=dtype))
     tensors, _ = read_tensors(path)
-    if config.world != "real":  # which builds on its checkpoints, and holds what was trained alone
+    if config.world != "real":  # such a run holds only what was trained, on top of its checkpoints
         # A size that no weight has is refused before a model of that size asks for memory.
         sizes = config.model
         widths = {sizes.vocab_size, sizes.dim, sizes.ffn_hidden, sizes.heads * sizes.head_dim, sizes.vit_dim,

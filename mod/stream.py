@@ -7,7 +7,7 @@ question or an answer may come in some rows and not in others: then the others s
     see(pixels)  feed one frame of every row      hear(questions)  feed what users ask
     respond(...) let some rows speak              narrate, ask     the two together: what most callers want
 
-The tokens fed for a timeline are those that `layout.lay_out` writes for it: both use the same two functions for text.
+The tokens fed for a timeline are those that `layout.lay_out` writes for it: an opening, then words, then <eos>.
 
 Read next: evaluate.py
 """
@@ -63,14 +63,14 @@ class Stream:
         never = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         never[[words.bos, words.user, words.assistant]] = True
         never[len(words) :] = True  # rows of the embedding that stand for no word
-        never[words.eos] = False  # which some tokenizers begin a text with, too
+        never[words.eos] = False  # some tokenizers have one symbol for <bos> and <eos>
         self.never = never.to(self.device)
         self.advance([[words.bos]] * rows, [False] * rows)
 
     @torch.inference_mode()
-    def advance(self, texts: Sequence[Sequence[int]], frames: Sequence[bool], seen: Tensor | None = None) -> Tensor:
-        """Append to every row a frame where `frames` says, of those in `seen` (F, N, D), and then its text, which may
-        be empty. Returns hidden states (B, T, D), rows padded on the right."""
+    def advance(self, texts: Sequence[Sequence[int]], frames: Sequence[bool], vectors: Tensor | None = None) -> Tensor:
+        """Append to every row a frame where `frames` says, of those in `vectors` (F, N, D), and then its text, which
+        may be empty. Returns hidden states (B, T, D), rows padded on the right."""
         counts = tuple(map(len, texts))
         plan = chunk_plan(self.model.config, counts, tuple(frames), self.device)
         ids = np.zeros(plan.pos.shape, np.int64)
@@ -80,7 +80,7 @@ class Stream:
         start = torch.tensor(self.position)[:, None]
         ids, start = to_device((torch.from_numpy(ids), start), self.device)
         # PAD plus a position is later than every real one, too.
-        hidden = self.model.hidden(ids, seen, plan._replace(pos=plan.pos + start), self.cache, self.trace)
+        hidden = self.model.hidden(ids, vectors, plan._replace(pos=plan.pos + start), self.cache, self.trace)
         for row, (count, sees) in enumerate(zip(counts, frames, strict=True)):
             self.position[row] += count + sees * self.model.config.frame_tokens
             self.seen[row] += sees
@@ -93,7 +93,7 @@ class Stream:
 
     @torch.inference_mode()
     def see(self, pixels: Tensor, rows: Sequence[bool] | None = None) -> Tensor:
-        """Feed one frame of every row, as `VideoLLM.see` takes them, (F, ...); with `rows`, of those rows alone.
+        """Feed one frame of every row, as `VideoLLM.see` takes them, (F, ...); with `rows`, of those rows only.
         Returns logits (B, V) after its last token, which mean nothing in other rows."""
         rows = list(rows or [True] * self.rows)
         if len(pixels) != sum(rows):

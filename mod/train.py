@@ -268,7 +268,7 @@ def train(config: Config, out: Path, model: VideoLLM, source: Source, resume: bo
     require(settings.batch_size >= engine.world * settings.accumulate,
             f"a step's {settings.batch_size} clips cannot be shared by {engine.world} processes in "
             f"{settings.accumulate} parts; raise --batch-size")
-    narrowing = None
+    narrowing = None  # if not asked for, routed layers keep as many tokens in every step
     if settings.dense_steps or settings.narrow_steps:
         from mod.related import narrowing
     state = out / "state.safetensors"

@@ -30,7 +30,7 @@ class VideoLLM(nn.Module):
         return dict(self.named_parameters())
 
     def new_cache(self, rows: int = 1) -> KVCache:
-        """An empty memory for a stream of so many rows, which owns it."""
+        """An empty memory for a stream of this many rows, which owns it."""
         weight = self.decoder.embed.weight
         return KVCache(self.config, rows, weight.dtype, weight.device)
 

@@ -235,7 +235,7 @@ def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarra
             if config.select == "learned":
                 scores = (shows - 2 * sum(one.float() for one in routed)).where(shows > 0, -tokens)
                 router.score = lambda *_, scores=scores: scores
-            chosen, *_ = router(shows[..., None], pos, router.times(routed))
+            chosen, *_ = router(shows[..., None], pos, router.kept_before(routed))
             kept = torch.zeros(draws, tokens, dtype=torch.bool).scatter(1, chosen, True)
             routed.append(kept)
         layers.append(kept[:, 1:].numpy())
