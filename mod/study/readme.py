@@ -98,7 +98,9 @@ def core(root: Path) -> str:
     files = {f"mod/{name}.py": what for name, what in reading_order(root).items()} | SCRIPTS
     counts = {file: line_count(root / file) for file in files}
     lines = [f"{number}. [`{file}`]({file}) ({counts[file]}): {files[file]}\n" for number, file in enumerate(files, 1)]
-    return "".join(lines) + f"\nThat is {sum(counts.values()):,} lines in all.\n"
+    method = list(counts.values())[: 1 + list(counts).index("mod/stream.py")]  # the rest measures and trains
+    told = f"Files 1 to {len(method)} are the method, {sum(method):,} of {sum(counts.values()):,} lines."
+    return "".join(lines) + f"\n{told}\n"
 
 
 def describe(path: Path) -> str:
