@@ -75,6 +75,8 @@ def test_the_study_runs_and_goes_on_from_what_is_finished(llm, tmp_path, monkeyp
     assert len(gaps["mod-value"]["text"]) == 3 and gaps["mod-value"]["vision"][0] == 0 < gaps["mod-value"]["vision"][1]
     assert gaps["mod-value"] == gaps["mod-sigmoid-read"] != gaps["mod-update"], "a sigmoid gate begins at weight one"
     assert data["values"]["full"]["perplexity of text, adapters off"]["0"] == data["inside"]["text"]["checkpoint"]
+    assert real.main([*flags, "--only", "random,uniform", "--minutes", "0.0001"]) == 0, "time is up when the first is done"
+    assert (result.parent / "random-0.json").exists() != (result.parent / "uniform-0.json").exists()
     diverged = {"config": run["config"], "diverged": "the loss became nan", "curve": []}
     (result.parent / "mod-score-value-0.json").write_text(json.dumps(diverged))
     assert real.main([*flags, "--report"]) == 0, "a run that has diverged has a row, and no curve"
@@ -89,4 +91,5 @@ def test_the_study_runs_and_goes_on_from_what_is_finished(llm, tmp_path, monkeyp
 def test_mistakes_are_told(capsys):
     refused(real.main, [], capsys, "pass --llm")
     refused(real.main, ["--llm", "x", "--only", "mod-narrowed", "--steps", "50"], capsys, "narrows down until step 90")
+    refused(real.main, ["--llm", "x", "--minutes", "-1"], capsys, "minutes must be at least 0")
     refused(real.main, ["--llm", "x", "--only", "fuller"], capsys, "expected names among", "mod-value")

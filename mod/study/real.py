@@ -6,6 +6,11 @@
     python -m mod.study.real --llm FOLDER --quick                  # a few steps each, to see that it works
     python -m mod.study.real --report                              # the table from what is finished
 
+On one GPU, in eight minutes; what is missing then is trained by the same command later:
+
+    python -m mod.study.real --llm FOLDER --dtype bfloat16 --times
+    python -m mod.study.real --llm FOLDER --dtype bfloat16 --seeds 5 --minutes 5
+
 Written down before the runs. The primary measure is `quality`: the mean of the share of narrations and of the share of
 answers that are right, word for word, given the true conversation so far, on the preset's validation clips after its
 last step. Variants are trained for as many steps, at the same rates, on the same clips, through the same frozen
@@ -19,7 +24,9 @@ folder of their own. Writes results/real.json, .md and .png.
 
 import hashlib
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,13 +98,15 @@ class Flags(TimesFlags):
     seeds: int = 1  # seeds 0 to this minus 1
     only: str = ""  # these variants alone, names with commas between; the table has all that are finished
     steps: int = 0  # training steps; the preset's if 0
+    minutes: float = 0.0  # start no other run after so long; 0: train them all
     times: bool = False  # train nothing: measure time and memory, with nothing else running
     report: bool = False  # train nothing: write the table from what is finished
 
     def __post_init__(self):
         super().__post_init__()
         require(self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}")
-        require(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
+        require(self.steps >= 0 and self.minutes >= 0,
+                f"steps and minutes must be at least 0, got {self.steps} and {self.minutes:g}")
         require(bool(self.llm) or self.report, "llm got nothing, expected the folder or hub name of a language model; "
                 "pass --llm")
         for name in self.names:
@@ -333,9 +342,11 @@ def run(flags: Flags) -> int:
         write_text(flags.results / "times.json", to_json(times(flags, configure(flags, "mod-value", 0))) + "\n")
     elif not flags.report:
         look_inside(flags)
+        until = time.monotonic() + 60 * (flags.minutes or math.inf)
         for seed in range(flags.seeds):
             for name in flags.names:
-                train_one(flags, name, seed)
+                if time.monotonic() < until:
+                    train_one(flags, name, seed)
     found, inside, timed = collect(flags), read(flags.results / "step-0.json"), read(flags.results / "times.json")
     require(found or inside or timed, f"nothing is finished in {flags.results}; train first, without --report")
     any_run = next(iter(next(iter(found.values())).values()), None) if found else None
