@@ -48,7 +48,7 @@ def say(when: str, said: str | None, truth: str) -> bool:
 
 def run(argv: list[str]) -> int:
     arguments, others = build_parser().parse_known_args(argv)
-    asked = [re.fullmatch(r"\s*(\d+)\s*:\s*(\S.*)", ask) for ask in arguments.ask]  # after a frame, by its number
+    asked = [re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\S.*)", ask) for ask in arguments.ask]  # after a frame, by its number
     calibrated = (arguments.checkpoint / "calibration.json").is_file()  # then the threshold is the one found there
     if others or calibrated or None in asked or read_config(arguments.checkpoint).world != "core":
         from mod.live.watch import run as watch

@@ -197,17 +197,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_weights(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path, like: Callable = Tensor.to,
-                 owner: str = "model") -> None:
-    """Copy tensors into a model's parameters, or into what another `owner` has of them. Raises UserError naming the
+                 advice: str = "it belongs to another model") -> None:
+    """Copy tensors into parameters, or into an optimizer's memory. Raises UserError, with the advice, naming the
     first that is missing, left over, misshapen or not floating point. `like` splits a tensor as its parameter is split,
     where several processes share it."""
     for name, parameter in own.items():
-        require(name in tensors, f"{source} lacks the tensor {name}; it belongs to another {owner}")
+        require(name in tensors, f"{source} lacks the tensor {name}; {advice}")
         got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(got == expected and tensors[name].is_floating_point(),
-                f"{source}: {name} is {got}, expected {expected}, floating point; it belongs to another {owner}")
+        require(got == expected, f"{source}: {name} is {got}, expected {expected}; {advice}")
+        kind = tensors[name].dtype
+        require(kind.is_floating_point, f"{source}: {name} is of {kind}, expected floating point; {advice}")
     for name in tensors:
-        require(name in own, f"{source} holds the unknown tensor {name}; it belongs to another {owner}")
+        require(name in own, f"{source} holds the unknown tensor {name}; {advice}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(like(tensors[name], parameter))

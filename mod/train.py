@@ -248,9 +248,11 @@ def read_state(
             optimizer.state[parameter] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
                                           for key in keys}
     memory = memory_of(model, optimizers)
-    load_weights(memory, kinds["optimizer"], path, engine.like, "optimizer")
-    require(all(0 <= value < 2**53 for name, value in memory.items() if name.endswith("/step")),
-            f"{path}: a number of steps is damaged; restore it or train anew")
+    load_weights(memory, kinds["optimizer"], path, engine.like,
+                 "it belongs to another optimizer; resume with the run's own settings, or restore the file")
+    sound = (kinds["optimizer"][name].dtype == value.dtype and (not name.endswith("/step") or 0 <= value < 2**53)
+             for name, value in memory.items())
+    require(all(sound), f"{path}: the optimizer's memory is damaged; restore the file or train anew")
     if "cuda" in kinds["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(kinds["random"]["cuda"])
     return step, seconds

@@ -257,6 +257,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(name, tmp_path):
     lambda tensors, note: tensors.update({"random/cpu": tensors["random/cpu"][:7].clone()}),
     lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM][:1].clone()}),
     lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM].long()}),
+    lambda tensors, note: tensors.update({MOMENTUM: tensors[MOMENTUM].half()}),
     lambda tensors, note: tensors.pop("optimizer/decoder.norm.weight/exp_avg"),
     lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.ones(2)}),
     lambda tensors, note: tensors.update({"optimizer/decoder.norm.weight/step": torch.tensor(-1e30)}),

@@ -63,5 +63,7 @@ def routed(model: VideoLLM, config: Config, step: int) -> Iterator[Config]:
     """While this lasts, layers keep what they keep in this step. Yields the step's configuration."""
     now = narrowed(config, step)
     keep(model, now.model.keep_counts, sleep=step < config.train.dense_steps)
-    yield now
-    keep(model, config.model.keep_counts)
+    try:
+        yield now
+    finally:
+        keep(model, config.model.keep_counts)

@@ -99,7 +99,7 @@ def core(root: Path) -> str:
     counts = {file: line_count(root / file) for file in files}
     lines = [f"{number}. [`{file}`]({file}) ({counts[file]}): {files[file]}\n" for number, file in enumerate(files, 1)]
     method = list(counts.values())[: 1 + list(counts).index("mod/stream.py")]  # the rest measures and trains
-    told = f"Files 1 to {len(method)} are the method, {sum(method):,} of {sum(counts.values()):,} lines."
+    told = f"Files 1 to {len(method)} are the method and its data, {sum(method):,} of {sum(counts.values()):,} lines."
     return "".join(lines) + f"\n{told}\n"
 
 

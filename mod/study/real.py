@@ -98,7 +98,7 @@ class Flags(TimesFlags):
     seeds: int = 1  # seeds 0 to this minus 1
     only: str = ""  # these variants alone, names with commas between; the table has all that are finished
     steps: int = 0  # training steps; the preset's if 0
-    minutes: float = 0.0  # start no other run after so long; 0: train them all
+    minutes: float = 0.0  # start no other run after this many minutes; 0: train them all
     times: bool = False  # train nothing: measure time and memory, with nothing else running
     report: bool = False  # train nothing: write the table from what is finished
 
