@@ -147,8 +147,9 @@ def configure(flags: Flags, name: str, seed: int):
 
 
 def eyes(flags: Flags, seed: int) -> Path:
-    """The file of a seed's encoder and connector after their warm-ups, which all variants begin with, and which a run
-    of the preset makes for itself. Made on one thread of the CPU if it is not there yet."""
+    """The file of a seed's encoder and connector after their warm-ups, which all variants begin with: those that full
+    computation makes. (A run with routers, by itself, draws other numbers.) Made on one thread of the CPU if it is not
+    there yet."""
     config = configure(flags, "full", seed)
     config = replace(config, train=replace(config.train, device="cpu", dtype="float32"))
     own = {name: value for name, value in asdict(config.model).items() if name.startswith(("vit", "image", "patch"))}
