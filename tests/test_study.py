@@ -165,7 +165,7 @@ def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
     model, source = crowd.WORLD.build(config, torch.device("cpu"))
     (tmp_path / "mod-all-0").mkdir()
     write_tensors(tmp_path / "mod-all-0" / "model.safetensors", {name: p.detach() for name, p in model.weights().items()})
-    result = {"config": {"world": config.world} | asdict(config), "routers": "", "question_accuracy": 0.5,
+    result = {"config": {"world": config.world} | asdict(config), "routers": "", "question_accuracy": 0.5, "narration_exact": 0.25,
               "curve": [{"step": 1, "lm": 1.0, "recall": {"0": 0.1, "1": 0.2, "2": 0.3, "3": 0.4}}, {"step": 2, "questions": 0.5}]}
     (tmp_path / "mod-all-0.json").write_text(json.dumps(result))
     flags = division.Flags(runs=tmp_path, results=tmp_path, out=tmp_path / "division", clips=3)
@@ -174,13 +174,16 @@ def test_the_division_of_a_crowd_is_counted_as_by_hand(tmp_path):
     clips = source.validation(3)
     teacher_forced(model.eval(), source.words, clips, trace=trace)
     kept = {layer: torch.cat([one.kept for one in trace if one.layer == layer]) for layer in range(4)}
-    seen, by_name = [], {name: [] for name in NAME_WORDS}
+    seen, trails, by_name = [], [], {name: [] for name in NAME_WORDS}
     for number, labels in enumerate(label for clip in clips for label in clip.patch_labels):
-        for patch, (colour, shape, *_) in enumerate(labels):
+        for patch, (colour, shape, _, _, trail, *_) in enumerate(labels):
+            if trail:
+                trails.append(any(bool(kept[layer][number, 1 + patch]) for layer in range(4)))
             if colour:
                 seen.append([bool(kept[layer][number, 1 + patch]) for layer in range(4)])
                 by_name[f"{list(COLOURS)[colour - 1]}-{SHAPES[shape - 1]}"].append(seen[-1])
-    assert len(seen) == 3 * 4 * 10
+    assert len(seen) == 3 * 4 * 10 and trails
+    assert found["trails"] == pytest.approx(np.mean(trails)) and found["narrated"] == 0.25
     assert found["layers"] == pytest.approx(np.mean(seen, 0)) and found["any"] == pytest.approx(np.mean(np.any(seen, 1)))
     for name, shares in zip(NAME_WORDS, found["by name"], strict=True):
         if by_name[name]:

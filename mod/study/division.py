@@ -47,7 +47,8 @@ class Flags:
 
 
 def divide(flags: Flags, result: dict, weights: Path) -> dict:
-    """Of one run: the share of the sprites of each name that each layer keeps, and that any layer keeps."""
+    """Of one run: the share of the sprites of each name that each layer keeps, and that any layer keeps. Of trails,
+    which tell that somebody has moved, the share that any layer keeps."""
     config = config_from(result["config"])
     model, source = WORLD.build(config, torch.device("cpu"))
     if result["routers"]:
@@ -56,26 +57,30 @@ def divide(flags: Flags, result: dict, weights: Path) -> dict:
     clips, trace = source.validation(flags.clips), []
     teacher_forced(model.eval(), source.words, clips, trace=trace)
     labels = np.concatenate([clip.patch_labels for clip in clips])
-    frame, patch = labels[..., 0].nonzero()
-    name = (labels[frame, patch, 0] - 1) * len(SHAPES) + labels[frame, patch, 1] - 1
-    kept = np.stack([torch.cat([one.kept for one in trace if one.layer == layer]).numpy()[frame, 1 + patch]
-                     for layer in range(config.model.depth)], axis=-1)  # (sprites seen, layers)
+    patches = np.stack([torch.cat([one.kept for one in trace if one.layer == layer]).numpy()[:, 1:]
+                        for layer in range(config.model.depth)], axis=-1)  # (frames, patches, layers), kept or not
+    sprite, trail = labels[..., 0] > 0, labels[..., 4] > 0
+    name = (labels[sprite][:, 0] - 1) * len(SHAPES) + labels[sprite][:, 1] - 1
+    kept = patches[sprite]  # (sprites seen, layers)
     by_name = np.zeros((len(NAME_WORDS), config.model.depth))  # zero, too, for one who never appears
     np.add.at(by_name, name, kept)
     by_name /= np.maximum(1, np.bincount(name, minlength=len(NAME_WORDS)))[:, None]
     return {"by name": by_name.tolist(),
             "layers": kept.mean(0).tolist(), "any": float(kept.any(-1).mean()), "right": result["question_accuracy"],
+            "trails": float(patches[trail].any(-1).mean()), "narrated": result["narration_exact"],
             "curve": [[point["step"], [*point["recall"].values()]] for point in result["curve"] if "recall" in point]}
 
 
 def report(data: dict) -> str:
     rows = {seed: {f"layer {layer}": f"{share:.2f}" for layer, share in enumerate(found["layers"])}
-            | {"some layer": f"{found['any']:.2f}", "questions right": f"{found['right']:.3f}"}
+            | {"some layer": f"{found['any']:.2f}", "questions right": f"{found['right']:.3f}",
+               "trails in some layer": f"{found['trails']:.2f}", "narrations right": f"{found['narrated']:.3f}"}
             for seed, found in data["seeds"].items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "seed"
     return (f"`{data['variant']}`: the share of sprites that each layer keeps, and that at least one of them keeps, on "
-            f"{data['clips']} validation clips.\n\n{markdown(table)}")
+            f"{data['clips']} validation clips. A trail is left where a sprite has just moved away.\n\n"
+            f"{markdown(table)}")
 
 
 def plot(data: dict, path: Path) -> None:
