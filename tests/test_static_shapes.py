@@ -208,7 +208,7 @@ def test_what_is_compiled_is_evaluated_as_well(quiet):
     counter, words, graphs = compiled(model.eval()), WORDS_ALL, []
     for _ in range(2):
         trace = []
-        teacher_forced(model, words, source.validation(5), rows=2, trace=trace)
-        free_running(model, words, source.validation(5), rows=2)
+        teacher_forced(model, words, source.validation(3), rows=2, trace=trace)
+        free_running(model, words, source.validation(3), rows=2)
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1] < 16
