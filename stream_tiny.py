@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
         model.decoder.compile()
     frames, questions = arguments.frames or config.data.frames, []
     for ask in asked:
-        frame, question = int(ask[1]), " ".join(ask[2].lower().replace("?", " ? ").split())
+        frame, question = int(ask[1]), source.words.typed(ask[2])
         require(frame < frames, f"--ask got {ask[0]!r}, but the stream has frames 0 to {frames - 1}; name one of them, "
                 "or pass more --frames")
         source.words.encode(question)  # refuses a word that the model does not know

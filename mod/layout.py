@@ -58,6 +58,10 @@ class Vocabulary:
             raise UserError(f"got the unknown word {unknown[0]!r} in {text!r}; known words are: {known}")
         return [self.ids[word] for word in text.split()]
 
+    def typed(self, text: str) -> str:
+        """What somebody typed, as the stream spells it: in lower case, question marks apart."""
+        return " ".join(text.lower().replace("?", " ? ").split())
+
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.words[i] if i < len(self.words) else f"<{i}>" for i in ids)
 

@@ -157,6 +157,10 @@ class TextTokenizer:
         """Ids of a text as the checkpoint was trained to begin one: with its own opening symbols, if it has any."""
         return self.tokenizer.encode(text).ids
 
+    def typed(self, text: str) -> str:
+        """What somebody typed stays as it is."""
+        return text
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
 
