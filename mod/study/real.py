@@ -6,7 +6,7 @@
     python -m mod.study.real --llm FOLDER --quick                  # a few steps each, to see that it works
     python -m mod.study.real --report                              # the table from what is finished
 
-On one GPU, in eight minutes; what is missing then is trained by the same command later:
+On one GPU, in one go; what is missing after the five minutes is trained by the same command later:
 
     python -m mod.study.real --llm FOLDER --dtype bfloat16 --times
     python -m mod.study.real --llm FOLDER --dtype bfloat16 --seeds 5 --minutes 5
@@ -319,7 +319,7 @@ def plot(data: dict, path: Path) -> None:
     for name, found in ((data["inside"] or {}).get("distances") or {}).items():
         colour, dashes = LINES[name]
         axes[4].plot(range(len(found["text"])), np.array(found["text"], float), dashes, color=colour, label=name)
-    axes[4].set(yscale="symlog", title="Before training: text tokens' distance to full computation", xlabel="layer",
+    axes[4].set(yscale="symlog", title="Before training: distance of text tokens to full computation", xlabel="layer",
                 ylabel="share of the norm")
     points = (data["times"] or {}).get("points") or []
     for ratio, (label, colour) in RATIOS.items() if points else ():
@@ -329,6 +329,7 @@ def plot(data: dict, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_visible(axis.has_data())  # what is not measured yet has no panel
+    for axis in axes[[2, 4, 5]]:  # the other three have the lines of "speak", where there is room
         if axis.has_data():
             axis.legend(fontsize=8)
     save(figure, path)
