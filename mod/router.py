@@ -18,9 +18,9 @@ after what mu is, and after what mu scales:
 
 What "-value" and "-read" add: text tokens *read* the kept vision tokens, as keys and values. Where mu scales the update
 alone, how loudly a token is read in this layer does not depend on mu, so the loss cannot tell the router that it was
-worth reading here. In the last layer nothing reads what a vision token writes to itself: there the gradient is exactly zero,
-unless that token itself predicts. With "-value" and "-read" being read carries gradient. With "-read" it alone does:
-what the layer does to the kept token itself teaches the router nothing, but for that token's reading of itself.
+worth reading here. In the last layer nothing reads what a vision token writes to itself: there the gradient is exactly
+zero, unless that token itself predicts. With "-value" and "-read" being read carries gradient. With "-read" it alone
+does: what the layer does to the kept token itself teaches the router nothing, but for that token's reading of itself.
 
 Read next: decoder.py
 """

@@ -3,8 +3,9 @@
 A run trains in a folder of its own. What it measured becomes one small file, RESULTS/NAME-SEED.json, with the
 configuration in it. That file says that a run is finished, and it is all that the tables need.
 
-All runs of a seed see the same clips in the same order, through the same frozen vision encoder, which is warmed up once
-per seed. Each run is a process of its own with one thread: two at a time are faster than one with two threads.
+All runs of a seed and of the same data see the same clips in the same order, through the same frozen vision encoder,
+which is warmed up once per seed; who begins with another run has its encoder. Each run is a process of its own with one
+thread: two at a time are faster than one with two threads.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -121,18 +123,21 @@ def encoder(config: Config, folder: Path) -> Path:
     return path
 
 
-def build(job: Job, encoder_file: Path) -> tuple[VideoLLM, Source]:
-    """The model of a run, with a trained encoder and, when the run starts from a dense one, all of its weights but the
+def build(job: Job) -> tuple[VideoLLM, Source]:
+    """The model of a run, with a warmed-up encoder or, when the run starts from a dense one, all of its weights but the
     routers'."""
     model, source = find_world(job.config.world).build(job.config, torch.device("cpu"))
     if job.routers:
         routers.equip(model, job.routers)
     if job.start:
-        trained, own = read_tensors(job.start)[0], model.weights()
+        own = model.weights()
+        trained = {name.replace(".block.", "."): tensor for name, tensor in read_tensors(job.start)[0].items()}
         new = {name: own[name] for name in own if ".router." in name}
         kept = {name: trained[name.replace(".block.", ".")] for name in own if name not in new}
         load_weights(own, new | kept, job.start)
-    load_weights(dict(model.vit.named_parameters()), read_tensors(encoder_file)[0], encoder_file)
+    else:
+        file = encoder(job.config, job.out.parent)
+        load_weights(dict(model.vit.named_parameters()), read_tensors(file)[0], file)
     return model, source
 
 
@@ -194,7 +199,7 @@ def train_here(job: Job) -> None:
                 f"{job.out} holds a run that is not known; move it away and start again")
         job.out.mkdir(parents=True, exist_ok=True)
         write_text(note, to_json(job.about) + "\n")
-    model, source = build(job, encoder(config, job.out.parent))
+    model, source = build(job)
     ready = replace(config, train=replace(config.train, vit_steps=0))
     metrics = train(ready, job.out, model, source, resume=True, validate=find_world(config.world).validate)
     if metrics is None:
@@ -232,16 +237,18 @@ def sweep(runs: Path, results: Path, base: Config, variants: dict[str, Variant],
 
     asked = [(name, seed) for seed in range(seeds) for name in names]
     todo = [one for one in asked if not same(job(*one).file, job(*one).about)]
-    starts = dict.fromkeys((variants[name].start, seed) for name, seed in todo if variants[name].start)
-    first = [start for start in starts if not (job(*start).out / "model.safetensors").is_file()]
-    todo = [one for one in todo if one not in first]
-    number = len(first) + len(todo)
+    batches = [todo]
+    while starts := dict.fromkeys((variants[name].start, seed) for name, seed in batches[0] if variants[name].start):
+        first = [start for start in starts if not (job(*start).out / "model.safetensors").is_file()]
+        batches = [first, *([one for one in batch if one not in first] for batch in batches)]
+    number = sum(map(len, batches))
     print(f"{len(names)} variants x {seeds} seeds; {number} runs still to train, {jobs} at a time", flush=True)
-    for one in [*first, *todo]:
-        encoder(job(*one).config, runs)
+    for one in chain(*batches):
+        if not job(*one).start:
+            encoder(job(*one).config, runs)
     began, done = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=number, unit="run", disable=None) as bar:
-        for batch in (first, todo):
+        for batch in batches:
             waiting = [pool.submit(train_apart, job(*each)) for each in batch]
             try:
                 for one in as_completed(waiting):
