@@ -188,7 +188,7 @@ def costs(name: str, text: float) -> dict[str, float]:
         return cost(config, *stream) / cost(full, *stream)
 
     return {"flops": share(decoder_flops, live), "kv": share(kv_bytes, live), "training flops": training,
-            "ceiling": ceiling(config, VARIANTS[name].routers == "once", whole.data)}
+            "ceiling": ceiling(config, variant.routers == "once", whole.data)}
 
 
 def ceiling(config: ModelConfig, once: bool, data: HarderData, draws: int = 2000) -> float | None:
@@ -312,7 +312,7 @@ def plot(data: dict, path: Path) -> None:
             routed = routed_layers(layers, BASE.model.depth) if layers in PATTERNS else ()
             colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
             axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
-            axis.annotate(name, labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
+            axis.annotate(name.removeprefix(prefix), labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
             if cost["ceiling"] is not None:
                 axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
         axis.set(title=title, xlabel="decoder FLOPs of a live stream (share of full computation)", xlim=(0, 1.12),

@@ -130,11 +130,10 @@ def build(job: Job) -> tuple[VideoLLM, Source]:
     if job.routers:
         routers.equip(model, job.routers)
     if job.start:
-        own = model.weights()
-        trained = {name.replace(".block.", "."): tensor for name, tensor in read_tensors(job.start)[0].items()}
-        new = {name: own[name] for name in own if ".router." in name}
-        kept = {name: trained[name.replace(".block.", ".")] for name in own if name not in new}
-        load_weights(own, new | kept, job.start)
+        # A layer may be routed in one run and not in the other: its weights are then one name deeper.
+        own = {name.replace(".block.", "."): weight for name, weight in model.weights().items()}
+        trained = {name.replace(".block.", "."): weight for name, weight in read_tensors(job.start)[0].items()}
+        load_weights(own, {name: (own if ".router." in name else trained)[name] for name in own}, job.start)
     else:
         file = encoder(job.config, job.out.parent)
         load_weights(dict(model.vit.named_parameters()), read_tensors(file)[0], file)
