@@ -62,8 +62,24 @@ class TestRouters:
         model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=again)
         assert not torch.equal(again[0].kept, trace[0].kept) and torch.equal(again[2].kept, again[0].kept)
 
+    def test_one_weight_scores_in_every_layer_and_learns_from_all_of_them(self):
+        """Each layer chooses for itself. The gradient is the sum of what routers with equal weights of their own have."""
+        model, apart = (VideoLLM(small_config(layers="keep:0.4,1,0.4,0.4", gate="sigmoid-read")).double() for _ in range(2))
+        routers.equip(model, "shared")
+        apart.load_state_dict(model.state_dict())
+        experts = [layer.router for layer in routed(model)]
+        assert len(experts) == 3 and all(one.w.weight is experts[0].w.weight for one in experts)
+        assert sum(".router." in name for name in model.weights()) == 1
+        batch, trace = as_batch(model.config, [(3, []), (2, [])]), []
+        model.hidden(batch.ids, model.see(batch.pixels), batch.plan, trace=trace)
+        assert not all(torch.equal(routing.kept, trace[0].kept) for routing in trace)
+        for one in (model, apart):
+            sum(one(batch)).backward()
+        summed = sum(layer.router.w.weight.grad for layer in routed(apart))
+        assert summed.abs().max() > 0 and torch.allclose(experts[0].w.weight.grad, summed)
+
     def test_no_other_kind_is_known(self):
-        with pytest.raises(ValueError, match="expected once"):
+        with pytest.raises(ValueError, match="expected once or shared"):
             equipped("nobody")
 
 
@@ -112,28 +128,28 @@ class TestCrowd:
         assert mine == (1.0 if found else 0.5)
 
     def test_who_begins_with_whom_and_what_is_told_of_it(self):
-        """All but those of one look begin with a dense decoder of their task, and take as many steps from there: where
-        all layers choose for themselves, some of these by chance."""
-        base, preset, loose = crowd.BASE, crowd.PRESET, configure(crowd.BASE, crowd.VARIANTS["loose"], 0)
+        """All but those of one look begin with a dense decoder of their task, take as many steps from there, and are
+        told as much. Learned routers of all layers share a weight, or the choice, unless their name says otherwise."""
+        base, preset = crowd.BASE, crowd.PRESET
         for name, variant in crowd.VARIANTS.items():
             family, config = name.split("-")[0], configure(base, variant, 0)
             easy, start = family in ("one", "late"), variant.start
-            late = config.model.layers == "all" and name not in ("drop", "loose")
-            begun = "late-dense" if easy else "loose" if late else "dense"
-            assert start == ("" if family == "one" or name.endswith("dense") else begun), name
-            assert easy or name == "dense" or config.train.steps == (300 if name == "loose" else 600 if late else 900)
-            assert config.data == (preset if easy else base).data or name in ("dense", "loose")
+            assert start == ("" if family == "one" or name.endswith("dense") else "late-dense" if easy else "dense"), name
+            assert easy or name == "dense" or config.train.steps == 900
+            assert config.data == (preset if easy else base).data or name == "dense"
+            learned = config.model.layers == "all" and config.model.select == "learned"
+            kind = "once" if name.endswith("drop") else "shared" if learned and not easy and name != "own-weights" else ""
+            assert variant.routers == kind, name
             if "mod-all" in name or "random" in name:
                 assert (config.model.take_turns == 3) == easy
                 assert (config.model.keep_ratio == 0.2) == easy
-            if not easy and variant.train in ({}, crowd.THEN):  # nothing of its own
-                assert config.train == replace(base.train, **(crowd.THEN if late else {})), name
+            if not easy and not variant.train:  # nothing of its own
+                assert config.train == base.train, name
         dense = configure(base, crowd.VARIANTS["dense"], 0)
-        for config, asks in ((dense, 6), (loose, 4)):  # with more questions
-            assert config.data == replace(base.data, asks=asks, question_rate=0.9)
-        assert dense.model.layers == "none" and loose.model.keep_ratio == 0.5 and loose.model.select == "random"
+        assert dense.data == replace(base.data, asks=6, question_rate=0.9) and dense.model.layers == "none"  # asked more
         assert configure(base, crowd.VARIANTS["mod"], 0) == base
-        assert configure(base, crowd.VARIANTS["mod-all"], 0).model == replace(base.model, layers="all")
+        for name in ("mod-all", "own-weights"):
+            assert configure(base, crowd.VARIANTS[name], 0).model == replace(base.model, layers="all")
         assert configure(base, crowd.VARIANTS["one-mod-all"], 0) == replace(preset, model=replace(preset.model, layers="all"))
 
     def test_holms_correction(self):

@@ -1,8 +1,14 @@
-"""One choice of tokens for all layers, which is dropping tokens before the decoder."""
+"""Routers that belong together: one choice of tokens for all layers, and one weight for all layers.
+
+One choice is dropping tokens before the decoder. With one weight each layer still scores its own tokens and makes its
+own choice; only what is looked for is the same in all of them.
+"""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from mod.config import UserError
+from mod.config import ModelConfig, require
 from mod.decoder import MoDBlock
 from mod.router import LayerExpert
 from mod.videollm import VideoLLM
@@ -20,16 +26,28 @@ class OneChoice(LayerExpert):
         return self.scores
 
 
+def one_choice(config: ModelConfig, blocks: Sequence[MoDBlock]) -> None:
+    first = None
+    for block in blocks:
+        old = block.router
+        block.router = OneChoice(config.dim, config.frame_tokens, config.keep_ratios[old.layer], old.layer, config.gate)
+        block.router.keep_last = old.keep_last
+        block.router.load_state_dict(old.state_dict())
+        object.__setattr__(block.router, "first", first)  # not as a submodule: its weights are the first layer's
+        first = first or block.router
+
+
+def one_weight(config: ModelConfig, blocks: Sequence[MoDBlock]) -> None:
+    for block in blocks:
+        block.router.w.weight = blocks[0].router.w.weight
+
+
+KINDS = {"once": one_choice, "shared": one_weight}
+
+
 def equip(model: VideoLLM, kind: str) -> None:
-    """Put `OneChoice` routers, the kind "once", into a model's routed layers. Raises UserError for another kind."""
-    if kind != "once":
-        raise UserError(f"routers got {kind!r}, expected once; leave it out for those of the configuration")
-    config, first = model.config, None
-    for number, layer in enumerate(model.decoder.layers):
-        if isinstance(layer, MoDBlock):
-            old = layer.router
-            layer.router = OneChoice(config.dim, config.frame_tokens, config.keep_ratios[number], number, config.gate)
-            layer.router.keep_last = old.keep_last
-            layer.router.load_state_dict(old.state_dict())
-            object.__setattr__(layer.router, "first", first)  # not as a submodule: its weights are the first layer's
-            first = first or layer.router
+    """Let a model's routed layers share one choice (the kind "once") or one weight ("shared"). Raises UserError for
+    another kind."""
+    require(kind in KINDS, f"routers got {kind!r}, expected {' or '.join(KINDS)}; leave it out for those of the "
+                           "configuration")
+    KINDS[kind](model.config, [layer for layer in model.decoder.layers if isinstance(layer, MoDBlock)])
