@@ -272,6 +272,21 @@ class TestSweep:
         other, _ = sweep.build(job("mod", tmp_path, elsewhere, start=start))
         assert torch.equal(other.vit.position, dense.vit.position) and len(list((tmp_path / "runs").glob("encoder-*"))) == 1
 
+    def test_runs_that_are_compared_start_with_the_same_weights(self, tmp_path):
+        full = job("full", tmp_path)
+        train_here(full)
+        one, other = (job(name, tmp_path, start=full.out / "model.safetensors") for name in ("mod", "all"))
+        train_here(one)
+        held = json.loads(one.file.read_text())
+        assert len(held["weights of start"]) == 12 and json.loads(full.file.read_text())["weights of start"] == ""
+        one.file.write_text(json.dumps(held | {"weights of start": "of another"}))
+        with pytest.raises(ValueError, match="mod-0.json is of a run that started with other weights than today's"):
+            train_here(other)
+        assert not other.out.exists()
+        one.file.write_text(json.dumps(held | {"weights of start": "of another", "start": "another-0"}))
+        train_here(other)
+        assert json.loads(other.file.read_text())["weights of start"] == held["weights of start"]
+
     def test_a_run_with_other_settings_is_refused(self, runs):
         known = job("mod", runs)
         other = replace(known, config=replace(known.config, train=replace(MINI.train, lr=0.5)))

@@ -190,9 +190,24 @@ def curve(out: Path) -> Iterator[dict]:
                    "questions": round(entry["question_accuracy"], 4)}
 
 
+def weights_of_start(job: Job) -> str:
+    """A digest of the weights that the run starts with, "" if it starts with none. Raises UserError when the results
+    have a run whose start had the same name and other weights: another machine trains another decoder, and runs that
+    are compared seed by seed must share theirs."""
+    if not job.start:
+        return ""
+    mine = hashlib.sha256(job.start.read_bytes()).hexdigest()[:12]
+    for file in sorted(job.file.parent.glob(f"*-{job.config.train.seed}.json")):
+        held = json.loads(file.read_text(encoding="utf-8"))
+        require(held["start"] != job.start.parent.name or held.get("weights of start", mine) == mine,
+                f"{file} is of a run that started with other weights than today's {job.start}; move it away, with all "
+                "that started as it did, to train them anew")
+    return mine
+
+
 def train_here(job: Job) -> None:
     """Train one run in this process, and write its result."""
-    config, note = job.config, job.out / "identity.json"
+    config, note, start = job.config, job.out / "identity.json", weights_of_start(job)
     if not same(note, job.about):
         require(not (job.out / "state.safetensors").exists(),
                 f"{job.out} holds a run that is not known; move it away and start again")
@@ -210,7 +225,8 @@ def train_here(job: Job) -> None:
         from mod.study.needle import probes  # with everything of the field
         metrics |= probes(model, source, config)
     job.file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(job.file, to_json({**job.about, **metrics, "curve": list(curve(job.out))}) + "\n")
+    result = {**job.about, "weights of start": start, **metrics, "curve": list(curve(job.out))}
+    write_text(job.file, to_json(result) + "\n")
 
 
 def train_apart(job: Job) -> None:
