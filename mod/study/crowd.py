@@ -50,7 +50,7 @@ PRESET = WORLD.presets["crowd"]  # one look a question, trained from scratch
 # the last one kept, and there is room for more: with r = 0.3 four layers keep 28 tokens besides the last, for 20 looks,
 # and cost less than one dense layer.
 CHANGES = {"model": {"take_turns": 1, "keep_ratio": 0.3},
-           "data": {"looks": 0.5, "shapes": 3, "asks": 3, "question_rate": 0.6},
+           "data": {"looks": 0.5, "shapes": 3, "question_rate": 0.9},
            "train": {"steps": 900, "dense_steps": 20, "narrow_steps": 200, "save_every": 200}}
 BASE = replace(PRESET, **{part: replace(getattr(PRESET, part), **changes) for part, changes in CHANGES.items()})
 ONE_LOOK = {part: {name: getattr(getattr(PRESET, part), name) for name in changes} for part, changes in CHANGES.items()}
@@ -95,7 +95,7 @@ GATES = {f"{name}-{gate}": Variant(f"{gate}, {where}", METHODS[name].model | {"g
 # It is asked more often, because two looks are learned from many questions. Afterwards so many would drown narration:
 # in trials routers lost sight of who moves.
 START = "full computation, with which the others begin"
-DENSE = Variant(START, METHODS["full"].model | ONE_LOOK["model"], data={"asks": 6, "question_rate": 0.9},
+DENSE = Variant(START, METHODS["full"].model | ONE_LOOK["model"], data={"asks": 6},
                 train=ONE_LOOK["train"] | {"steps": 1200})
 VARIANTS = {name: replace(variant, start="dense") for name, variant in (METHODS | GATES).items()} | {"dense": DENSE}
 
