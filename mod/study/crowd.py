@@ -46,9 +46,9 @@ from mod.study.sweep import TrialFlags, Variant, configure, mean_decoder_flops, 
 from mod.study.tables import MEASURES as COLUMNS
 
 PRESET = WORLD.presets["crowd"]  # one look a question, trained from scratch
-# The study asks more. Half of the questions need two looks, so a sprite must be kept twice. A layer avoids only what
-# the last one kept, and there is room for more: with r = 0.3 four layers keep 28 tokens besides the last, for 20 looks,
-# and cost less than one dense layer.
+# The study asks more, and more often. Half of the questions need two looks, so a sprite must be kept twice. A layer
+# avoids only what the last one kept, and there is room for more: with r = 0.3 four layers keep 28 tokens besides the
+# last, for 20 looks, and cost less than one dense layer.
 CHANGES = {"model": {"take_turns": 1, "keep_ratio": 0.3},
            "data": {"looks": 0.5, "shapes": 3, "question_rate": 0.9},
            "train": {"steps": 900, "dense_steps": 20, "narrow_steps": 200, "save_every": 200}}
@@ -92,8 +92,7 @@ GATES = {f"{name}-{gate}": Variant(f"{gate}, {where}", METHODS[name].model | {"g
          for name, where in (("mod-all", "all layers"), ("mod", "interleaved"))
          for gate in get_args(Gate) if gate != BASE.model.gate}
 # All begin with one decoder per seed that full computation has trained, as the paper's begin with one language model.
-# It is asked more often, because two looks are learned from many questions. Afterwards so many would drown narration:
-# in trials routers lost sight of who moves.
+# It is asked more often, because two looks are learned from many questions.
 START = "full computation, with which the others begin"
 DENSE = Variant(START, METHODS["full"].model | ONE_LOOK["model"], data={"asks": 6},
                 train=ONE_LOOK["train"] | {"steps": 1200})
