@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mod.evaluate import teacher_forced
 from mod.related.crowd import NAME_WORDS
 from mod.related.data import HarderData
 from mod.related.world import WORLD
-from mod.run import write_tensors
+from mod.run import read_tensors, write_tensors
 from mod.study import ablate, crowd, division, gates, routers, seeds, sweep
 from mod.study.ablate import report
 from mod.study.statistics import compare, holm, judge, mean_and_error
@@ -283,6 +284,13 @@ class TestSweep:
         with pytest.raises(ValueError, match="mod-0.json is of a run that started with other weights than today's"):
             train_here(other)
         assert not other.out.exists()
+        one.file.unlink()
+        write_tensors(full.out / "model.safetensors", {name: 2 * p for name, p in read_tensors(one.start)[0].items()})
+        with pytest.raises(ValueError, match="identity.json is of a run that started with other weights"):
+            train_here(one)  # as if it had been cut off
+        shutil.rmtree(one.out)
+        train_here(one)
+        held = json.loads(one.file.read_text())
         one.file.write_text(json.dumps(held | {"weights of start": "of another", "start": "another-0"}))
         train_here(other)
         assert json.loads(other.file.read_text())["weights of start"] == held["weights of start"]

@@ -100,7 +100,7 @@ def plot(data: dict, path: Path) -> None:
         below.set(xlabel="training step", ylim=(0, 1.05))
         below.grid(alpha=0.3)
     axes[1, 0].set_ylabel("sprites kept (share)")
-    axes[1, -1].legend(fontsize=8)
+    axes[1, -1].legend(fontsize=8, ncols=2, loc="center right")
     figure.colorbar(picture, ax=axes[0, -1], label="share of its appearances in which a sprite is kept")
     figure.suptitle(f"Who keeps whom: {VARIANTS[data['variant']].title}")
     save(figure, path)

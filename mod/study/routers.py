@@ -27,6 +27,7 @@ class OneChoice(LayerExpert):
 
 
 def one_choice(config: ModelConfig, blocks: Sequence[MoDBlock]) -> None:
+    """`OneChoice` in every block: the first one's scores decide."""
     first = None
     for block in blocks:
         old = block.router
@@ -38,6 +39,7 @@ def one_choice(config: ModelConfig, blocks: Sequence[MoDBlock]) -> None:
 
 
 def one_weight(config: ModelConfig, blocks: Sequence[MoDBlock]) -> None:
+    """All routers score with the first one's weight, which learns from all of them."""
     for block in blocks:
         block.router.w.weight = blocks[0].router.w.weight
 
