@@ -190,19 +190,19 @@ def curve(out: Path) -> Iterator[dict]:
                    "questions": round(entry["question_accuracy"], 4)}
 
 
-def weights_of_start(job: Job) -> str:
-    """A digest of the weights that the run starts with, "" if it starts with none. Raises UserError when the results
+def weights_of_start(job: Job) -> dict[str, str]:
+    """A digest of the weights that the run starts with, empty if it starts with none. Raises UserError when the results
     have a run whose start had the same name and other weights, or the run itself began with others before it was cut
     off: another machine trains another decoder, and runs that are compared seed by seed must share theirs."""
     if not job.start:
-        return ""
+        return {}
     mine = hashlib.sha256(job.start.read_bytes()).hexdigest()[:12]
     for file in (job.out / "identity.json", *sorted(job.file.parent.glob(f"*-{job.config.train.seed}.json"))):
         held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"start": ""}
         require(held["start"] != job.start.parent.name or held.get("weights of start", mine) == mine,
                 f"{file} is of a run that started with other weights than today's {job.start}; move it away, with all "
                 "that started as it did, to train them anew")
-    return mine
+    return {"weights of start": mine}
 
 
 def train_here(job: Job) -> None:
@@ -212,7 +212,7 @@ def train_here(job: Job) -> None:
         require(not (job.out / "state.safetensors").exists(),
                 f"{job.out} holds a run that is not known; move it away and start again")
         job.out.mkdir(parents=True, exist_ok=True)
-        write_text(note, to_json({**job.about, "weights of start": start}) + "\n")
+        write_text(note, to_json(job.about | start) + "\n")
     model, source = build(job)
     ready = replace(config, train=replace(config.train, vit_steps=0))
     metrics = train(ready, job.out, model, source, resume=True, validate=find_world(config.world).validate)
@@ -225,7 +225,7 @@ def train_here(job: Job) -> None:
         from mod.study.needle import probes  # with everything of the field
         metrics |= probes(model, source, config)
     job.file.parent.mkdir(parents=True, exist_ok=True)
-    result = {**job.about, "weights of start": start, **metrics, "curve": list(curve(job.out))}
+    result = {**job.about, **start, **metrics, "curve": list(curve(job.out))}
     write_text(job.file, to_json(result) + "\n")
 
 
