@@ -90,7 +90,7 @@ def plot(data: dict, path: Path) -> None:
     axes = figure.subplots(2, len(shown), squeeze=False, gridspec_kw={"height_ratios": (2.4, 1)}, sharey="row")
     for (seed, found), (above, below) in zip(shown.items(), axes.T, strict=True):
         picture = above.imshow(found["by name"], vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        above.set(title=f"seed {seed}: {found['right']:.2f} right", xlabel="layer",
+        above.set(title=f"seed {seed}: {found['right']:.3f} right", xlabel="layer",
                   xticks=range(len(found["layers"])), yticks=range(len(NAME_WORDS)), yticklabels=NAME_WORDS)
         above.tick_params(labelsize=8)
         steps, shares = zip(*found["curve"], strict=True)
