@@ -59,8 +59,8 @@ ONE_LOOK = {part: {name: getattr(getattr(PRESET, part), name) for name in change
 LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 # Where all layers choose by what they have learned, their routers share one weight: all look for the same, and taking
-# turns gives every layer its part. With weights of their own, some layers of some seeds kept no sprites, and the others
-# cannot both divide a crowd and look twice. The paper gives each layer a weight of its own.
+# turns gives every layer its part. In trials with weights of their own, and fewer questions, some layers of some seeds
+# kept no sprites, and the others cannot both divide a crowd and look twice. The paper has one weight per layer.
 METHODS = {
     "full": Variant("full computation", {"layers": "none"}),
     "mod-all": Variant("MoD in all layers", ALL, "shared"),
