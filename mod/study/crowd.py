@@ -292,19 +292,22 @@ def plot(data: dict, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = {"half of the questions need two looks": "", "one look": "one-"}
     for axis, (title, prefix) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        # The best first, so that labels move down for others.
         names = [prefix + name for name in PLOTTED if prefix + name in data["values"]]
         shown = {name: mean_error(data["values"][name]["quality"]) for name in names}
-        labels: list[tuple[float, float]] = []
+        flops = {name: data["costs"][name]["flops"] for name in names}
+        labels: list[tuple[int, float]] = []  # side and height
+        # The best first: labels move down for others. A label stands left of its mark if others come soon after.
         for name, (mean, error) in sorted(shown.items(), key=lambda one: -one[1][0]):
             variant, cost = VARIANTS[name], data["costs"][name]
-            below = [at for x, at in labels if abs(x - cost["flops"]) < 0.12 and abs(at - mean) < 0.1]
-            labels.append((cost["flops"], min([mean + 0.01, *(at - 0.035 for at in below)])))
+            side = -1 if any(0.02 < other - cost["flops"] < 0.12 for other in flops.values()) else 1
+            below = [at for beside, at in labels if beside == side and abs(at - mean) < 0.1]
+            labels.append((side, min([mean + 0.01, *(at - 0.035 for at in below)])))
             layers = variant.model["layers"]
             routed = routed_layers(layers, BASE.model.depth) if layers in PATTERNS else ()
             colour = VERMILION if routed and variant.model.get("select", "learned") == "learned" else BLUE
             axis.errorbar(cost["flops"], mean, error, capsize=3, marker="o", color=colour)
-            axis.annotate(name.removeprefix(prefix), labels[-1], xytext=(7, 0), textcoords="offset points", fontsize=8)
+            axis.annotate(name.removeprefix(prefix), (cost["flops"], labels[-1][1]), xytext=(7 * side, 0), fontsize=8,
+                          textcoords="offset points", ha="left" if side > 0 else "right")
             if cost["ceiling"] is not None:
                 axis.plot(cost["flops"], cost["ceiling"], marker="_", markersize=14, color="grey")
         axis.set(title=title, xlabel="decoder FLOPs of a live stream (share of full computation)", xlim=(0, 1.12),
