@@ -289,9 +289,10 @@ class TestNarrowing:
 
     def test_routed_layers_begin_dense_and_come_down_to_their_share(self):
         ratios = [narrowed(self.CONFIG, step).model.keep_ratios for step in range(9)]
-        assert ratios[:4] == [(1.0, 1.0, 0.0, 1.0)] * 4, "dense, but for layers that are skipped"
-        assert all(one[0] > two[0] and one[3] > two[3] for one, two in pairwise(ratios[3:8]))
-        assert ratios[5] == pytest.approx((0.2**0.5, 1.0, 0.0, 0.5**0.5))
+        assert ratios[:4] == [(1.0, 1.0, 1.0, 1.0)] * 4, "dense, and those that will be skipped as well"
+        assert all(one[layer] > two[layer] for one, two in pairwise(ratios[3:8]) for layer in (0, 2, 3))
+        one_token = 1 / self.CONFIG.model.frame_tokens
+        assert ratios[5] == pytest.approx((0.2**0.5, 1.0, one_token**0.5, 0.5**0.5))
         assert ratios[7] == ratios[8] == self.CONFIG.model.keep_ratios and narrowed(TINY, 0) is TINY
 
     def test_a_run_narrows_its_routers_sleep_before_and_it_ends_as_it_is_asked_to(self, tmp_path, monkeypatch):
@@ -305,7 +306,7 @@ class TestNarrowing:
             kept = {routing.layer: int(routing.kept.sum(1).unique()) for routing in fetched["trace"]}
             asleep = {bool((router.weight(torch.ones(1, 1)) == 1).all()) for router in routers}
             seen.append((kept, asleep,
-                         [router.w.weight.detach().clone() for router in routers if router.kept]))
+                         [router.w.weight.detach().clone() for router in routers]))
             return fetched
 
         monkeypatch.setattr(module, "train_step", spy)

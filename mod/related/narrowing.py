@@ -1,8 +1,9 @@
 """Begin dense, then narrow down: a decoder learns to look before its layers learn to skip.
 
 For `--dense-steps` a routed layer keeps all tokens of a frame, every mu is one, and routers do not learn. Then the
-share that it keeps falls by the same factor per step, for `--narrow-steps`, to its keep ratio. `mod/train.py` imports
-this file when one of the two is given, whatever kind of run it trains.
+share that it keeps falls by the same factor per step, for `--narrow-steps`, to its keep ratio. In a layer that is to be
+skipped it falls to one token, and then to none. `mod/train.py` imports this file when one of the two is given, whatever
+kind of run it trains.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ def narrowed(config: Config, step: int) -> Config:
     if step >= settings.dense_steps + settings.narrow_steps:
         return config
     part = max(0.0, (step - settings.dense_steps) / max(1, settings.narrow_steps))
-    ratios = (ratio**part if ratio else 0.0 for ratio in model.keep_ratios)
+    ratios = ((ratio or 1 / model.frame_tokens) ** part for ratio in model.keep_ratios)
     return replace(config, model=replace(model, layers="keep:" + ",".join(map(str, ratios))))
 
 
