@@ -1,6 +1,6 @@
 """What do layers look at while they learn? Attention to the sprite that is asked for, by layer, over training.
 
-    python -m mod.study.first_look                # 4 patterns, 2 seeds each, one run after the other: half an hour
+    python -m mod.study.first_look                # 2 seeds of each of 4 patterns, two runs at a time
     python -m mod.study.first_look --steps 200    # shorter runs, in results of their own
     python -m mod.study.first_look --report       # train nothing: draw the runs that are finished
 
@@ -12,31 +12,30 @@ results/first_look.json, .md and .png.
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from tqdm import tqdm
 
 from mod.config import check, require
-from mod.data import SHAPES, Clip, Source, clip_batch
-from mod.layout import NO_LABEL, TEXT, Vocabulary, lay_out
+from mod.data import Source
 from mod.live.picture import save
-from mod.related.crowd import NAME_WORDS
 from mod.related.world import RelatedRun
 from mod.related.world import validate as usual
 from mod.run import to_json, write_text
+from mod.study.attention import asked, shares
 from mod.study.common import LAYERS, command, markdown, publish
 from mod.study.crowd import PRESET
-from mod.study.sweep import Job, Variant, build, job_of, same
+from mod.study.sweep import Flags as SweepFlags
+from mod.study.sweep import Job, Variant, build, encoder, job_of, same
 from mod.train import train
 from mod.videollm import VideoLLM
 
@@ -50,85 +49,34 @@ CLIPS = 16  # whose questions are looked at
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(SweepFlags):
     seeds: int = 2  # seeds 0 to this minus 1
     steps: int = 600  # of each run
     every: int = 25  # steps between two looks
     report: bool = False  # train nothing: draw the runs that are finished
 
     def __post_init__(self):
-        check(self, {"seeds": 1, "steps": 1, "every": 1})
-
-
-def asked(words: Vocabulary, clip: Clip, frame_tokens: int) -> Iterator[tuple[int, int]]:
-    """Of each answer "<assistant> red-disc left": the positions of "red-disc" and of the patch that shows it."""
-    layout = lay_out(words, len(clip.frames), frame_tokens, clip.said)
-    names = {words.ids[name]: number for number, name in enumerate(NAME_WORDS)}
-    labels = clip.patch_labels  # colour and shape from 1
-    shown = (labels[..., 0] - 1) * len(SHAPES) + labels[..., 1] - 1
-    for at, (before, token) in enumerate(zip(layout.ids, layout.ids[1:], strict=False), start=1):
-        if before == words.assistant and layout.frame[at] == TEXT and layout.labels[at] != NO_LABEL and token in names:
-            frame = max(layout.frame[:at])
-            [where] = np.flatnonzero((shown[frame] == names[token]) & (labels[frame][:, 0] > 0))
-            yield at, layout.frame.index(frame) + 1 + int(where)  # behind the frame's CLS token
-
-
-@contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """While this lasts, the causal attention of each layer that runs is collected, (B, H, K, K)."""
-    seen: list[Tensor] = []
-    attend = F.scaled_dot_product_attention
-
-    def watching(q: Tensor, k: Tensor, v: Tensor, *args, is_causal: bool = False, **options) -> Tensor:
-        if is_causal:
-            groups = q.shape[1] // k.shape[1]
-            scores = q @ k.repeat_interleave(groups, 1).mT / q.shape[-1] ** 0.5
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            seen.append(scores.masked_fill(later, -torch.inf).softmax(-1))
-        return attend(q, k, v, *args, is_causal=is_causal, **options)
-
-    with patch.object(F, "scaled_dot_product_attention", watching):
-        yield seen
-
-
-@torch.inference_mode()
-def attention_to_the_asked(model: VideoLLM, words: Vocabulary, clips: Sequence[Clip]) -> list[float]:
-    """Of each layer: the share of its attention that the word of an answer pays to the patch that shows whom it names,
-    in the head with the largest, mean over questions. A patch that the layer skips gets none."""
-    config, trace = model.config, []
-    batch = clip_batch(words, clips, config)
-    with watched() as weights:
-        model.predict(batch, trace)
-    kept = {routing.layer: routing.kept for routing in trace}
-    shares = []
-    for layer, attention in enumerate(weights):
-        found, first = [], 0
-        for row, clip in enumerate(clips):
-            enters = torch.ones(batch.ids.shape[1], dtype=torch.bool)
-            if layer in kept:
-                vision = batch.plan.vision[first : first + len(clip.frames)] - row * batch.ids.shape[1]
-                enters[vision] = kept[layer][first : first + len(clip.frames)]
-            first += len(clip.frames)
-            places = enters.cumsum(0) - 1  # in the short row, which keeps the order of time
-            found += [attention[row, :, places[word], places[sprite]] * enters[sprite]
-                      for word, sprite in asked(words, clip, config.frame_tokens)]
-        shares.append(torch.stack(found).mean(0).max().item())
-    return shares
+        super().__post_init__()
+        check(self, {"steps": 1, "every": 1})
 
 
 def looking(model: VideoLLM, config: RelatedRun, source: Source, number: int, free: bool = False) -> dict:
     """As a run of the preset validates, and where its layers look."""
     metrics = usual(model, config, source, number, free)
     model.eval()
-    metrics["attention"] = attention_to_the_asked(model, source.words, source.validation(CLIPS))
+    paid = shares(model, source.words, source.validation(CLIPS), asked)  # (layers, one group, heads)
+    metrics["attention"] = paid[:, 0].amax(1).tolist()
     model.train()
     return metrics
 
 
 def train_and_look(job: Job) -> None:
+    """One run, in a process of its own, and silently: two bars at a time would be a mess."""
     model, source = build(job)
     ready = replace(job.config, train=replace(job.config.train, vit_steps=0))
-    if train(ready, job.out, model, source, resume=True, validate=looking) is None:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        metrics = train(ready, job.out, model, source, resume=True, validate=looking)
+    if metrics is None:
         raise KeyboardInterrupt
     entries = map(json.loads, (job.out / "log.jsonl").read_text(encoding="utf-8").splitlines())
     curve = [{"step": entry["step"], "questions": entry["question_accuracy"], "attention": entry["attention"]}
@@ -180,13 +128,18 @@ def run(flags: Flags) -> int:
     base, usual_length = replace(PRESET, train=settings), flags.steps == Flags.steps
     name = "first_look" if usual_length else f"first_look-{flags.steps}"
     out, curves = Path("results") / name if usual_length else Path("runs") / name / "results", {}
-    for seed in range(flags.seeds):
-        for each in VARIANTS:
-            job = job_of(Path("runs") / name, out, base, VARIANTS, each, seed)
-            if not flags.report and not same(job.file, job.about):
-                train_and_look(job)
-            if same(job.file, job.about):
-                curves.setdefault(each, {})[str(seed)] = json.loads(job.file.read_text(encoding="utf-8"))["curve"]
+    jobs = [job_of(Path("runs") / name, out, base, VARIANTS, each, seed)
+            for seed in range(flags.seeds) for each in VARIANTS]
+    todo = [] if flags.report else [job for job in jobs if not same(job.file, job.about)]
+    for job in todo:
+        encoder(job.config, job.out.parent)  # before, so that no two runs make the same one
+    with ProcessPoolExecutor(flags.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for _ in tqdm(pool.map(train_and_look, todo), total=len(todo), unit="run", disable=None):
+            pass
+    for job in jobs:
+        if same(job.file, job.about):
+            each, seed = job.file.stem.split("-")
+            curves.setdefault(each, {})[seed] = json.loads(job.file.read_text(encoding="utf-8"))["curve"]
     require(curves, f"no finished run in {out}; train first, without --report")
     data = {"steps": flags.steps, "curves": curves}
     publish(out, data, report(data), plot)
