@@ -136,7 +136,7 @@ class TestCrowd:
             family, config = name.split("-")[0], configure(base, variant, 0)
             easy, start = family in ("one", "late"), variant.start
             assert start == ("" if family == "one" or name.endswith("dense") else "late-dense" if easy else "dense"), name
-            assert easy or name == "dense" or config.train.steps == 900
+            assert easy or name == "dense" or config.train.steps == 1400
             assert config.data == (preset if easy else base).data or name == "dense"
             learned = config.model.layers == "all" and config.model.select == "learned"
             kind = "once" if name.endswith("drop") else "shared" if learned and not easy and name != "own-weights" else ""

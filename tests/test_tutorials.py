@@ -451,11 +451,13 @@ def test_what_chapter_8_says_of_the_results_holds():
     mine = crowd["values"]["mod-all"]
     for other in ("skip", "exit", "drop", "pool", "random-all", "uniform-all"):
         theirs = crowd["values"][other]["quality"]
-        assert theirs.keys() == mine["quality"].keys() and all(mine["quality"][seed] > share for seed, share in theirs.items()), other
-    assert abs(mean["drop"] - ceiling["drop"]) < 0.05 and 0 < mean["skip"] - ceiling["skip"] < 0.12
-    assert max(shares["exit"]) > ceiling["exit"] > min(shares["exit"]) and mean["random-all"] < ceiling["random-all"]
+        better = [mine["quality"][seed] > share + 0.02 for seed, share in theirs.items()]
+        assert all(better) if other != "skip" else sum(better) == len(better) - 1 == 2, other
+        assert len(better) == 3 or other in ("pool", "uniform-all")
+    assert abs(mean["drop"] - ceiling["drop"]) < 0.05
+    assert all(abs(mean[other] - ceiling[other]) < 0.08 for other in ("exit", "random-all"))
     below = [crowd["values"]["dense"]["quality"][seed] - share for seed, share in mine["quality"].items()]
-    assert sum(below) > 0 and max(below) < 0.035 and min(mine["one look"].values()) > 0.99
+    assert max(map(abs, below)) < 0.01 and min(mine["one look"].values()) > 0.99
     for found in results("division.json")["seeds"].values():
         most, few, many, rest = found["layers"]
         assert min(most, many) > 0.6 and 0.2 < min(few, rest) <= max(few, rest) < 0.4 and found["any"] > 0.99
