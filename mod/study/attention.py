@@ -21,35 +21,32 @@ from mod.videollm import VideoLLM
 Look = tuple[int, list[np.ndarray]]  # where an answer's word stands, and groups of patches that it may look at
 
 
-def named(words: Vocabulary, clip: Clip, frame_tokens: int, before: int) -> Iterator[tuple[int, int, int, int]]:
-    """Of each answer in which a name comes after the token `before`: where the name stands, its number, the number of
-    the latest frame, and where that frame's first patch stands."""
+def named(words: Vocabulary, clip: Clip, frame_tokens: int, before: int) -> Iterator[tuple]:
+    """Of each answer in which a name comes after the token `before`: where the name stands; of the latest frame where
+    its first patch stands and its patch labels (P, 8); which patches show who is named, and which its shape, (P,)."""
     layout = lay_out(words, len(clip.frames), frame_tokens, clip.said)
-    names = {words.ids[name]: number for number, name in enumerate(NAME_WORDS)}
+    names = {words.ids[name]: divmod(number, len(SHAPES)) for number, name in enumerate(NAME_WORDS)}
     for at, (last, token) in enumerate(zip(layout.ids, layout.ids[1:], strict=False), start=1):
         if last == before and layout.frame[at] == TEXT and layout.labels[at] != NO_LABEL and token in names:
             frame = max(layout.frame[:at])
-            yield at, names[token], frame, layout.frame.index(frame) + 1  # the CLS token comes first
+            labels, (colour, shape) = clip.patch_labels[frame], names[token]  # labels count from 1
+            alike = labels[:, 1] == 1 + shape
+            first = layout.frame.index(frame) + 1  # the CLS token comes before it
+            yield at, first, labels, alike & (labels[:, 0] == 1 + colour), alike
 
 
 def asked(words: Vocabulary, clip: Clip, frame_tokens: int) -> Iterator[Look]:
     """Answers of one look, "<assistant> red-disc left": the patch that shows who is named."""
-    for at, name, frame, first in named(words, clip, frame_tokens, words.assistant):
-        colour, shape = divmod(name, len(SHAPES))
-        labels = clip.patch_labels[frame]  # from 1
-        yield at, [first + np.flatnonzero((labels[:, 0] == 1 + colour) & (labels[:, 1] == 1 + shape))]
+    for at, first, _, mine, _ in named(words, clip, frame_tokens, words.assistant):
+        yield at, [first + np.flatnonzero(mine)]
 
 
 def followed(words: Vocabulary, clip: Clip, frame_tokens: int) -> Iterator[Look]:
     """Answers of two looks, "leader of red-disc left": the patches of who is named, of its leader, of the others of
     their shape, and of all other sprites."""
-    for at, name, frame, first in named(words, clip, frame_tokens, words.ids["of"]):
-        colour, shape = divmod(name, len(SHAPES))
-        labels = clip.patch_labels[frame]  # from 1
-        alike, mine = labels[:, 1] == 1 + shape, labels[:, 0] == 1 + colour
-        [badge] = labels[alike & mine, BADGE_LABEL]
-        leader = labels[:, 0] == badge
-        groups = alike & mine, alike & leader, alike & ~mine & ~leader, (labels[:, 0] > 0) & ~alike
+    for at, first, labels, mine, alike in named(words, clip, frame_tokens, words.ids["of"]):
+        leader = alike & (labels[:, 0] == labels[mine, BADGE_LABEL])
+        groups = mine, leader, alike & ~mine & ~leader, (labels[:, 0] > 0) & ~alike
         yield at, [first + np.flatnonzero(group) for group in groups]
 
 

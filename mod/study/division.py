@@ -8,7 +8,6 @@ sprites came about in training. Reads results/crowd and the weights in runs/crow
 and .png.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,14 @@ import torch
 from matplotlib.figure import Figure
 
 from mod.config import require
-from mod.data import SHAPES
+from mod.data import SHAPES, Source
 from mod.evaluate import teacher_forced
 from mod.live.picture import save
 from mod.related.crowd import NAME_WORDS
-from mod.related.world import WORLD
-from mod.run import config_from, load_weights, read_tensors
 from mod.study.common import LAYERS, command, markdown, publish
 from mod.study.crowd import VARIANTS
-from mod.study.routers import equip
+from mod.study.sweep import finished
+from mod.videollm import VideoLLM
 
 SHOWN = 5  # seeds in the picture, at most
 DIVIDED = [name for name, variant in VARIANTS.items() if variant.model["layers"] == "all"]  # every layer is routed
@@ -46,23 +44,18 @@ class Flags:
         require(self.variant in DIVIDED, f"variant got {self.variant!r}, expected one of {', '.join(DIVIDED)}")
 
 
-def divide(flags: Flags, result: dict, weights: Path) -> dict:
+def divide(result: dict, model: VideoLLM, source: Source, number: int) -> dict:
     """Of one run: the share of the sprites of each name that each layer keeps, and that any layer keeps. Of trails,
-    which tell that somebody has moved, the share that any layer keeps."""
-    config = config_from(result["config"])
-    model, source = WORLD.build(config, torch.device("cpu"))
-    if result["routers"]:
-        equip(model, result["routers"])
-    load_weights(model.weights(), read_tensors(weights)[0], weights)
-    clips, trace = source.validation(flags.clips), []
-    teacher_forced(model.eval(), source.words, clips, trace=trace)
+    which tell that somebody has moved, the share that any layer keeps. On so many validation clips."""
+    clips, depth, trace = source.validation(number), model.config.depth, []
+    teacher_forced(model, source.words, clips, trace=trace)
     labels = np.concatenate([clip.patch_labels for clip in clips])
     patches = np.stack([torch.cat([one.kept for one in trace if one.layer == layer]).numpy()[:, 1:]
-                        for layer in range(config.model.depth)], axis=-1)  # (frames, patches, layers), kept or not
+                        for layer in range(depth)], axis=-1)  # (frames, patches, layers), kept or not
     sprite, trail = labels[..., 0] > 0, labels[..., 4] > 0
     name = (labels[sprite][:, 0] - 1) * len(SHAPES) + labels[sprite][:, 1] - 1
     kept = patches[sprite]  # (sprites seen, layers)
-    by_name = np.zeros((len(NAME_WORDS), config.model.depth))  # zero, too, for one who never appears
+    by_name = np.zeros((len(NAME_WORDS), depth))  # zero, too, for one who never appears
     np.add.at(by_name, name, kept)
     by_name /= np.maximum(1, np.bincount(name, minlength=len(NAME_WORDS)))[:, None]
     return {"by name": by_name.tolist(),
@@ -107,11 +100,8 @@ def plot(data: dict, path: Path) -> None:
 
 
 def run(flags: Flags) -> int:
-    seeds = {}
-    for file in sorted(flags.results.glob(f"{flags.variant}-[0-9]*.json")):
-        seed, weights = file.stem.removeprefix(f"{flags.variant}-"), flags.runs / file.stem / "model.safetensors"
-        if weights.is_file():
-            seeds[seed] = divide(flags, json.loads(file.read_text(encoding="utf-8")), weights)
+    seeds = {seed: divide(result, model, source, flags.clips)
+             for seed, result, model, source in finished(flags.runs, flags.results, flags.variant)}
     require(seeds, f"no finished run of {flags.variant} in {flags.results} and {flags.runs}; run mod.study.crowd first")
     data = {"variant": flags.variant, "clips": flags.clips, "seeds": seeds}
     publish(flags.out, data, report(data), plot)

@@ -35,7 +35,7 @@ from mod.study.attention import asked, shares
 from mod.study.common import LAYERS, command, markdown, publish
 from mod.study.crowd import PRESET
 from mod.study.sweep import Flags as SweepFlags
-from mod.study.sweep import Job, Variant, build, encoder, job_of, same
+from mod.study.sweep import Job, Variant, build, collect, encoder, job_of, same
 from mod.train import train
 from mod.videollm import VideoLLM
 
@@ -127,7 +127,7 @@ def run(flags: Flags) -> int:
     settings = replace(PRESET.train, steps=flags.steps, dense_steps=0, narrow_steps=0, eval_every=flags.every)
     base, usual_length = replace(PRESET, train=settings), flags.steps == Flags.steps
     name = "first_look" if usual_length else f"first_look-{flags.steps}"
-    out, curves = Path("results") / name if usual_length else Path("runs") / name / "results", {}
+    out = Path("results") / name if usual_length else Path("runs") / name / "results"
     jobs = [job_of(Path("runs") / name, out, base, VARIANTS, each, seed)
             for seed in range(flags.seeds) for each in VARIANTS]
     todo = [] if flags.report else [job for job in jobs if not same(job.file, job.about)]
@@ -136,10 +136,8 @@ def run(flags: Flags) -> int:
     with ProcessPoolExecutor(flags.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for _ in tqdm(pool.map(train_and_look, todo), total=len(todo), unit="run", disable=None):
             pass
-    for job in jobs:
-        if same(job.file, job.about):
-            each, seed = job.file.stem.split("-")
-            curves.setdefault(each, {})[seed] = json.loads(job.file.read_text(encoding="utf-8"))["curve"]
+    found = collect(out, base, VARIANTS, flags.seeds)
+    curves = {each: {seed: run["curve"] for seed, run in some.items()} for each, some in found.items() if some}
     require(curves, f"no finished run in {out}; train first, without --report")
     data = {"steps": flags.steps, "curves": curves}
     publish(out, data, report(data), plot)

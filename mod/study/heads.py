@@ -10,23 +10,19 @@ head's attention to sprites is shared out. Reads results/crowd and the weights i
 .md and .png.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from mod.config import require
 from mod.live.picture import BLUE, GREEN, ORANGE, VERMILION, save
-from mod.related.world import WORLD
-from mod.run import config_from, load_weights, read_tensors
 from mod.study.attention import followed, shares
 from mod.study.common import command, markdown, publish
 from mod.study.crowd import VARIANTS
-from mod.study.routers import equip
+from mod.study.sweep import finished
 
 GROUPS = {"the sprite that is named": BLUE, "its leader": VERMILION, "others of their shape": ORANGE,
           "other sprites": GREEN}
@@ -45,17 +41,6 @@ class Flags:
         require(self.clips >= 1, f"clips must be at least 1, got {self.clips}")
         for name in self.only.split(","):
             require(name in VARIANTS, f"only got {name!r}, expected names among {', '.join(VARIANTS)}")
-
-
-def look(flags: Flags, result: dict, weights: Path) -> dict:
-    """Of one run: the share of its attention that each head pays to each group, [layer][group][head]."""
-    config = config_from(result["config"])
-    model, source = WORLD.build(config, torch.device("cpu"))
-    if result["routers"]:
-        equip(model, result["routers"])
-    load_weights(model.weights(), read_tensors(weights)[0], weights)
-    paid = shares(model.eval(), source.words, source.validation(flags.clips), followed)
-    return {"attention": paid.tolist(), "right": result["kinds"]["leader"]}
 
 
 def most(attention: list, group: int) -> tuple[int, int]:
@@ -111,10 +96,9 @@ def plot(data: dict, path: Path) -> None:
 def run(flags: Flags) -> int:
     heads: dict[str, dict] = {}
     for name in flags.only.split(","):
-        for file in sorted(flags.results.glob(f"{name}-[0-9]*.json")):
-            seed, weights = file.stem.removeprefix(f"{name}-"), flags.runs / file.stem / "model.safetensors"
-            if weights.is_file():
-                heads.setdefault(name, {})[seed] = look(flags, json.loads(file.read_text(encoding="utf-8")), weights)
+        for seed, result, model, source in finished(flags.runs, flags.results, name):
+            paid = shares(model, source.words, source.validation(flags.clips), followed)  # (layers, groups, heads)
+            heads.setdefault(name, {})[seed] = {"attention": paid.tolist(), "right": result["kinds"]["leader"]}
     require(heads, f"no finished run of {flags.only} in {flags.results} and {flags.runs}; run mod.study.crowd first")
     data = {"clips": flags.clips, "heads": heads}
     publish(flags.out, data, report(data), plot)

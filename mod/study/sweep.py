@@ -123,12 +123,29 @@ def encoder(config: Config, folder: Path) -> Path:
     return path
 
 
+def untrained(config: Config, kind: str) -> tuple[VideoLLM, Source]:
+    """The model of a run, with routers of this kind if they are not the method's own, and its streams."""
+    model, source = find_world(config.world).build(config, torch.device("cpu"))
+    if kind:
+        routers.equip(model, kind)
+    return model, source
+
+
+def finished(runs: Path, results: Path, name: str) -> Iterator[tuple[str, dict, VideoLLM, Source]]:
+    """The runs of a variant that are finished and whose weights are here: seed, what it measured, model and streams."""
+    for file in sorted(results.glob(f"{name}-[0-9]*.json")):
+        weights = runs / file.stem / "model.safetensors"
+        if weights.is_file():
+            result = json.loads(file.read_text(encoding="utf-8"))
+            model, source = untrained(config_from(result["config"]), result["routers"])
+            load_weights(model.weights(), read_tensors(weights)[0], weights)
+            yield file.stem.removeprefix(f"{name}-"), result, model.eval(), source
+
+
 def build(job: Job) -> tuple[VideoLLM, Source]:
     """The model of a run, with a warmed-up encoder or, when the run starts from a dense one, all of its weights but the
     routers'."""
-    model, source = find_world(job.config.world).build(job.config, torch.device("cpu"))
-    if job.routers:
-        routers.equip(model, job.routers)
+    model, source = untrained(job.config, job.routers)
     if job.start:
         # A layer may be routed in one run and not in the other: its weights are then one name deeper.
         own = {name.replace(".block.", "."): weight for name, weight in model.weights().items()}
