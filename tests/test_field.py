@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from mod.related.methods import METHODS, build, configure
 from mod.related.world import WORLD
-from mod.study import field
+from mod.study import crowd, crowd_field, field
 from mod.study.sweep import collect
+from mod.study.sweep import configure as configure_run
 
 ROOT = Path(__file__).parent.parent
 FIELD = WORLD.presets["field"]
@@ -113,6 +114,53 @@ def test_the_command_refuses_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as exit:
         field.main(["--seed", "1"])
     assert exit.value.code == 2 and "did you mean --seeds?" in capsys.readouterr().err
+
+
+def made_up_crowd(seeds: int = 3) -> dict:
+    """Runs of the crowd as `crowd_field` finds them: those of table C say no costs, chance is worse than MoD."""
+    dice, share = random.Random(1), {"mod-all": 0.9, "random-all": 0.6, "fastv-cheap": 0.8, "full": 0.95}
+    runs = {name: {str(seed): made_up_run(dice, name != "fastv-cheap") | {"question_accuracy": good + 0.01 * dice.random()}
+                   for seed in range(seeds)} for name, good in share.items()}
+    for name in ("mod-all", "random-all", "full"):
+        for run in runs[name].values():
+            del run["costs"]
+    return crowd_field.with_costs(runs)
+
+
+def test_the_crowd_has_every_method_once_and_each_cheap_one_once():
+    """What table C has already is not trained twice; all else differs from the preset by its method alone."""
+    names = {name.removesuffix("-cheap") for name in crowd_field.VARIANTS}
+    assert names >= set(METHODS) - {"visual-rope"}
+    cheap = {name for name in METHODS if METHODS[name].cheap}
+    assert {name + "-cheap" for name in cheap} - set(crowd_field.VARIANTS) == {"early-exit-cheap", "layer-skip-cheap"}
+    drawn = [name for _, _, group in crowd_field.FAMILIES.values() for name in group if name in crowd_field.VARIANTS]
+    assert sorted([*drawn, "no-vision"]) == sorted(crowd_field.VARIANTS)
+    configs = {name: configure_run(crowd.BASE, variant, 0) for name, variant in crowd_field.VARIANTS.items()}
+    for name, config in configs.items():
+        assert config.data == crowd.PRESET.data and config.train == crowd.PRESET.train
+        if config.model.method != "mod":
+            one = replace(crowd.PRESET.model, cheap=name.endswith("-cheap"))
+            assert config.model == configure(one, name.removesuffix("-cheap"))
+    same = {"exit": ("early-exit", True), "skip": ("layer-skip", True), "full": ("full", False), "mod": ("mod", False)}
+    for name, (method, is_cheap) in same.items():
+        twin = configure(replace(crowd.PRESET.model, cheap=is_cheap), method)
+        assert configs[name].model.keep_ratios == twin.keep_ratios
+
+
+def test_the_crowd_table_says_what_it_costs_and_who_is_on_the_front(tmp_path):
+    found = made_up_crowd()
+    data = {"steps": 900, "clips": 256, "entry_bytes": 512, "online": {name: name != "fastv-cheap" for name in found},
+            "ceilings": {name: crowd_field.ceiling(name) for name in found},
+            "values": crowd_field.read_off(found, crowd_field.MEASURES)}
+    assert data["ceilings"]["full"] == data["ceilings"]["mod-all"] == 1 > data["ceilings"]["random-all"] > 0.8
+    assert data["ceilings"]["fastv-cheap"] is None
+    text = crowd_field.report(data)
+    row = next(line for line in text.splitlines() if line.startswith("| `mod-all`"))
+    assert row.endswith("| 0.18 | 12,288 | yes |") and "| 1.00 |" in row
+    assert "quality against FLOPs: `random-all`, `mod-all`, `full`" in text, "who cannot run online is not on it"
+    assert "| `random-all` | +0.30" in text and "| `full` | -0.05" in text
+    field.plot(data, tmp_path / "crowd.png", crowd_field.FAMILIES, "A crowd", "FLOPs")
+    assert (tmp_path / "crowd.png").stat().st_size > 10_000
 
 
 PUBLISHED = ROOT / "results/field.json"

@@ -43,9 +43,12 @@ NO_WINDOW = {"voco", "visual-rope"}
 LOOKS_BACK = {"mod", "p-mod-frame", "gamma-mod", "sequence-mod"}  # what a frame keeps depends on what is remembered
 
 
-def model_of(name: str, seed: int = 0):
+CHEAP = [name for name in METHODS if METHODS[name].cheap]
+
+
+def model_of(name: str, seed: int = 0, cheap: bool = False):
     torch.manual_seed(seed)
-    model = build(configure(SMALL, name))
+    model = build(configure(replace(SMALL, cheap=cheap), name))
     for part, value in model.named_parameters():
         if "router" in part:  # some begin at zero, and would choose the first tokens
             torch.nn.init.normal_(value)
@@ -434,6 +437,32 @@ def test_a_stream_comes_back_to_where_it_stood(name):
         stream.position = list(position)
     assert torch.equal(logits[0], logits[2])
     assert torch.equal(logits[0], logits[1]) == (name == "no-vision")
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_cheap_setting_learns_streams_and_costs_less(name):
+    """Of a long stream in which little is said, at most a third of full computation's decoder, FastV a little more,
+    but for clusters, of which there are as many as frames have."""
+    model, plain = model_of(name, cheap=True), model_of(name)
+    loss, batch = loss_of(model.train(), some_clips(3, wide=0.5))
+    loss.backward()
+    assert not [part for part, value in model.named_parameters() if value.grad is None and value.requires_grad]
+    clip, model = some_clips(1, 3, wide=0.0)[0], model.eval()
+    if model.online:
+        with torch.no_grad():
+            offline, batch = hidden_of(model, [clip])
+            online, _ = streamed(model, batch, [1, 2])
+        looked_at = labels_of(batch)[0] != NO_LABEL
+        torch.testing.assert_close(online[0, looked_at], offline[0, looked_at], rtol=0, atol=1e-8)
+    quiet = [make_clip(replace(DATA, question_rate=0.0, event_rate=0.0, ahead=0.0, wide=0.0), SMALL, "train", 0, 1, 24)]
+    cost, own, full = (one["flops"] - one["encoder"] for one in (counted(each, WORDS, quiet) for each in
+                                                                 (model, plain, model_of("full"))))
+    assert cost < own and (name == "setok" or cost < 0.36 * full)
+
+
+def test_a_method_without_a_cheap_setting_says_so(capsys):
+    assert train_tiny.main(["--method", "voco", "--cheap"]) == 2
+    assert "cheap got True, but voco has no such setting; leave it out" in capsys.readouterr().err
 
 
 def test_a_key_frame_is_remembered_and_saved():

@@ -62,7 +62,8 @@ def settle(config: RelatedRun, given: set[str]) -> RelatedRun | None:
     idle = min(own_fields(config.model) & given, default="")
     require(not idle, f"{flag_of(idle)} does nothing with the method {name}; leave it out")
     if name != "mod":
-        print(f"{METHODS[name].title}: {METHODS[name].line}. Streaming needs: {METHODS[name].streams}.")
+        cheap = f" Cheap: {METHODS[name].cheap}." if config.model.cheap else ""
+        print(f"{METHODS[name].title}: {METHODS[name].line}.{cheap} Streaming needs: {METHODS[name].streams}.")
     return config
 
 

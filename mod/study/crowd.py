@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from mod.config import PATTERNS, Gate, ModelConfig, require, routed_layers
+from mod.config import PATTERNS, Gate, ModelConfig, routed_layers
 from mod.data import CELLS, COLOURS
 from mod.live.costs import dense
 from mod.live.picture import BLUE, VERMILION, save
@@ -43,8 +43,9 @@ from mod.related.world import WORLD
 from mod.router import new_router
 from mod.study.common import command, markdown, publish
 from mod.study.costs import average_text, decoder_flops, kv_bytes
+from mod.study.needle import APART, LIVE
 from mod.study.statistics import compare, mean_and_error, mean_error, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, configure, mean_decoder_flops, read_off, trained
+from mod.study.sweep import TrialFlags, Variant, chosen, configure, mean_decoder_flops, read_off, trained
 from mod.study.tables import MEASURES as COLUMNS
 
 PRESET = WORLD.presets["crowd"]  # one look a question, trained from scratch
@@ -56,7 +57,6 @@ CHANGES = {"model": {"take_turns": 1, "keep_ratio": 0.3},
            "train": {"steps": 1400, "dense_steps": 20, "narrow_steps": 200, "save_every": 200}}
 BASE = replace(PRESET, **{part: replace(getattr(PRESET, part), **changes) for part, changes in CHANGES.items()})
 ONE_LOOK = {part: {name: getattr(getattr(PRESET, part), name) for name in changes} for part, changes in CHANGES.items()}
-LIVE = 24  # frames of the stream that costs are told of, with a question after every fourth
 ALL, ODD = {"layers": "all"}, {"layers": "interleaved"}
 # Where all layers choose by what they have learned, their routers share one weight: all look for the same, and taking
 # turns gives every layer its part. In trials with weights of their own, and fewer questions, some layers of some seeds
@@ -101,20 +101,20 @@ DENSE = Variant(START, METHODS["full"].model | ONE_LOOK["model"], data={"asks": 
 VARIANTS = {name: replace(variant, start="dense") for name, variant in (METHODS | GATES).items()} | {"dense": DENSE}
 
 
-def one_look(name: str, **train) -> Variant:
+def one_look(variant: Variant, **train) -> Variant:
     """A variant as the preset has it, with `train` changed. Its routers have a weight each, or make one choice."""
-    variant = METHODS[name]
     return replace(variant, routers="" if variant.routers == "shared" else variant.routers, data=ONE_LOOK["data"],
                    model=ONE_LOOK["model"] | variant.model, train=variant.train | ONE_LOOK["train"] | train)
 
 
 EASY = "full", "mod-all", "random-all", "uniform-all", "drop", "exit", "skip", "mod", "even", "all-deep"
-VARIANTS |= {f"one-{name}": one_look(name) for name in EASY}
-VARIANTS["one-pool"] = replace(one_look("pool"), title="pooling to 1 + 2×2 tokens",
+VARIANTS |= {f"one-{name}": one_look(METHODS[name]) for name in EASY}
+VARIANTS["one-pool"] = replace(one_look(METHODS["pool"]), title="pooling to 1 + 2×2 tokens",
                                model=ONE_LOOK["model"] | {"layers": "none", "grid": 2})
 # One look again, begun with a trained decoder.
-VARIANTS["late-dense"] = replace(one_look("full", steps=400), title=START)
-VARIANTS["late-mod-all"] = replace(one_look("mod-all", steps=600, dense_steps=20, save_every=200), start="late-dense")
+VARIANTS["late-dense"] = replace(one_look(METHODS["full"], steps=400), title=START)
+VARIANTS["late-mod-all"] = replace(one_look(METHODS["mod-all"], steps=600, dense_steps=20, save_every=200),
+                                   start="late-dense")
 # The first three ask what the paper's tables ask; the others are ours.
 TABLES = {
     "Methods, as in the paper's Table 1": (
@@ -159,12 +159,7 @@ class Flags(TrialFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.names:
-            require(name in VARIANTS, f"only got {name!r}, expected names among {', '.join(VARIANTS)}")
-
-    @property
-    def names(self) -> list[str]:
-        return self.only.split(",") if self.only else list(VARIANTS)
+        chosen(self.only, VARIANTS)
 
 
 def costs(name: str, text: float) -> dict[str, float]:
@@ -173,7 +168,7 @@ def costs(name: str, text: float) -> dict[str, float]:
     variant, full = VARIANTS[name], dense(BASE.model)
     whole = configure(BASE, variant, 0)
     config = whole.model
-    live = LIVE, 1 + LIVE // 4 * 11  # a question and its answer are eleven tokens
+    live = LIVE, 1 + LIVE // APART * 11  # a question and its answer are eleven tokens
     clip = BASE.data.frames, text
     training = mean_decoder_flops(whole, *clip) / decoder_flops(full, *clip)
 
@@ -319,7 +314,7 @@ def plot(data: dict, path: Path) -> None:
 
 
 def run(flags: Flags) -> int:
-    out, base, found = trained("crowd", flags, BASE, VARIANTS, flags.names)
+    out, base, found = trained("crowd", flags, BASE, VARIANTS, chosen(flags.only, VARIANTS))
     _, source = WORLD.build(base, torch.device("cpu"))
     text = average_text(source.validation(64), source.words)
     results = {"steps": base.train.steps, "clips": base.train.eval_clips, "values": read_off(found, MEASURES),

@@ -249,17 +249,24 @@ FAMILIES = {  # colour and marker of each family: told apart without colour, too
     "compress": (VERMILION, "v", ("voco",)),
     "all tokens": ("black", "*", ("full", "visual-rope", "adaptvision")),
 }
+MOD = "mod", "mod-all"  # drawn larger
 
 
-def draw_points(axis, data: dict, measure: str) -> None:
-    """Every method's quality against one of its costs, with the Pareto front."""
+Families = dict[str, tuple[str, str, tuple[str, ...]]]
+
+
+def draw_points(axis, data: dict, measure: str, families: Families) -> None:
+    """Every method's quality against one of its costs, with what it could reach where that is told, and the Pareto
+    front."""
     placed = points(data, measure)
     ends = [placed[name] for name in online_front(data, measure)]
     axis.step(*zip(*ends, strict=True), where="post", color="grey", linewidth=1, linestyle="--", zorder=0)
-    for colour, marker, names in FAMILIES.values():
+    for colour, marker, names in families.values():
         for name in (name for name in names if name in placed):
             _, error = mean_error(data["values"][name]["quality"])
-            axis.errorbar(*placed[name], error, color=colour, marker=marker, markersize=10 if name == "mod" else 6,
+            if ceiling := data.get("ceilings", {}).get(name):
+                axis.plot(placed[name][0], ceiling, marker="_", markersize=12, color="grey", zorder=0)
+            axis.errorbar(*placed[name], error, color=colour, marker=marker, markersize=10 if name in MOD else 6,
                           markerfacecolor=colour if data["online"][name] else "white", capsize=2, elinewidth=0.8,
                           linestyle="none")
     if measure == "kv":
@@ -269,11 +276,11 @@ def draw_points(axis, data: dict, measure: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def write_numbers(axis, data: dict, measure: str, low: float, high: float) -> None:
+def write_numbers(axis, data: dict, measure: str, families: Families, low: float, high: float) -> None:
     """Each method's number near its point, where it covers no other number and no point: those whose quality is in
     [low, high). The figure must have been laid out. Distances are in points, of which an inch has 72."""
     placed, scale = points(data, measure), 72 / axis.figure.dpi
-    colours = {name: colour for colour, _, names in FAMILIES.values() for name in names}
+    colours = {name: colour for colour, _, names in families.values() for name in names}
     taken = [scale * axis.transData.transform(point) for point in placed.values()]
     for number, (name, point) in enumerate(placed.items(), start=1):
         if not low <= point[1] < high:
@@ -285,21 +292,22 @@ def write_numbers(axis, data: dict, measure: str, low: float, high: float) -> No
                                                 for x, y in taken)), ways[0])
         taken.append(here + free)
         axis.annotate(str(number), point, free, textcoords="offset points", ha="center", va="center", fontsize=9,
-                      color=colours[name], weight="bold" if name == "mod" else "normal",
+                      color=colours[name], weight="bold" if name in MOD else "normal",
                       arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"} if math.hypot(*free) > 16 else None)
 
 
-def plot(data: dict, path: Path) -> None:
+def plot(data: dict, path: Path, families: Families = FAMILIES, title: str = "The field side by side: the same model, "
+         "data, steps and seeds. Quality: mean of narration, present, past and timing",
+         flops: str = "FLOPs of a clip, encoder included") -> None:
     """The picture: quality against FLOPs and against KV bytes, with error bars over seeds and the Pareto fronts; below,
     the upper part once more, larger."""
     figure, values = Figure(figsize=(15, 10.5), layout="constrained"), data["values"]
     grid = figure.subplots(2, 2)
-    costs = {"flops": "FLOPs of a clip, encoder included (share of full computation)",
-             "kv": "keys and values that a frame leaves (bytes)"}
+    costs = {"flops": f"{flops} (share of full computation)", "kv": "keys and values that a frame leaves (bytes)"}
     for column, (measure, label) in enumerate(costs.items()):
         for row in (0, 1):
             axis = grid[row, column]
-            draw_points(axis, data, measure)
+            draw_points(axis, data, measure, families)
             axis.set(xlabel=label, ylabel="quality (share right, ± standard error over seeds)")
         whole, near = grid[:, column]
         whole.set_title(f"Quality against {'FLOPs' if measure == 'flops' else 'KV cache'}")
@@ -311,20 +319,19 @@ def plot(data: dict, path: Path) -> None:
             whole.axhline(blind, color="grey", linestyle=":")
             whole.text(0.02, blind + 0.01, "no vision", transform=whole.get_yaxis_transform(), fontsize=9)
     placed, entries = list(points(data, "flops")), []
-    for family, (colour, marker, names) in FAMILIES.items():
+    for family, (colour, marker, names) in families.items():
         for name in (name for name in names if name in placed):
             face = colour if data["online"][name] else "white"
             entries.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="none",
                                   label=f"{placed.index(name) + 1} {name} ({family})"))
     entries.append(Line2D([], [], color="grey", linestyle="--", label="Pareto front (online)"))
     figure.legend(handles=entries, loc="outside right center", fontsize=9, title="hollow: cannot run online")
-    figure.suptitle("The field side by side: the same model, data, steps and seeds. "
-                    "Quality: mean of narration, present, past and timing")
+    figure.suptitle(title)
     figure.draw_without_rendering()  # which puts everything in its place
     for column, measure in enumerate(costs):
         whole, near = grid[:, column]
-        write_numbers(whole, data, measure, 0, near.get_ylim()[0])
-        write_numbers(near, data, measure, *near.get_ylim())
+        write_numbers(whole, data, measure, families, 0, near.get_ylim()[0])
+        write_numbers(near, data, measure, families, *near.get_ylim())
     save(figure, path)
 
 

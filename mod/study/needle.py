@@ -24,6 +24,7 @@ DEPTHS = (0.0, 0.33, 0.67, 1.0)  # where the needle is, as a share of the way
 NEEDLES = 16  # for each length and depth
 LONG, LONG_CLIPS = 24, 48  # frames of the longer clips, and how many
 COUNTED = 16  # clips on which costs are counted, which may depend on what they show
+LIVE, APART = 24, 4  # a crowd's costs are those of a live stream of so many frames, with a question after every fourth
 
 
 class Haystack(HarderScene):
@@ -75,9 +76,23 @@ def quality(model: VideoLLM, source: Source, config: Config, clips: Sequence[Cli
     return {name: summary[name] for name in names}
 
 
+def live_clip(config: Config, index: int = 0) -> Clip:
+    """A crowd as it may be watched: somebody is asked for after every fourth frame, and nothing else is said."""
+    data = replace(config.data, question_rate=0.0, event_rate=0.0, ahead=0.0)
+    clip = make_clip(data, config.model, "test", 4, index, LIVE)
+    said = []
+    for frame in range(APART - 1, LIVE, APART):
+        question = next(question for question in clip.truth[frame] if question.startswith("where is the "))
+        said += [Say(frame, "user", question), Say(frame, "assistant", clip.truth[frame][question])]
+    return replace(clip, said=said)
+
+
 def probes(model: VideoLLM, source: Source, config: Config) -> dict:
-    """What a run's result says besides its metrics: longer clips, needles, either shape of frame on its own, costs."""
+    """What a run's result says besides its metrics: longer clips, needles, either shape of frame on its own, costs.
+    Of a crowd the costs alone, of a live stream."""
     model.eval()
+    if config.data.crowd:
+        return {"costs": counted(model, source.words, [live_clip(config)])}
     long = [make_clip(config.data, config.model, "test", 1, index, LONG) for index in range(LONG_CLIPS)]
     result = {"long": quality(model, source, config, long), "needle": needles(model, source, config)}
     for name, wide in (("square", 0.0), ("wide", 1.0)):

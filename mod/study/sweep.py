@@ -321,6 +321,14 @@ def trained(name: str, flags: TrialFlags, base: Config, variants: dict[str, Vari
     return results, base, found
 
 
+def chosen(only: str, variants: dict[str, Variant]) -> list[str]:
+    """The variants that a flag asks for, names with commas between; all if it is empty. Raises UserError for others."""
+    names = only.split(",") if only else list(variants)
+    for name in names:
+        require(name in variants, f"only got {name!r}, expected names among {', '.join(variants)}")
+    return names
+
+
 def read_off(results: dict[str, dict[str, dict]], measures: dict[str, Callable]) -> dict[str, dict[str, dict]]:
     """`results` (variant -> seed -> metrics) column by column: variant -> measure -> seed -> value."""
     return {name: {measure: {seed: read(run) for seed, run in found.items()} for measure, read in measures.items()}
