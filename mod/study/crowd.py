@@ -111,6 +111,12 @@ EASY = "full", "mod-all", "random-all", "uniform-all", "drop", "exit", "skip", "
 VARIANTS |= {f"one-{name}": one_look(METHODS[name]) for name in EASY}
 VARIANTS["one-pool"] = replace(one_look(METHODS["pool"]), title="pooling to 1 + 2×2 tokens",
                                model=ONE_LOOK["model"] | {"layers": "none", "grid": 2})
+# The same at twice the depth, to ask which every other layer is routed best.
+DEEP = {"full": ("full computation", "none"), "mod": ("MoD in layers 1, 3, 5 and 7, interleaved", "interleaved"),
+        "even": ("MoD in layers 0, 2, 4 and 6", "0,2,4,6"), "all-deep": ("MoD in layers 4 to 7, all deep", "all-deep"),
+        "mod-all": ("MoD in all layers", "all")}
+VARIANTS |= {f"deep-{name}": one_look(Variant(title, {"depth": 8, "layers": layers}))
+             for name, (title, layers) in DEEP.items()}
 # One look again, begun with a trained decoder.
 VARIANTS["late-dense"] = replace(one_look(METHODS["full"], steps=400), title=START)
 VARIANTS["late-mod-all"] = replace(one_look(METHODS["mod-all"], steps=600, dense_steps=20, save_every=200),
@@ -129,6 +135,7 @@ TABLES = {
     "C. One look a question; 900 steps from scratch, r = 0.2":
         tuple(name for name in VARIANTS if name.startswith("one-")),
     "D. One look a question; 600 steps after a dense start, r = 0.2": ("late-dense", "late-mod-all"),
+    "E. One look a question, eight layers; 900 steps from scratch, r = 0.2": tuple(f"deep-{name}" for name in DEEP),
 }
 # What is compared with what, each line a family of its own. The first is the one that the study is made for.
 RIVALS = (
@@ -140,6 +147,7 @@ RIVALS = (
     ("mod-all", TABLES["B. What lets the layers divide a crowd"][1:]),
     ("one-mod-all", tuple(f"one-{name}" for name in ("random-all", "uniform-all", "drop", "exit", "skip", "full"))),
     ("one-mod", ("one-even", "one-all-deep")),
+    ("deep-mod", ("deep-even", "deep-all-deep", "deep-mod-all", "deep-full")),
 )
 MEASURES = {
     "quality": COLUMNS["questions"],
@@ -165,9 +173,10 @@ class Flags(TrialFlags):
 def costs(name: str, text: float) -> dict[str, float]:
     """Of a variant as a share of full computation: decoder FLOPs and KV cache of a live stream, FLOPs of its training
     on clips of so many text tokens, and what it can reach."""
-    variant, full = VARIANTS[name], dense(BASE.model)
+    variant = VARIANTS[name]
     whole = configure(BASE, variant, 0)
     config = whole.model
+    full = dense(replace(BASE.model, depth=config.depth))
     live = LIVE, 1 + LIVE // APART * 11  # a question and its answer are eleven tokens
     clip = BASE.data.frames, text
     training = mean_decoder_flops(whole, *clip) / decoder_flops(full, *clip)
