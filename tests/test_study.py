@@ -134,8 +134,8 @@ class TestCrowd:
         base, preset = crowd.BASE, crowd.PRESET
         for name, variant in crowd.VARIANTS.items():
             family, config = name.split("-")[0], configure(base, variant, 0)
-            easy, start = family in ("one", "late"), variant.start
-            assert start == ("" if family == "one" or name.endswith("dense") else "late-dense" if easy else "dense"), name
+            easy, start = family in ("one", "deep", "late"), variant.start
+            assert start == ("" if family in ("one", "deep") or name.endswith("dense") else "late-dense" if easy else "dense"), name
             assert easy or name == "dense" or config.train.steps == 1400
             assert config.data == (preset if easy else base).data or name == "dense"
             learned = config.model.layers == "all" and config.model.select == "learned"
@@ -144,6 +144,7 @@ class TestCrowd:
             if "mod-all" in name or "random" in name:
                 assert (config.model.take_turns == 3) == easy
                 assert (config.model.keep_ratio == 0.2) == easy
+            assert config.model.depth == (8 if family == "deep" else 4)
             if not easy and not variant.train:  # nothing of its own
                 assert config.train == base.train, name
         dense = configure(base, crowd.VARIANTS["dense"], 0)

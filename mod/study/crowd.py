@@ -147,7 +147,7 @@ RIVALS = (
     ("mod-all", TABLES["B. What lets the layers divide a crowd"][1:]),
     ("one-mod-all", tuple(f"one-{name}" for name in ("random-all", "uniform-all", "drop", "exit", "skip", "full"))),
     ("one-mod", ("one-even", "one-all-deep")),
-    ("deep-mod", ("deep-even", "deep-all-deep", "deep-mod-all", "deep-full")),
+    ("deep-mod", ("deep-even", "deep-all-deep", "deep-full")),
 )
 MEASURES = {
     "quality": COLUMNS["questions"],
