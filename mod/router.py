@@ -11,7 +11,7 @@ The choice itself has no gradient: a router learns from mu alone, so the gate de
 after what mu is, and after what mu scales:
 
     score-    mu is the score, as in the paper
-    sigmoid-  mu is 2 * sigmoid(score): positive, and 1 at score zero, where it hardly disturbs a decoder
+    sigmoid-  mu is 2 * sigmoid(score): positive, and 1 at score zero, where the gate itself changes nothing
     -update   mu scales the kept token's own update, as in the paper
     -value    mu also scales the token's value in this layer's attention
     -read     mu scales that value alone
