@@ -26,7 +26,7 @@ from mod.study.sweep import finished
 
 GROUPS = {"the sprite that is named": BLUE, "its leader": VERMILION, "others of their shape": ORANGE,
           "other sprites": GREEN}
-SHOWN = 3  # seeds in the picture, at most
+SHOWN = 5  # seeds in the picture, at most
 
 
 @dataclass(frozen=True)
