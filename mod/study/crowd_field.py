@@ -100,7 +100,7 @@ def report(data: dict) -> str:
     return "\n".join([
         f"**The field in a crowd, one look a question.** Mean ± standard error over {number_of_seeds(values)} seeds, "
         f"{data['steps']} steps from scratch, on {data['clips']} validation clips. Quality: questions answered right. "
-        f"FLOPs: of the decoder, in a stream of {LIVE} frames with a question after every {APART}, as a share of full "
+        f"FLOPs: of the decoder, in a stream of {LIVE} frames with a question every {APART} frames, as a share of full "
         "computation. KV: bytes that a frame leaves there.\n",
         markdown(table),
         "On the Pareto front of what runs online, from cheap to dear:\n",
