@@ -263,6 +263,16 @@ def kept_cells(config: ModelConfig, once: bool, crowds: np.ndarray) -> np.ndarra
     return np.stack(layers)
 
 
+def against(values: dict, one: str, others: Sequence[str]) -> str:
+    """One variant's quality compared with that of the others which share at least three seeds with it, a family of its
+    own; empty if there is none."""
+    mine = values[one]["quality"] if one in values else {}
+    there = {name: values[name]["quality"] for name in others if name in values}
+    family = {f"`{name}`": (mine, found) for name, found in there.items() if len(set(found) & set(mine)) > 2}
+    told = f"`{one}` minus the others in quality, seed by seed (intervals alone, p by Holm's method):\n\n"
+    return told + markdown(compare(family)) if family else ""
+
+
 def report(data: dict) -> str:
     values = data["values"]
     parts = [f"Mean ± standard error over {number_of_seeds(values)} seeds, {data['steps']} steps after a dense start "
@@ -282,13 +292,7 @@ def report(data: dict) -> str:
         if len(rows) > 1:
             table = pd.DataFrame.from_dict(rows, orient="index")
             parts += [f"**{title}**\n", markdown(table.loc[:, (table != "-").any()])]
-    for one, others in RIVALS:
-        mine = values[one]["quality"] if one in values else {}
-        there = {name: values[name]["quality"] for name in others if name in values}
-        family = {f"`{name}`": (mine, found) for name, found in there.items() if len(set(found) & set(mine)) > 2}
-        if family:
-            parts += [f"`{one}` minus the others in quality, seed by seed (intervals alone, p by Holm's method):\n",
-                      markdown(compare(family))]
+    parts += filter(None, (against(values, one, others) for one, others in RIVALS))
     return "\n".join(parts)
 
 

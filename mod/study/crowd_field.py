@@ -13,31 +13,21 @@ clips are no longer than those of training, where they are those of full computa
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from mod.config import require
-from mod.related import methods
 from mod.related.costs import counted
 from mod.related.methods import METHODS
 from mod.study import crowd, field
 from mod.study.common import command, markdown, publish
 from mod.study.needle import APART, LIVE, live_clip
-from mod.study.statistics import compare, means, number_of_seeds
-from mod.study.sweep import TrialFlags, Variant, chosen, configure, read_off, trained, untrained
+from mod.study.statistics import means, number_of_seeds
+from mod.study.sweep import TrialFlags, chosen, configure, read_off, trained, untrained
 
 OURS = {"mod": False, "full": False, "early-exit": True, "layer-skip": True}  # cheap or not, they are in table C
 BESIDE = {"skip": ("mod-all", "random-all", "uniform-all", "skip"), "drop on the way": ("exit",),
           "drop before": ("drop",)}  # table C's, by family
-
-
-def of_method(name: str, cheap: bool) -> Variant:
-    """A system of the field, in the preset's place."""
-    plain = asdict(crowd.PRESET.model)
-    model = asdict(methods.configure(replace(crowd.PRESET.model, cheap=cheap), name))
-    changes = {part: value for part, value in model.items() if value != plain[part]}
-    title = METHODS[name].title + (f": {METHODS[name].cheap}" if cheap else "")
-    return replace(crowd.one_look(Variant(title, changes)), probed=True)
 
 
 NAMES = "mod-all", "mod", "full", "random-all", "uniform-all", "drop", "exit", "skip"  # of table C
@@ -47,7 +37,7 @@ for name, method in METHODS.items():
         continue
     for cheap in (False, True) if method.cheap else (False,):
         if OURS.get(name) != cheap:
-            VARIANTS[name + "-cheap" * cheap] = of_method(name, cheap)
+            VARIANTS[name + "-cheap" * cheap] = crowd.one_look(field.variant_of(crowd.PRESET, name, cheap))
 FAMILIES = {family: (colour, marker, (*names, *(f"{name}-cheap" for name in names), *BESIDE.get(family, ())))
             for family, (colour, marker, names) in field.FAMILIES.items()}
 MEASURES = {name: crowd.MEASURES[name] for name in ("quality", "narration", "silence")} | {
@@ -69,8 +59,8 @@ class Flags(TrialFlags):
 def with_costs(found: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
     """Runs of table C have not counted what they cost, and their weights would change nothing about it."""
     for name, runs in found.items():
-        config = configure(crowd.BASE, VARIANTS[name], 0)
         if not all("costs" in run for run in runs.values()):
+            config = configure(crowd.BASE, VARIANTS[name], 0)
             model, source = untrained(config, VARIANTS[name].routers)
             costs = counted(model, source.words, [live_clip(config)])
             found[name] = {seed: {"costs": costs} | run for seed, run in runs.items()}
@@ -94,20 +84,15 @@ def report(data: dict) -> str:
     table["FLOPs"] = [f"{field.cost(data, name, 'flops'):.2f}" for name in values]
     table["KV"] = [f"{field.cost(data, name, 'kv'):,.0f}" for name in values]
     table["online"] = ["yes" if data["online"][name] else "no" for name in values]
-    mine = values["mod-all"]["quality"] if "mod-all" in values else {}
-    there = {name: found["quality"] for name, found in values.items() if name != "mod-all"}
-    family = {f"`{name}`": (mine, found) for name, found in there.items() if len(set(found) & set(mine)) > 2}
     return "\n".join([
         f"**The field in a crowd, one look a question.** Mean ± standard error over {number_of_seeds(values)} seeds, "
         f"{data['steps']} steps from scratch, on {data['clips']} validation clips. Quality: questions answered right. "
         f"FLOPs: of the decoder, in a stream of {LIVE} frames with a question every {APART} frames, as a share of full "
         "computation. KV: bytes that a frame leaves there.\n",
         markdown(table),
-        "On the Pareto front of what runs online, from cheap to dear:\n",
-        *(f"- quality against {what}: {', '.join(f'`{name}`' for name in field.online_front(data, measure))}"
-          for measure, what in (("flops", "FLOPs"), ("kv", "KV bytes"))),
-        *(["\n`mod-all` minus the others in quality, seed by seed (intervals alone, p by Holm's method):\n",
-           markdown(compare(family))] if family else []),
+        *field.fronts(data),
+        "",
+        crowd.against(values, "mod-all", [name for name in values if name != "mod-all"]),
     ])
 
 

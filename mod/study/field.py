@@ -49,12 +49,16 @@ class Flags(TrialFlags):
     seeds: int = 3  # seeds 0 to this minus 1
 
 
+def variant_of(base: Config, name: str, cheap: bool = False) -> Variant:
+    """A method as a variant: what it changes in the configuration."""
+    plain, model = asdict(base.model), asdict(methods.configure(replace(base.model, cheap=cheap), name))
+    title = METHODS[name].title + (f": {METHODS[name].cheap}" if cheap else "")
+    return Variant(title, {field: value for field, value in model.items() if value != plain[field]}, probed=True)
+
+
 def variants(base: Config) -> dict[str, Variant]:
-    """A variant for every method: what it changes in the configuration."""
-    plain = asdict(base.model)
-    changes = {name: asdict(methods.configure(base.model, name)) for name in METHODS}
-    return {name: Variant(METHODS[name].title, {k: v for k, v in change.items() if v != plain[k]}, probed=True)
-            for name, change in changes.items()}
+    """A variant for every method."""
+    return {name: variant_of(base, name) for name in METHODS}
 
 
 def mean_of(*parts: float | None) -> float | None:
@@ -200,6 +204,13 @@ def online_front(data: dict, measure: str) -> list[str]:
     return front({name: point for name, point in points(data, measure).items() if data["online"][name]})
 
 
+def fronts(data: dict) -> list[str]:
+    """What a report says of the Pareto fronts."""
+    return ["On the Pareto front of what runs online, from cheap to dear:\n",
+            *(f"- quality against {what}: {', '.join(f'`{name}`' for name in online_front(data, measure))}"
+              for measure, what in (("flops", "FLOPs"), ("kv", "KV bytes")))]
+
+
 def report(data: dict) -> str:
     """results/field.md."""
     values, online, times = data["values"], data["online"], data["times"]
@@ -225,9 +236,7 @@ def report(data: dict) -> str:
         "clustering) not; *live*: of the clip frame by frame. KV: bytes a frame leaves. Step, frame: time of a "
         "training step and of one more frame of a stream. FLOPs and times: full computation is 1.\n",
         markdown(first),
-        "On the Pareto front of what runs online, from cheap to dear:\n",
-        *(f"- quality against {what}: {', '.join(f'`{name}`' for name in online_front(data, measure))}"
-          for measure, what in (("flops", "FLOPs"), ("kv", "KV bytes"))),
+        *fronts(data),
         "\nApart: *side* of the landmark, *spark*, questions asked *ahead* of the frames (in most clips the same was "
         "asked and answered meanwhile: half is reading), narration on *square* and *wide* frames, narration and "
         f"questions on *longer* clips of {LONG} frames, and the needle in a haystack (V-NIAH) of so many frames, mean "
